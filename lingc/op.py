@@ -1,0 +1,142 @@
+"""What a fused op is, and the table of them.
+
+An op is one file in `plugins/`: its maths, schema, type rule, reference, limits, cost and cases.
+`define` registers it with torch (namespace `lingc`), so that it can stand in an exported graph, and
+in the table that passes, lowering, the interpreter, tests and docs read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lingc.plan import TensorType
+from lingc.targets.spec import Target
+
+Value = Any  # a TensorType, or a literal, as the schema has it
+Types = TensorType | tuple[TensorType, ...]
+
+LIBRARY = torch.library.Library("lingc", "DEF")
+OPS: dict[str, "Op"] = {}
+
+TORCH_DTYPE: Mapping[str, torch.dtype] = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f8e4m3": torch.float8_e4m3fn,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one call of an op must do at the least.
+
+    Attributes:
+        flops: Multiplications and additions, counted apart.
+        moved_bytes: Bytes read and written once each, weights included.
+    """
+
+    flops: float
+    moved_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """A fused op.
+
+    Attributes:
+        name: Without the namespace, e.g. `add_rms_norm`.
+        schema: As given to torch, with argument names.
+        reference: The maths in plain torch, any device. Widens weights to the dtype of the
+            activations, or to f32 where the op's rounding section says so; pure.
+        types: Types of the results from types and literals of the arguments, in schema order.
+        refusal: Why a target's own kernels could not run these arguments, or None. The ONNX
+            and interpreter paths take every shape that the reference takes.
+        cost: Cost from the same arguments as `types`, with every size a number.
+        inputs: Example arguments, seeded, for one of `cases` and an activation dtype.
+        cases: Arguments of `inputs` that the generic tests run through; small first, odd sizes
+            included.
+        overload: The torch op that stands in graphs.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    types: Callable[..., Types]
+    refusal: Callable[..., str | None]
+    cost: Callable[..., Cost]
+    inputs: Callable[..., tuple[Any, ...]]
+    cases: tuple[tuple[Any, ...], ...]
+    overload: Any
+
+
+def no_refusal(_target: Target, *_args: Value) -> str | None:
+    """Of an op that has no kernel of its own yet, and so no limit of one."""
+    return None
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    types: Callable[..., Types],
+    cost: Callable[..., Cost],
+    inputs: Callable[..., tuple[Any, ...]],
+    cases: tuple[tuple[Any, ...], ...],
+    refusal: Callable[..., str | None] = no_refusal,
+) -> Op:
+    """Register an op with torch and in the table, and return it.
+
+    Args:
+        schema: `name(Tensor x, float eps) -> Tensor`; the op's functional signature.
+
+    Raises:
+        ValueError: A second op of the same name.
+    """
+    name = schema.partition("(")[0]
+    if name in OPS:
+        raise ValueError(f"op {name!r} is defined twice")
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lingc::{name}", _fake_from_types(types), lib=LIBRARY)
+    overload = getattr(torch.ops.lingc, name).default
+    op = Op(
+        name=name,
+        schema=schema,
+        reference=reference,
+        types=types,
+        refusal=refusal,
+        cost=cost,
+        inputs=inputs,
+        cases=cases,
+        overload=overload,
+    )
+    OPS[name] = op
+    return op
+
+
+def type_of(value: Any) -> Any:
+    """The `TensorType` of a tensor, sizes kept as they are; anything else unchanged."""
+    if isinstance(value, torch.Tensor):
+        return TensorType(DTYPE_NAME[value.dtype], tuple(value.shape))
+    return value
+
+
+def _fake_from_types(types: Callable[..., Types]) -> Callable[..., Any]:
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        assert not kwargs, "lingc ops take positional arguments"
+        device = next(a.device for a in args if isinstance(a, torch.Tensor))
+        made = types(*(type_of(a) for a in args))
+
+        def empty(t: TensorType) -> torch.Tensor:
+            return torch.empty(t.shape, dtype=TORCH_DTYPE[t.dtype], device=device)
+
+        return empty(made) if isinstance(made, TensorType) else tuple(empty(t) for t in made)
+
+    return fake

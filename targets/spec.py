@@ -1,0 +1,1 @@
+"""What may be known of a device while compiling for it. Facts only."""
