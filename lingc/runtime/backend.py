@@ -1,0 +1,89 @@
+"""What the generation loop needs of an engine, whatever its kind.
+
+A backend owns the weights and every state tensor; the loop owns the bookkeeping: which sequence
+holds which slot and which pages. They meet in `run`, whose inputs are the packed arrays named in
+the phase's program, int32 but for `hidden`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lingc.errors import UsageError
+from lingc.plan import Plan
+
+Array = NDArray[Any]
+"""An array whose element type the plan gives; `bf16` travels as uint16."""
+
+SlotState = Mapping[str, Array]
+"""One slot's linear state and pending tokens, by state name; a copy that nothing else writes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much state a backend holds.
+
+    Attributes:
+        slots: Sequences whose linear state is kept at once; the scratch slot comes on top.
+        pages: Pages of the latent cache, shared by all slots; the scratch row comes on top.
+    """
+
+    slots: int
+    pages: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("slots", self.slots), ("pages", self.pages)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}, at least 1 is needed")
+
+    @classmethod
+    def from_tokens(cls, *, slots: int, tokens_per_sequence: int, page_size: int) -> Self:
+        """Room for `slots` sequences of that many tokens each, in whole pages."""
+        if tokens_per_sequence < 1:
+            raise UsageError(f"the cache cannot hold {tokens_per_sequence} tokens a sequence")
+        return cls(slots=slots, pages=slots * -(-tokens_per_sequence // page_size))
+
+
+class Backend(Protocol):
+    """A loaded engine.
+
+    State lives inside: `run` updates it in place and returns only what the program calls its
+    outputs. A backend is used from one thread.
+    """
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one phase.
+
+        Args:
+            phase: A key of `plan.programs`.
+            inputs: One array for each of the program's inputs, no more.
+
+        Returns:
+            The outputs by role: `logits` f32 [N, vocab], `hidden` [T, D]. They are the caller's.
+        """
+        ...
+
+    def state(self, name: str) -> Array:
+        """A state tensor of the plan, scratch included; reading it may copy."""
+        ...
+
+    def save_slot(self, slot: int) -> SlotState:
+        """Copy what the slot holds: its linear state and its pending tokens."""
+        ...
+
+    def load_slot(self, slot: int, saved: SlotState) -> None:
+        """Put back what `save_slot` returned, into this slot or another."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. Nothing may be called after it."""
+        ...
