@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from lingc.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from lingc.model.model import LingModel, State, load
+    from lingc.model.block import State
+    from lingc.model.loading import load
+    from lingc.model.model import LingModel
 
 _LAZY = {
     "LingModel": "lingc.model.model",
-    "State": "lingc.model.model",
-    "load": "lingc.model.model",
+    "State": "lingc.model.block",
+    "load": "lingc.model.loading",
 }
 
 __all__ = ["LingModel", "ModelConfig", "State", "load"]
