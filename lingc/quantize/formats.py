@@ -29,7 +29,7 @@ F32 = NDArray[np.float32]
 Weight = U16 | F32
 """A matrix to be quantized, BF16 bits or f32."""
 
-BLOCK = 128
+FP8_BLOCK = 128
 """Side of an `fp8_block` block."""
 
 E4M3_MAX = np.float32(448)
@@ -67,7 +67,8 @@ def _e4m3_values() -> F32:
         exponent == 0, np.ldexp(mantissa, -9), np.ldexp(mantissa + 8.0, exponent - 10)
     )
     magnitude[codes & 127 == 127] = np.nan
-    return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+    values: F32 = np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+    return values
 
 
 @cache
@@ -109,7 +110,7 @@ def encode_e4m3(values: F32) -> U8:
 
 def blocks(length: int) -> int:
     """How many blocks of 128 cover an axis."""
-    return -(-length // BLOCK)
+    return -(-length // FP8_BLOCK)
 
 
 def quantize_fp8_block(weight: Weight) -> tuple[U8, F32]:
@@ -127,15 +128,15 @@ def quantize_fp8_block(weight: Weight) -> tuple[U8, F32]:
     rows, columns = weight.shape
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((blocks(rows), blocks(columns)), np.float32)
-    for i, top in enumerate(range(0, rows, BLOCK)):
-        for left, right in _spans(columns, _TILE // BLOCK):
-            tile = weight[top : top + BLOCK, left:right]
+    for i, top in enumerate(range(0, rows, FP8_BLOCK)):
+        for left, right in _spans(columns, _TILE // FP8_BLOCK):
+            tile = weight[top : top + FP8_BLOCK, left:right]
             tops = _magnitude(tile).max(axis=0)
-            largest = np.maximum.reduceat(tops, range(0, right - left, BLOCK))
+            largest = np.maximum.reduceat(tops, range(0, right - left, FP8_BLOCK))
             scale = _scale(_from_magnitude(largest), E4M3_MAX, top, left)
-            scales[i, left // BLOCK : blocks(right)] = scale
-            ratio = _f32(tile) / np.repeat(scale, BLOCK)[: right - left]
-            codes[top : top + BLOCK, left:right] = encode_e4m3(ratio)
+            scales[i, left // FP8_BLOCK : blocks(right)] = scale
+            ratio = _f32(tile) / np.repeat(scale, FP8_BLOCK)[: right - left]
+            codes[top : top + FP8_BLOCK, left:right] = encode_e4m3(ratio)
     return codes, scales
 
 
@@ -143,11 +144,11 @@ def dequantize_fp8_block(codes: U8, scales: F32) -> F32:
     """The values of `fp8_block` codes [N, D] and scales, f32 [N, D]."""
     rows, columns = codes.shape
     values = np.empty((rows, columns), np.float32)
-    for i, top in enumerate(range(0, rows, BLOCK)):
-        across = np.repeat(scales[i], BLOCK)
-        for left, right in _spans(columns, _TILE // BLOCK):
-            tile = decode_e4m3(codes[top : top + BLOCK, left:right])
-            np.multiply(tile, across[left:right], out=values[top : top + BLOCK, left:right])
+    for i, top in enumerate(range(0, rows, FP8_BLOCK)):
+        across = np.repeat(scales[i], FP8_BLOCK)
+        for left, right in _spans(columns, _TILE // FP8_BLOCK):
+            tile = decode_e4m3(codes[top : top + FP8_BLOCK, left:right])
+            np.multiply(tile, across[left:right], out=values[top : top + FP8_BLOCK, left:right])
     return values
 
 
