@@ -1,0 +1,122 @@
+"""Lightning linear attention over whole sequences, state in and out.
+
+For the tokens t = 0, 1, … of one sequence, head h with decay rate s[h], and S the state before it:
+
+    S_t[h] = exp(-s[h]) S_{t-1}[h] + k[t, h] (outer) v[t, h]
+    o[t, h] = K^-0.5 q[t, h] @ S_t[h]
+
+computed in blocks of n tokens, i and j counted from the block's start:
+
+    o[i] = K^-0.5 (sum_{j<=i} exp(-s (i-j)) (q[i] . k[j]) v[j]  +  exp(-s (i+1)) q[i] @ S)
+    S'   = exp(-s n) S + sum_j exp(-s (n-1-j)) k[j] (outer) v[j]
+
+A sequence whose first position is 0 starts from S = 0, another one from its slot; slot -1 starts
+from 0 and writes nothing. Sequences without tokens leave their slot alone.
+
+Shapes: q, k [T, H, K] after norm and rope, q not scaled; v, o [T, H, V]; decay [H]; state
+[S, H, K, V]; slots [B]; offsets [B + 1]; positions [T]. T, B, S symbolic. q, k, v of one dtype.
+
+Rounding: everything in f32 (f64 where q or the state is f64); o is rounded to the dtype of q.
+
+Source: Qin et al., Lightning Attention-2, 2024, arXiv:2401.04658, eq. 4-8.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lingc.math import elements, lightning_sequence, scaled, state_dtype, stored, stored_bytes
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(q, state)
+    rate = decay.to(dtype)
+    o = torch.zeros_like(v, dtype=q.dtype)
+    ends = state.new_zeros((slots.shape[0], *state.shape[1:]), dtype=dtype)
+    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
+        slot = int(slots[b])
+        if first == last:
+            ends[b] = state[slot]
+            continue
+        fresh = slot < 0 or positions[first] == 0
+        start = torch.zeros_like(ends[b]) if fresh else state[slot].to(dtype)
+        part = slice(first, last)
+        wide_q, wide_k, wide_v = scaled(q[part], dtype), k[part].to(dtype), v[part].to(dtype)
+        made, ends[b] = lightning_sequence(wide_q, wide_k, wide_v, rate, start)
+        o[part] = made.to(q.dtype)
+    return o, stored(state, slots, ends)
+
+
+def types(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    decay: TensorType,
+    state: TensorType,
+    *_: TensorType,
+) -> tuple[TensorType, TensorType]:
+    return TensorType(q.dtype, v.shape), state
+
+
+def cost(
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    decay: TensorType,
+    state: TensorType,
+    slots: TensorType,
+    *_: TensorType,
+) -> Cost:
+    # The recurrence is the least work: a state update and a read, 2 K V each a token and head.
+    live = TensorType(state.dtype, (*slots.shape, *state.shape[1:]))
+    return Cost(
+        flops=4.0 * elements(v) * k.bind({})[-1],
+        moved_bytes=stored_bytes(q, k, v, v) + 2 * stored_bytes(live),
+    )
+
+
+def inputs(
+    lengths: tuple[int, ...], heads: int, key: int, value: int, *, dtype: str, device: str
+) -> tuple[Tensor, ...]:
+    some = Samples(dtype=dtype, device=device)
+    slots, offsets, positions = some.sequences(lengths)
+    tokens = sum(lengths)
+    return (
+        some.normal(tokens, heads, key),
+        some.normal(tokens, heads, key),
+        some.normal(tokens, heads, value),
+        some.decay(heads),
+        some.state(len(lengths) + 2, heads, key, value),
+        slots,
+        offsets,
+        positions,
+    )
+
+
+OP = define(
+    "lightning_prefill(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor state, Tensor slots, "
+    "Tensor offsets, Tensor positions) -> (Tensor o, Tensor state)",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=(
+        ((1,), 1, 4, 4),
+        ((5, 0, 70, 3), 3, 6, 10),  # one without tokens, one of two blocks
+        ((130, 64), 2, 16, 8),
+        ((0, 7), 5, 8, 8),
+    ),
+)

@@ -1,0 +1,119 @@
+"""Which experts a token goes to, and with what weights: sigmoid scores, groups, a bias.
+
+    s[t, e] = sigmoid(sum_d x[t, d] weight[e, d])
+    b[t, e] = s[t, e] + bias[e]                         the bias selects and weighs nothing
+    G[t, g] = sum of the 2 largest b of group g         (of the 1 there is, in groups of one)
+    ids[t]  = the top_k experts by b, among the topk_group groups by G, best first
+    weights[t, i] = scale * s[t, ids[t, i]] / n[t],  n = sum_i s[t, ids[t, i]] + 1e-20
+
+or n = 1 where `normalize` is off. Groups are of consecutive experts. Of equal scores the lower
+index comes first, for groups and for experts.
+
+Shapes: x [T, D]; weight [E, D]; bias [E]; ids i32 [T, top_k]; weights f32 [T, top_k]. T symbolic.
+
+Rounding: none; logits are added up and kept in f32 (f64 for f64 x), for a rounded logit moves
+tokens to other experts.
+
+Source: DeepSeek-V3 technical report, 2024, arXiv:2412.19437, eq. 12-16 and section 2.1.2.
+"""
+
+import torch
+from torch import Tensor
+
+from lingc.math import elements, matmul, stored_bytes, wide_name
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    topk_groups: int,
+    top_k: int,
+    scale: float,
+    normalize: bool,  # noqa: FBT001  (the schema's order)
+) -> tuple[Tensor, Tensor]:
+    scores = torch.sigmoid(matmul(x, weight))
+    biased = (scores + bias.to(scores.dtype)).unflatten(1, (groups, -1))  # [T, groups, E/groups]
+    best = biased.topk(min(2, biased.shape[-1])).values.sum(-1)
+    dropped = torch.ones_like(best).scatter(1, _largest(best, topk_groups), 0)
+    ids = _largest(biased.masked_fill(dropped[..., None] > 0, float("-inf")).flatten(1), top_k)
+    chosen = scores.gather(1, ids)
+    if normalize:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return ids.to(torch.int32), scale * chosen
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    # Not topk, which promises no order of equal values.
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count]
+
+
+def types(
+    x: TensorType,
+    weight: TensorType,
+    bias: TensorType,
+    groups: int,
+    topk_groups: int,
+    top_k: int,
+    scale: float,
+    normalize: bool,  # noqa: FBT001
+) -> tuple[TensorType, TensorType]:
+    shape = (x.shape[0], top_k)
+    return TensorType("i32", shape), TensorType(wide_name(x.dtype), shape)
+
+
+def cost(
+    x: TensorType,
+    weight: TensorType,
+    bias: TensorType,
+    groups: int,
+    topk_groups: int,
+    top_k: int,
+    scale: float,
+    normalize: bool,  # noqa: FBT001
+) -> Cost:
+    made = types(x, weight, bias, groups, topk_groups, top_k, scale, normalize)
+    (tokens, _), experts = x.bind({}), elements(bias)
+    return Cost(
+        flops=2.0 * tokens * elements(weight) + 6.0 * tokens * experts,
+        moved_bytes=stored_bytes(x, weight, bias, *made),
+    )
+
+
+def inputs(
+    tokens: int,
+    width: int,
+    experts: int,
+    groups: int,
+    topk_groups: int,
+    top_k: int,
+    *,
+    dtype: str,
+    device: str,
+) -> tuple[Tensor | float, ...]:
+    some = Samples(dtype=dtype, device=device)
+    x, weight = some.normal(tokens, width), some.weight(experts, width)
+    bias = 0.1 * some.state(experts)
+    return x, weight, bias, groups, topk_groups, top_k, 2.5, True
+
+
+OP = define(
+    "router(Tensor x, Tensor weight, Tensor bias, int groups, int topk_groups, int top_k, "
+    "float scale, bool normalize) -> (Tensor ids, Tensor weights)",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=(
+        (1, 8, 4, 2, 1, 2),
+        (7, 20, 12, 3, 2, 5),
+        (3, 16, 6, 6, 4, 3),  # groups of one
+        (5, 64, 16, 4, 2, 4),
+        (2, 32, 8, 1, 1, 8),
+    ),
+)
