@@ -1,0 +1,210 @@
+"""How close is close, and how a mismatch is shown.
+
+The one tolerance table. An entry is for a dtype and a mechanism, that is, for what makes two right
+answers differ; a comparison names both. Values are compared in f64.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mechanism = Literal[
+    "elementwise", "rope", "gemm", "fp8_gemm", "experts", "attention", "lightning", "router"
+]
+
+_PUBLISHED = "as the published linghe kernels are tested"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """A difference is allowed up to `rtol * |want| + atol + of_mean * mean|want|`.
+
+    Attributes:
+        source: Why this much: what differs, and by how much at the worst.
+    """
+
+    rtol: float
+    atol: float
+    source: str
+    of_mean: float = 0.0
+
+
+_EXACT = Tolerance(rtol=0, atol=0, source="integers and flags are equal or wrong")
+_F64 = Tolerance(rtol=1e-12, atol=1e-12, source="f64 summation order over a few thousand terms")
+_F32_SUM = Tolerance(rtol=1e-4, atol=1e-5, source="f32 summation order over a few thousand terms")
+_BF16 = Tolerance(
+    rtol=2**-6, atol=1e-3, source="two roundings to bf16 that fall apart, an ulp (2^-7) each"
+)
+_BF16_SUM = Tolerance(
+    rtol=2**-6, atol=5e-3, source="as elementwise, and the sum's terms cancel near zero"
+)
+_FP8_SUM = Tolerance(
+    rtol=2e-2, atol=0, of_mean=2e-2, source=f"{_PUBLISHED}, against dequantized f32"
+)
+
+TABLE = MappingProxyType(
+    {
+        ("f64", "elementwise"): _F64,
+        ("f32", "elementwise"): Tolerance(
+            rtol=1e-5, atol=1e-6, source="f32 exp, rsqrt and a mean over one row"
+        ),
+        ("bf16", "elementwise"): _BF16,
+        ("f8e4m3", "elementwise"): Tolerance(
+            rtol=0.125, atol=2**-9, source="one code: an ulp (2^-3), or the smallest subnormal"
+        ),
+        ("f32", "rope"): Tolerance(
+            rtol=1e-4, atol=1e-5, source="products that cancel; angles are equal, cos and sin near"
+        ),
+        ("bf16", "rope"): Tolerance(
+            rtol=2**-6, atol=1e-2, source=f"{_PUBLISHED}: an ulp of a product that cancels"
+        ),
+        ("f32", "gemm"): _F32_SUM,
+        ("bf16", "gemm"): _BF16_SUM,
+        ("f32", "fp8_gemm"): _FP8_SUM,
+        ("bf16", "fp8_gemm"): _FP8_SUM,
+        ("f32", "experts"): _F32_SUM,
+        ("bf16", "experts"): Tolerance(
+            rtol=2e-2, atol=2e-2, source="the inner activation is rounded to bf16 before a sum"
+        ),
+        ("f32", "attention"): _F32_SUM,
+        ("bf16", "attention"): Tolerance(
+            rtol=2e-2, atol=2e-2, source="probabilities may be rounded to bf16 before their sum"
+        ),
+        ("f32", "lightning"): Tolerance(
+            rtol=1e-4, atol=1e-4, source="f32 block sums against the recurrence, thousands of steps"
+        ),
+        ("bf16", "lightning"): Tolerance(
+            rtol=2**-6, atol=1e-2, source=f"{_PUBLISHED}, at the strict end: bf16 block products"
+        ),
+        ("f32", "router"): Tolerance(
+            rtol=1e-4, atol=1e-6, source="f32 logits in another order, through a sigmoid"
+        ),
+    }
+)
+"""By dtype and mechanism; in f64 every mechanism is the elementwise one."""
+
+
+def tolerance(dtype: str, mechanism: Mechanism = "elementwise") -> Tolerance:
+    """The table's entry; integers and flags are exact whatever the mechanism.
+
+    Raises:
+        KeyError: No such entry; the table is where to add one.
+    """
+    if dtype in {"i32", "i64", "u8", "bool"}:
+        return _EXACT
+    return TABLE[dtype, "elementwise" if dtype == "f64" else mechanism]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How far one tensor is from another.
+
+    Attributes:
+        problem: What makes them incomparable (shapes), or None.
+        outside: How many elements differ by more than is allowed.
+        elements: How many there are.
+        similarity_error: 1 - 2<a, b> / (<a, a> + <b, b>): 0 for equal, 1 for unrelated tensors.
+        worst: Coordinate of the element that exceeds its allowance by most, () for scalars.
+        got: The value there.
+        want: The value that should be there.
+        allowed: How far apart the two may be.
+        dtype: As named in the comparison.
+        mechanism: As named in the comparison.
+        tolerance: The entry of the table.
+    """
+
+    problem: str | None = None
+    outside: int = 0
+    elements: int = 0
+    similarity_error: float = 0.0
+    worst: tuple[int, ...] = ()
+    got: float = 0.0
+    want: float = 0.0
+    allowed: float = 0.0
+    dtype: str
+    mechanism: str
+    tolerance: Tolerance
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and self.outside == 0
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return self.problem
+        used = self.tolerance
+        terms = [f"rtol {used.rtol:.3g}", f"atol {used.atol:.3g}"]
+        if used.of_mean:
+            terms.append(f"{used.of_mean:.3g} of mean |want|")
+        return (
+            f"{self.outside} of {self.elements} elements differ by more than allowed; "
+            f"similarity error {self.similarity_error:.3e}\n"
+            f"worst at {list(self.worst)}: got {self.got!r}, want {self.want!r}, "
+            f"{abs(self.got - self.want):.3e} apart, {self.allowed:.3e} allowed\n"
+            f"tolerance: {', '.join(terms)} for {self.dtype} {self.mechanism} ({used.source})"
+        )
+
+
+def close(
+    got: Tensor, want: Tensor, *, dtype: str, mechanism: Mechanism = "elementwise"
+) -> Comparison:
+    """Compare element by element.
+
+    Equal infinities are close; NaN is close to nothing, not to NaN either.
+
+    Args:
+        got: What was computed.
+        want: What it should be, which the allowance is relative to.
+        dtype: The narrowest dtype that the results were rounded to, e.g. `bf16`, which may be
+            narrower than that of the tensors.
+        mechanism: What made the results.
+    """
+    limit = tolerance(dtype, mechanism)
+    if got.shape != want.shape:
+        return Comparison(
+            problem=f"got shape {tuple(got.shape)}, want {tuple(want.shape)}",
+            dtype=dtype,
+            mechanism=mechanism,
+            tolerance=limit,
+        )
+    if got.numel() == 0:
+        return Comparison(dtype=dtype, mechanism=mechanism, tolerance=limit)
+    a, b = (x.detach().cpu().double() for x in (got, want))
+    size = b.abs()
+    finite = size[size.isfinite()]
+    mean = float(finite.mean()) if finite.numel() else 0.0
+    allowed = (limit.rtol * size + limit.atol + limit.of_mean * mean).nan_to_num(
+        nan=0.0, posinf=0.0
+    )
+    # A NaN on either side, or infinities that differ, leave an excess of infinity.
+    excess = torch.where(a == b, 0.0, (a - b).abs().nan_to_num(nan=torch.inf) - allowed)
+    at = torch.unravel_index(excess.argmax(), excess.shape)
+    return Comparison(
+        outside=int((excess > 0).sum()),
+        elements=got.numel(),
+        similarity_error=_similarity_error(a, b),
+        worst=tuple(int(i) for i in at),
+        got=float(a[at]),
+        want=float(b[at]),
+        allowed=float(allowed[at]),
+        dtype=dtype,
+        mechanism=mechanism,
+        tolerance=limit,
+    )
+
+
+def assert_close(
+    got: Tensor, want: Tensor, *, dtype: str, mechanism: Mechanism = "elementwise"
+) -> None:
+    """Raise AssertionError, with what `close` found, where it is not ok."""
+    found = close(got, want, dtype=dtype, mechanism=mechanism)
+    if not found.ok:
+        raise AssertionError(str(found))
+
+
+def _similarity_error(a: Tensor, b: Tensor) -> float:
+    whole = float((a * a + b * b).sum())
+    return 0.0 if whole == 0 else 1 - 2 * float((a * b).sum()) / whole

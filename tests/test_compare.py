@@ -1,0 +1,131 @@
+"""What counts as close, and what a mismatch says."""
+
+import re
+
+import pytest
+import torch
+
+from lingc.compare import TABLE, assert_close, close, tolerance
+
+# The least strict that is allowed: what published kernels of this model are tested with.
+LOOSEST = {
+    ("f32", "elementwise"): (1e-4, 1e-6),
+    ("bf16", "elementwise"): (2e-2, 1e-3),
+    ("f8e4m3", "elementwise"): (0.125, 0.125),
+    ("f32", "rope"): (1e-4, 1e-2),
+    ("bf16", "rope"): (2e-2, 1e-2),
+    ("f32", "gemm"): (2e-3, 5e-3),
+    ("bf16", "gemm"): (2e-2, 5e-3),
+    ("f32", "experts"): (2e-2, 5e-2),
+    ("bf16", "experts"): (2e-2, 5e-2),
+    ("f32", "attention"): (0.05, 0.05),
+    ("bf16", "attention"): (0.05, 0.05),
+    ("f32", "lightning"): (0.02, 0.01),
+    ("bf16", "lightning"): (0.02, 0.01),
+    ("f32", "router"): (1e-3, 0.1),
+}
+
+
+@pytest.mark.parametrize("entry", LOOSEST, ids="-".join)
+def test_no_entry_is_looser_than_published_tests(entry: tuple[str, str]) -> None:
+    rtol, atol = LOOSEST[entry]
+
+    assert TABLE[entry].rtol <= rtol
+    assert TABLE[entry].atol <= atol
+
+
+def test_fp8_products_are_held_to_two_percent_of_the_mean() -> None:
+    for dtype in ("f32", "bf16"):
+        found = tolerance(dtype, "fp8_gemm")
+
+        assert (found.rtol, found.atol, found.of_mean) == (2e-2, 0, 2e-2)
+
+
+def test_every_entry_says_where_it_comes_from() -> None:
+    assert all(len(entry.source) > 20 for entry in TABLE.values())
+
+
+def test_equal_tensors_are_close_with_no_error() -> None:
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    found = close(x, x.clone(), dtype="f32")
+
+    assert found.ok
+    assert (found.outside, found.similarity_error) == (0, 0.0)
+
+
+def test_names_the_worst_element_its_values_and_the_tolerance() -> None:
+    want = torch.ones(2, 3)
+    got = want.clone()
+    got[0, 1], got[1, 2] = 1.5, 3.0
+
+    found = close(got, want, dtype="f32", mechanism="gemm")
+
+    assert not found.ok
+    assert (found.worst, found.got, found.want, found.outside) == ((1, 2), 3.0, 1.0, 2)
+    text = str(found)
+    assert "2 of 6 elements" in text
+    assert "worst at [1, 2]: got 3.0, want 1.0" in text
+    assert "rtol 0.0001" in text
+    assert "f32 summation order" in text
+
+
+def test_assert_close_raises_with_that_text() -> None:
+    with pytest.raises(AssertionError, match=re.escape("worst at [0]: got 2.0, want 1.0")):
+        assert_close(torch.tensor([2.0]), torch.tensor([1.0]), dtype="bf16")
+
+
+def test_shapes_that_differ_are_named_and_not_broadcast() -> None:
+    found = close(torch.ones(2, 1), torch.ones(2), dtype="f32")
+
+    assert not found.ok
+    assert str(found) == "got shape (2, 1), want (2,)"
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (torch.nan, 1.0),
+        (1.0, torch.nan),
+        (torch.nan, torch.nan),
+        (torch.inf, 1.0),
+        (1.0, torch.inf),
+        (torch.inf, -torch.inf),
+    ],
+)
+def test_nan_and_unequal_infinities_are_never_close(got: float, want: float) -> None:
+    found = close(torch.tensor([0.0, got]), torch.tensor([0.0, want]), dtype="bf16")
+
+    assert (found.ok, found.worst) == (False, (1,))
+
+
+def test_equal_infinities_are_close() -> None:
+    x = torch.tensor([-torch.inf, 1.0])
+
+    assert close(x, x.clone(), dtype="f32").ok
+
+
+def test_integers_are_compared_exactly_whatever_the_mechanism() -> None:
+    a, b = torch.tensor([1000], dtype=torch.int32), torch.tensor([1001], dtype=torch.int32)
+
+    assert not close(a, b, dtype="i32", mechanism="experts").ok
+
+
+def test_the_mean_of_the_wanted_values_widens_fp8_products() -> None:
+    want = torch.tensor([100.0, 0.0])
+
+    assert close(torch.tensor([100.0, 0.9]), want, dtype="bf16", mechanism="fp8_gemm").ok
+    assert not close(torch.tensor([100.0, 1.1]), want, dtype="bf16", mechanism="fp8_gemm").ok
+
+
+def test_empty_tensors_are_close() -> None:
+    assert close(torch.ones(0, 3), torch.ones(0, 3), dtype="f32").ok
+
+
+def test_fp8_codes_are_compared_by_value() -> None:
+    codes = torch.tensor([448.0, 1.0]).to(torch.float8_e4m3fn)
+    near = torch.tensor([416.0, 1.0]).to(torch.float8_e4m3fn)
+    far = torch.tensor([352.0, 1.0]).to(torch.float8_e4m3fn)
+
+    assert close(near, codes, dtype="f8e4m3").ok
+    assert not close(far, codes, dtype="f8e4m3").ok
