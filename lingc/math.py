@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lingc.plan import DTYPE_BYTES, TensorType
+from lingc.plan import DTYPE_BYTES, Dim, TensorType
 
 CHUNK = 64
 """Tokens a block of lightning attention. Any block gives the same result up to rounding."""
@@ -38,8 +38,14 @@ def wide_name(dtype: str) -> str:
     return "f64" if dtype == "f64" else "f32"
 
 
-def ceil_div(size: int, by: int) -> int:
-    return -(-size // by)
+def number(size: Dim) -> int:
+    """A size that the config fixes, for arithmetic; symbolic ones may only be passed on."""
+    assert not isinstance(size, str), f"size {size!r} is symbolic"
+    return size
+
+
+def ceil_div(size: Dim, by: int) -> int:
+    return -(-number(size) // by)
 
 
 def stored_bytes(*types: TensorType | None) -> float:
@@ -261,7 +267,7 @@ def lightning_verify(
 
 
 def cached_rows(cache: Tensor, pages: Tensor, length: int, page_size: int) -> Tensor:
-    """The first `length` rows [length, c + r] of a sequence with this page table row, widened."""
+    """The first `length` rows [length, c + r] of a sequence with this row of the page table."""
     x = torch.arange(length, device=cache.device)
     return cache[pages[x // page_size].long() * page_size + x % page_size]
 

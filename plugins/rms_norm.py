@@ -1,0 +1,44 @@
+"""RMS norm over the last axis.
+
+    y[t, d] = x[t, d] * rsqrt(mean_d(x[t, :]^2) + eps) * weight[d]
+
+Shapes: x, y [T, D] (more leading axes do no harm); weight [D]. T symbolic.
+
+Rounding: mean, root and both products in f32 (f64 for f64 x); y is rounded once, to x's dtype.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467, eq. 4.
+"""
+
+from torch import Tensor
+
+from lingc.math import elements, rms, stored_bytes
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms(x, weight, eps).to(x.dtype)
+
+
+def types(x: TensorType, weight: TensorType, eps: float) -> TensorType:
+    return x
+
+
+def cost(x: TensorType, weight: TensorType, eps: float) -> Cost:
+    return Cost(flops=4.0 * elements(x), moved_bytes=stored_bytes(x, x, weight))
+
+
+def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
+    some = Samples(dtype=dtype, device=device)
+    return some.normal(tokens, width), some.norm_weight(width), 1e-6
+
+
+OP = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=((1, 4), (3, 1000), (129, 96)),
+)

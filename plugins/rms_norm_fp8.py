@@ -1,0 +1,50 @@
+"""RMS norm, and the FP8 codes of its result for the products that read it.
+
+    y = rms_norm(x, weight, eps);  codes, scales = quantize_fp8(y)
+
+Shapes: x, y [T, D]; weight [D]; codes E4M3 [T, D]; scales f32 [T, ceil(D / 128)]. T symbolic.
+
+Rounding: y is rounded to x's dtype before it is quantized, so that codes are those of the y that
+others read.
+
+Source: `rms_norm` and `quantize_fp8`.
+"""
+
+from torch import Tensor
+
+from lingc.math import BLOCK, ceil_div, elements, quantize_fp8, rms, stored_bytes
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = rms(x, weight, eps).to(x.dtype)
+    return y, *quantize_fp8(y)
+
+
+def types(
+    x: TensorType, weight: TensorType, eps: float
+) -> tuple[TensorType, TensorType, TensorType]:
+    blocks = ceil_div(x.shape[1], BLOCK)
+    return x, TensorType("f8e4m3", x.shape), TensorType("f32", (x.shape[0], blocks))
+
+
+def cost(x: TensorType, weight: TensorType, eps: float) -> Cost:
+    made = types(x, weight, eps)
+    return Cost(flops=6.0 * elements(x), moved_bytes=stored_bytes(x, weight, *made))
+
+
+def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
+    some = Samples(dtype=dtype, device=device)
+    return some.normal(tokens, width), some.norm_weight(width), 1e-6
+
+
+OP = define(
+    "rms_norm_fp8(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor codes, Tensor scales)",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=((1, 4), (3, 1000), (5, 256)),
+)
