@@ -1,0 +1,167 @@
+"""From stored tensors to logical ones: three release layouts, mixed as they come.
+
+    kind         stored for `<module>.weight`
+    plain        `.weight` BF16 or F32
+    fp8_block    `.weight` F8_E4M3, `.weight_scale_inv` F32
+    int4_group   `.weight_packed` I32, `.weight_scale` BF16, `.weight_shape` I64 [2]
+
+The tensors themselves say which; of `quantization_config` only the group size is read, and may be
+absent where it divides the width.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lingc.checkpoint.directory import Scan, is_ignored
+from lingc.checkpoint.expected import Shape, expected_tensors, mtp_prefix
+from lingc.checkpoint.listing import of_tensors
+from lingc.checkpoint.tensorfile import Stored
+from lingc.model.config import ModelConfig
+from lingc.quantize.formats import FP8_BLOCK, NIBBLES, blocks
+
+SCALE_INV = "_scale_inv"
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
+
+PLAIN_DTYPES: Mapping[str, str] = {"BF16": "bf16", "F32": "f32"}
+"""What a plain tensor may be stored as -> its name in plans."""
+
+_FP8 = ("", SCALE_INV)
+_INT4 = (PACKED, SCALE, SHAPE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A logical tensor.
+
+    Attributes:
+        kind: `plain`, `fp8_block` or `int4_group`.
+        shape: As in an unquantized checkpoint.
+        parts: Where its pieces are: the values, codes and scales, or packed, scales and shape.
+        group: Columns that share a scale in `int4_group`, 128 in `fp8_block`, else 0.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    parts: tuple[Stored, ...]
+    group: int = 0
+
+
+def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
+    """Every logical tensor that is sound, and what is wrong with the others."""
+    expected = expected_tensors(config)
+    stored: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for full_name, tensor in scan.tensors.items():
+        if not is_ignored(full_name):
+            name, suffix = _split(full_name)
+            stored[name][suffix] = tensor
+    lost = {_split(name)[0] for name in scan.lost}
+    problems = of_tensors(
+        (name + suffix for name in stored if name not in expected for suffix in stored[name]),
+        "is not one that this config has",
+    )
+    problems += _missing(config, expected, stored.keys() | lost, scan)
+    entries: dict[str, Entry] = {}
+    groups = _group_sizes(config.quantization)
+    for name in expected:
+        if name not in stored or name in lost:
+            continue
+        faults = list(_faults(stored[name], expected[name], groups))
+        problems += [f"tensor {name!r} {fault}" for fault in faults]
+        if not faults:
+            entries[name] = _entry(name, stored[name], expected[name], groups)
+    return entries, problems
+
+
+def _split(full_name: str) -> tuple[str, str]:
+    for suffix in (SCALE_INV, PACKED, SCALE, SHAPE):
+        if full_name.endswith(f".weight{suffix}"):
+            return full_name.removesuffix(suffix), suffix
+    return full_name, ""
+
+
+def _missing(
+    config: ModelConfig, expected: Mapping[str, Shape], known: set[str], scan: Scan
+) -> list[str]:
+    if scan.is_partial:  # they may stand in the file that could not be read
+        return []
+    prefix = mtp_prefix(config)
+    without_mtp = not any(name.startswith(prefix) for name in known)
+    absent = [
+        name
+        for name in expected
+        if name not in known and not (without_mtp and name.startswith(prefix))
+    ]
+    return of_tensors(absent, "is missing")
+
+
+def _group_sizes(quantization: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """Group sizes that a compressed-tensors config names."""
+    groups = (quantization or {}).get("config_groups")
+    values = groups.values() if isinstance(groups, dict) else ()
+    weights = [value.get("weights") for value in values if isinstance(value, dict)]
+    sizes = [weight.get("group_size") for weight in weights if isinstance(weight, dict)]
+    return tuple(size for size in sizes if isinstance(size, int) and size > 0)
+
+
+def _group(columns: int, scales: int, named: tuple[int, ...]) -> int | None:
+    """The group size with which `columns` have that many scales."""
+    fitting = [size for size in named if -(-columns // size) == scales]
+    if fitting:
+        return fitting[0]
+    if scales and not columns % scales and not named:
+        return columns // scales
+    return None
+
+
+def _faults(parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with the pieces of one tensor, as ends of sentences."""
+    have = set(parts)
+    if have == {""} and parts[""].dtype == "F8_E4M3":
+        yield f"is F8_E4M3 and has no {'weight' + SCALE_INV!r} beside it"
+    elif have == {""}:
+        yield from _unlike(parts[""], shape, tuple(PLAIN_DTYPES))
+    elif have not in (set(_FP8), set(_INT4)):
+        given = ", ".join(sorted("weight" + suffix for suffix in have))
+        yield f"has {given} beside each other, which is no layout"
+    elif len(shape) != 2:
+        yield f"is quantized, but is no matrix: [{', '.join(map(str, shape))}] is due"
+    elif have == set(_FP8):
+        yield from _unlike(parts[""], shape, ("F8_E4M3",))
+        scales = (blocks(shape[0]), blocks(shape[1]))
+        yield from _unlike(parts[SCALE_INV], scales, ("F32",), SCALE_INV)
+    else:
+        packed = (shape[0], -(-shape[1] // NIBBLES))
+        yield from _unlike(parts[PACKED], packed, ("I32",), PACKED)
+        yield from _unlike(parts[SHAPE], (2,), ("I64",), SHAPE)
+        scale = parts[SCALE]
+        columns = scale.shape[1] if len(scale.shape) == 2 else 0
+        fits = _group(shape[1], columns, groups) is not None
+        due = -(-shape[1] // groups[0]) if groups else max(columns, 1)
+        yield from _unlike(scale, (shape[0], columns if fits else due), ("BF16",), SCALE)
+        if not fits and not groups:
+            yield f"has {columns} scales a row, which do not divide its {shape[1]} columns"
+
+
+def _unlike(
+    tensor: Stored, shape: Shape, dtypes: tuple[str, ...], suffix: str = ""
+) -> Iterator[str]:
+    subject = f"has a {'weight' + suffix!r} that is" if suffix else "is"
+    if tensor.dtype not in dtypes:
+        yield f"{subject} {tensor.dtype} in {tensor.path.name!r}, {' or '.join(dtypes)} is due"
+    if tensor.shape != shape:
+        yield f"{subject} {list(tensor.shape)} in {tensor.path.name!r}, {list(shape)} is due"
+
+
+def _entry(name: str, parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) -> Entry:
+    if PACKED in parts:
+        group = _group(shape[1], parts[SCALE].shape[1], groups)
+        assert group is not None, f"{name!r} was found to be sound"
+        pieces = tuple(parts[suffix] for suffix in _INT4)
+        return Entry(name=name, kind="int4_group", shape=shape, parts=pieces, group=group)
+    if SCALE_INV in parts:
+        pieces = tuple(parts[suffix] for suffix in _FP8)
+        return Entry(name=name, kind="fp8_block", shape=shape, parts=pieces, group=FP8_BLOCK)
+    return Entry(name=name, kind="plain", shape=shape, parts=(parts[""],))
