@@ -122,12 +122,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _abandon_stdout()
         return _PIPE_CLOSED
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the last place that can answer
+        if isinstance(error, OSError) and error.filename is None:
+            _abandon_stdout()  # it may be what failed
         verb = None if context is None else context.invoked_subcommand
         answer = failure.explain(error, verb=verb, words=words)
         is_told = context is not None and bool(context.meta.get(failure.EMITTED))
         failure.tell(answer, verb=verb, as_json=_wants_json(words) and not is_told)
-        if isinstance(error, OSError):
-            _abandon_stdout()
         return answer.exit_code
     return 0
 

@@ -207,16 +207,28 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} {value!r} has no JSON form")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `main`, where rich would exit with the code of an internal error."""
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool, is_colored: bool) -> Console:
     # None leaves it to NO_COLOR and to whether the stream is a terminal.
-    return Console(stderr=stderr, no_color=None if is_colored else True, highlight=False)
+    return _Console(stderr=stderr, no_color=None if is_colored else True, highlight=False)
 
 
 def _send_logs_to_stderr(verbosity: int) -> None:
     level = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}[verbosity]
-    handler = logging.StreamHandler()
+    handler = _EchoHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("lingc")
     logger.handlers = [handler]
     logger.setLevel(level)
-    logger.propagate = False
+
+
+class _EchoHandler(logging.Handler):
+    """Logs to what stderr is when a record comes, not to what it was at the start."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)

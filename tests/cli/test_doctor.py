@@ -1,0 +1,68 @@
+"""`lingc doctor` and `lingc targets` tell what is, and exit with 0."""
+
+import json
+from importlib import metadata
+
+import pytest
+
+import lingc
+from lingc import targets
+from lingc.cli import doctor, main
+from lingc.cli.targets import is_buildable
+
+
+def test_doctor_tells_what_this_machine_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["lingc"]["version"] == lingc.__version__
+    assert found["libraries"]["numpy"] == metadata.version("numpy")
+    assert found["cpu"]["cores"] >= 1
+    assert found["memory"]["total_bytes"] > found["memory"]["available_bytes"] > 0
+    assert found["cache"]["free_bytes"] > 0
+    assert found["targets"].keys() == targets.ALL.keys()
+
+
+def test_doctor_says_the_same_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+
+    said = capsys.readouterr().out
+    assert lingc.__version__ in said
+    assert all(name in said for name in targets.ALL)
+
+
+def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = targets.get("cpu")
+    monkeypatch.setattr(doctor, "is_buildable", lambda _kind: True)
+
+    assert doctor._no_build(cpu, {"build": [], "onnx": []}) is None
+    assert doctor._no_build(cpu, {"build": [], "onnx": ["onnx"]}) == "pip install 'lingc[onnx]'"
+    assert doctor._no_build(cpu, {}) == "pip install 'lingc[build,onnx]'"
+
+
+def test_a_target_that_nothing_is_built_for_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not is_buildable("tensorrt")
+
+    assert main(["targets", "spark"]) == 0
+
+    said = capsys.readouterr().out
+    assert "none yet" in said
+    assert "sm_121a" in said
+
+
+def test_targets_are_listed_whole_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "--json"]) == 0
+
+    listed = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert listed.keys() == targets.ALL.keys()
+    assert listed["h20"]["sms"] == 78
+    assert listed["h20"]["compute_capability"] == [9, 0]
+    assert listed["cpu"]["hbm_bytes_per_s"] is None
+
+
+def test_one_target_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "h200-sxm"]) == 0
+
+    said = capsys.readouterr().out
+    assert "4.80 TB/s" in said
+    assert "cuda, tensorrt (auto: cuda)" in said
