@@ -1,0 +1,137 @@
+"""Fused programs to a plan: names, numbers, and nothing else."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from lingc.capture import Sizes, input_types, state_types
+from lingc.context import Context
+from lingc.errors import StageError
+from lingc.graph import Fused, Value, target_name, tensor_type, where
+from lingc.plan import Arg, Plan, Program, Ref, Size, Step, TensorType, WeightSpec
+
+
+def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan:
+    """Make the plan of all phases.
+
+    Args:
+        programs: phase -> fused program.
+        context: Model, target and recipe; its phase is not read.
+        sizes: What the programs were captured with.
+    """
+    weights: dict[str, WeightSpec] = {}
+    for program in programs.values():
+        for name, node in program.weights.items():
+            weights[name] = node.meta["weight"]
+    activation = context.target.activations
+    has_draft = "draft" in programs
+    states = {}
+    for name, kind in state_types(context.config, sizes).items():
+        if name == f"latent_cache.{context.config.mtp_layer}" and not has_draft:
+            continue
+        wide = name.startswith("linear_state")
+        states[name] = kind if wide else TensorType(activation, kind.shape)
+    return Plan(
+        config=dict(context.config.raw),
+        precision=context.recipe.name,
+        target=context.target.name,
+        activation=activation,
+        page_size=sizes.page_size,
+        max_draft=sizes.max_draft,
+        states=states,
+        weights=dict(sorted(weights.items())),
+        programs={
+            phase: _Lowering(program).program(tuple(input_types(context.config, phase)))
+            for phase, program in programs.items()
+        },
+    )
+
+
+class _Lowering:
+    """Names the values of one program, and writes its steps."""
+
+    def __init__(self, program: Fused) -> None:
+        self.fused = program
+        self.names: dict[fx.Node, str] = {}
+        self.types: dict[str, TensorType] = {}
+        self.taken: dict[str, int] = {}
+
+    def program(self, inputs: tuple[str, ...]) -> Program:
+        for role in ("input", "state"):
+            for node in self.fused.placeholders(role):
+                self._call(node, node.meta["name"])
+        for name, node in self.fused.weights.items():
+            self._call(node, name)
+        steps = [step for node in self.fused.calls() if (step := self._step(node))]
+        results = [self._name(node) for node in self.fused.results()]
+        count = len(self.fused.outputs)
+        return Program(
+            inputs=inputs,
+            states=tuple(node.meta["name"] for node in self.fused.placeholders("state")),
+            outputs=dict(zip(self.fused.outputs, results[:count], strict=True)),
+            updates=dict(zip(self.fused.updates, results[count:], strict=True)),
+            weights=tuple(sorted(self.fused.weights)),
+            types=self.types,
+            steps=tuple(steps),
+        )
+
+    def _call(self, node: fx.Node, name: str) -> str:
+        self.names[node] = name
+        self.types[name] = tensor_type(node)
+        return name
+
+    def _name(self, node: Value) -> str:
+        if node not in self.names:
+            raise StageError(f"{where(node)} is read before it is made")
+        return self.names[node]
+
+    def _fresh(self, node: fx.Node, suffix: str = "") -> str:
+        """`layers.3.router`, then `layers.3.router.1`, and `.ids` behind for one of several."""
+        layer = node.meta["layer"]
+        op = target_name(node).removeprefix("lingc.").removeprefix("aten.").partition(".")[0]
+        stem = f"layers.{layer}.{op}" if layer >= 0 else op
+        seen = self.taken.get(stem, 0)
+        self.taken[stem] = seen + 1
+        return f"{stem}.{seen}{suffix}" if seen else f"{stem}{suffix}"
+
+    def _step(self, node: fx.Node) -> Step | None:
+        if node.target is operator.getitem:
+            return None
+        kind = node.meta["type"]
+        if isinstance(kind, TensorType):
+            outputs = (self._call(node, self._fresh(node)),)
+        else:
+            outputs = self._several(node, kind)
+        return Step(
+            op=target_name(node),
+            args=tuple(self._arg(value) for value in node.args),
+            outputs=outputs,
+            layer=node.meta["layer"],
+            source=node.meta["source"],
+        )
+
+    def _several(self, node: fx.Node, kinds: tuple[TensorType, ...]) -> tuple[str, ...]:
+        """Name every result, those that nobody reads too."""
+        stem = self._fresh(node)
+        returns: Any = node.target._schema.returns  # type: ignore[union-attr]
+        outputs = []
+        for i, (kind, value) in enumerate(zip(kinds, returns, strict=True)):
+            name = f"{stem}.{value.name or i}"
+            self.types[name] = kind
+            outputs.append(name)
+        for user in node.users:
+            self.names[user] = outputs[user.args[1]]  # type: ignore[index]
+        return tuple(outputs)
+
+    def _arg(self, value: Value) -> Arg:
+        if isinstance(value, fx.Node):
+            if isinstance(value.meta["type"], str):
+                return Size(value.meta["type"])
+            return Ref(self._name(value))
+        if isinstance(value, list | tuple):
+            return tuple(self._arg(item) for item in value)
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise StageError(f"argument {value!r} has no form in a plan")

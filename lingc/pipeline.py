@@ -1,0 +1,217 @@
+"""The one ordered list of passes, run over one phase.
+
+`run` compares how often each rule fired with how often the config says it must; a rule that fell
+short fails the build with the reason, unless it is waived by name.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from lingc import stages
+from lingc.context import Context
+from lingc.errors import FusionError
+from lingc.graph import Captured, Fused
+from lingc.passes import (
+    absorb_mla,
+    canonicalize_calls,
+    fuse_add_rms_norm,
+    fuse_embedding,
+    fuse_experts,
+    fuse_group_norm_gate,
+    fuse_lm_head,
+    fuse_mixer,
+    fuse_mla_attention,
+    fuse_mla_latent,
+    fuse_mla_query_rope,
+    fuse_qk_norm_rope,
+    fuse_quantize,
+    fuse_rms_norm,
+    fuse_rope_table,
+    fuse_router,
+    fuse_silu_mul,
+    merge_projections,
+    quantize_experts,
+    quantize_linears,
+)
+from lingc.rewrite import Outcome, Refusal, Rewrite, apply, sweep
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A named run of rules."""
+
+    name: str
+    rules: tuple[Rewrite, ...]
+
+
+PIPELINE = (
+    Stage("canonicalize", canonicalize_calls.RULES),
+    Stage(
+        "fuse",
+        (
+            fuse_rope_table.RULE,
+            fuse_embedding.RULE,
+            # Before the merge, while the attention's own linear can be told from the others.
+            fuse_mla_attention.RULE,
+            fuse_router.RULE,
+            fuse_experts.RULE,
+            merge_projections.RULE,
+            merge_projections.JOIN_RULE,
+            # The merge leaves slices of slices.
+            canonicalize_calls.NESTED,
+            fuse_silu_mul.RULE,
+            fuse_experts.SHARED_RULE,
+            fuse_qk_norm_rope.RULE,
+            fuse_group_norm_gate.RULE,
+            fuse_mla_query_rope.RULE,
+            fuse_mla_latent.RULE,
+            fuse_mla_latent.KV_RULE,
+            # After the shared expert's add is gone, so that a residual add is the only one left.
+            fuse_add_rms_norm.RULE,
+            fuse_rms_norm.RULE,
+            fuse_lm_head.RULE,
+            fuse_mixer.DECODE_RULE,
+            fuse_mixer.VERIFY_RULE,
+            absorb_mla.RULE,
+        ),
+    ),
+    Stage(
+        "quantize",
+        (
+            quantize_linears.RULE,
+            quantize_experts.RULE,
+            fuse_quantize.ADD_NORM_RULE,
+            fuse_quantize.NORM_RULE,
+            fuse_quantize.SWIGLU_RULE,
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One rule's line of the report.
+
+    Attributes:
+        expected: How often it must fire, or None where the config does not say.
+        found: How often it fired.
+        refused: Where it matched and did not fire, and why.
+        near_miss: The nearest place where it did not even match, with what stood in its way.
+        waived: Whether falling short was allowed by name.
+    """
+
+    phase: str
+    stage: str
+    name: str
+    expected: int | None
+    found: int
+    refused: tuple[Refusal, ...] = ()
+    near_miss: str = ""
+    waived: bool = False
+
+    @property
+    def missed(self) -> bool:
+        """Whether the rule fired another number of times than it must."""
+        return self.expected is not None and self.found != self.expected
+
+
+@dataclass(slots=True)
+class Report:
+    """What the pipeline did to every phase it ran over."""
+
+    lines: list[Line] = field(default_factory=list)
+
+
+Dump = Callable[[str, Captured], None]
+
+
+def run(
+    program: Captured,
+    context: Context,
+    report: Report,
+    *,
+    waive: Iterable[str] = (),
+    check: bool = False,
+    dump: Dump | None = None,
+) -> Fused:
+    """Rewrite a captured program, in place, to one that can be lowered.
+
+    Args:
+        program: Edited; the result is the same object.
+        context: Model, phase, target and recipe.
+        report: Gains a line for each rule.
+        waive: Rules that may fire less often than they must.
+        check: Check the stage's contract after every rule instead of after every stage.
+        dump: Called with a stage's name and the program after it.
+
+    Raises:
+        FusionError: A rule fired less or more often than the config says.
+        StageError: A stage's contract is violated.
+    """
+    waived = frozenset(waive)
+    stages.check(program, "captured")
+    if dump:
+        dump("captured", program)
+    for stage in PIPELINE:
+        for rule in stage.rules:
+            outcome = apply(program, rule, context)
+            line = _line(outcome, rule, stage.name, context, waived)
+            report.lines.append(line)
+            log.debug("%s %s: %d", context.phase, rule.name, outcome.found)
+            if check:
+                program.graph.lint()
+        sweep(program)
+        if stage.name == "fuse":
+            _fail_on_misses(report, context.phase)
+            stages.retype(program, context.target.activations)
+        if stage.name == "canonicalize":
+            stages.check(program, "canonical")
+        if dump:
+            dump(stage.name, program)
+    _fail_on_misses(report, context.phase)
+    stages.check(program, "fused")
+    return Fused(program)
+
+
+def _line(
+    outcome: Outcome, rule: Rewrite, stage: str, context: Context, waived: frozenset[str]
+) -> Line:
+    return Line(
+        phase=context.phase,
+        stage=stage,
+        name=rule.name,
+        expected=rule.expected(context),
+        found=outcome.found,
+        refused=tuple(outcome.refused),
+        near_miss=outcome.near_miss,
+        waived=rule.name in waived,
+    )
+
+
+def _fail_on_misses(report: Report, phase: str) -> None:
+    missed = [x for x in report.lines if x.phase == phase and x.missed and not x.waived]
+    if not missed:
+        return
+    listed = "".join(f"\n  - {sentence(line)}" for line in missed)
+    names = ",".join(dict.fromkeys(line.name for line in missed))
+    raise FusionError(
+        f"fusion missed in the {phase} phase:{listed}",
+        hint=f"waive it with `--waive {names}` to build a slower engine all the same",
+    )
+
+
+def sentence(line: Line) -> str:
+    """Why a rule fell short, in a sentence."""
+    text = f"{line.name}: expected {line.expected}, found {line.found}"
+    if line.refused:
+        first = line.refused[0]
+        return f"{text}; refused at {first.place}: {first.reason}"
+    return f"{text}; nearest: {line.near_miss}" if line.near_miss else text
+
+
+def names() -> tuple[str, ...]:
+    """Every rule's name, in order."""
+    return tuple(dict.fromkeys(rule.name for stage in PIPELINE for rule in stage.rules))

@@ -1,0 +1,44 @@
+"""The records of a quantized weight: codes and scales in place of values."""
+
+from dataclasses import replace
+
+from lingc.plan import Dim, TensorType, WeightSpec
+from lingc.quantize.formats import FP8_BLOCK, NIBBLES
+
+
+def _up(size: Dim, unit: int) -> int:
+    assert isinstance(size, int), "the shape of a weight is known"
+    return -(-size // unit)
+
+
+def fp8_specs(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec]:
+    """Codes and scales of a weight in 128x128 FP8 blocks.
+
+    Blocks of a stacked expert's matrices start anew with each source.
+    """
+    *stack, rows, columns = spec.type.shape
+    parts = len(spec.sources) if spec.experts else 1
+    assert isinstance(rows, int)
+    grid = (*stack, parts * _up(rows // parts, FP8_BLOCK), _up(columns, FP8_BLOCK))
+    codes = replace(
+        spec, type=TensorType("f8e4m3", spec.type.shape), format="fp8_block", part="codes"
+    )
+    scales = replace(
+        spec, name=f"{spec.name}_scale", type=TensorType("f32", grid), format="fp8_block",
+        part="scales",
+    )  # fmt: skip
+    return codes, scales
+
+
+def int4_specs(spec: WeightSpec, group: int) -> tuple[WeightSpec, WeightSpec]:
+    """Packed codes and scales of a weight in INT4 groups along its input axis."""
+    *stack, rows, columns = spec.type.shape
+    packed = replace(
+        spec, name=f"{spec.name}_packed", type=TensorType("i32", (*stack, rows, _up(columns, NIBBLES))),
+        format="int4_group", part="codes", group=group,
+    )  # fmt: skip
+    scales = replace(
+        spec, name=f"{spec.name}_scale", type=TensorType("bf16", (*stack, rows, _up(columns, group))),
+        format="int4_group", part="scales", group=group,
+    )  # fmt: skip
+    return packed, scales

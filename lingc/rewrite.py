@@ -1,0 +1,409 @@
+"""Match, check, replace, report: the only code that edits a program.
+
+A rule says what it looks for as a function of ATen calls (`pattern`), whether it may fire
+(`check`, which answers with a reason or None) and what it puts there (`replacement`). How often it
+must fire follows from the model's config (`expected`); `lingc.pipeline` compares.
+
+Patterns. Parameters bind to any value, the same name twice to the same value; a name that begins
+with an underscore binds to anything each time. Addition and multiplication match in either order.
+`either(x)` matches `x` itself or a cast of it. A pattern with several outputs returns a tuple.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from lingc.graph import Program, Value, full_args, target_name, tensor_type, type_of, where
+from lingc.op import OPS
+from lingc.plan import TensorType, WeightSpec
+
+aten = torch.ops.aten
+
+COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
+CASTS = {aten.to.dtype, aten._to_copy.default}
+
+NOT_MINE = "not mine"
+"""Answer of a check where the match belongs to another rule: neither fired nor refused."""
+
+Pattern = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class Match:
+    """Where a pattern was found.
+
+    Attributes:
+        bound: Pattern name -> node or literal.
+        nodes: The nodes of the pattern, inputs left out.
+        outputs: The nodes that the replacement stands in for, in the pattern's order.
+    """
+
+    bound: dict[str, Value]
+    nodes: dict[fx.Node, fx.Node]  # pattern node -> program node
+    outputs: tuple[fx.Node, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def type(self, name: str) -> TensorType:
+        """Type of the tensor bound to `name`."""
+        return tensor_type(self.bound[name])
+
+    def weight(self, name: str) -> WeightSpec:
+        """The weight bound to `name`."""
+        spec: WeightSpec = self.bound[name].meta["weight"]
+        return spec
+
+    def is_weight(self, name: str) -> bool:
+        """Whether `name` is bound to a weight."""
+        value = self.bound[name]
+        return isinstance(value, fx.Node) and value.meta.get("role") == "weight"
+
+
+class Builder:
+    """What a replacement may do: call ops and name weights."""
+
+    def __init__(self, program: Program, like: fx.Node) -> None:
+        self.program = program
+        self.like = like
+
+    def call(self, overload: Any, *args: Value, type: Any = None) -> fx.Node:  # noqa: A002
+        """Call an op; its type follows from the op's rule, or is given for an ATen op."""
+        node = self.program.graph.call_function(overload, args)
+        name = overload._schema.name.removeprefix("lingc::")
+        node.meta["type"] = OPS[name].types(*(type_of(a) for a in args)) if type is None else type
+        node.meta["layer"] = self.like.meta.get("layer", -1)
+        node.meta["source"] = self.like.meta.get("source", "")
+        return node
+
+    def once(self, overload: Any, *args: Value) -> fx.Node:
+        """A call that another match may have made already; then that one."""
+        for user in args[0].users:
+            if user.target is overload and tuple(user.args) == args:
+                return user
+        return self.call(overload, *args)
+
+    def items(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The results of a call with several."""
+        made = []
+        for i, item in enumerate(node.meta["type"]):
+            get = self.program.graph.call_function(operator.getitem, (node, i))
+            get.meta.update(node.meta, type=item)
+            made.append(get)
+        return tuple(made)
+
+    def slice(self, x: fx.Node, axis: int, start: int, end: int) -> fx.Node:
+        """`x[..., start:end, ...]` along one axis of known size."""
+        whole = tensor_type(x)
+        shape = (*whole.shape[:axis], end - start, *whole.shape[axis + 1 :])
+        kind = TensorType(whole.dtype, shape)
+        return self.call(aten.slice.Tensor, x, axis, start, end, type=kind)
+
+    def cat(self, first: fx.Node, second: fx.Node) -> fx.Node:
+        """Two matrices side by side, along axis 1 of known sizes."""
+        a, b = tensor_type(first), tensor_type(second)
+        assert isinstance(a.shape[1], int) and isinstance(b.shape[1], int)
+        kind = TensorType(a.dtype, (a.shape[0], a.shape[1] + b.shape[1]))
+        return self.call(aten.cat.default, [first, second], 1, type=kind)
+
+    def weight(self, spec: WeightSpec) -> fx.Node:
+        """The placeholder of a weight."""
+        return self.program.weight(spec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """One rewrite.
+
+    Attributes:
+        name: `<verb>_<object>`, also the file's name.
+        patterns: Spellings of what is looked for; the first that matches at a node counts.
+        check: `check(match, context)` -> a reason not to fire, `NOT_MINE`, or None.
+        replacement: `replacement(builder, match, context)` -> the new value of each output.
+        expected: `expected(context)` -> how often it must fire, or None where that does not
+            follow from the config (cleaning up).
+        shares: Whether inner nodes may have readers outside the match (they are then computed
+            twice, which is only right for views and casts).
+        repeat: Whether to go over the program again until nothing fires.
+    """
+
+    name: str
+    patterns: tuple[Pattern, ...]
+    check: Callable[[Match, Any], str | None]
+    replacement: Callable[[Builder, Match, Any], tuple[Value, ...]]
+    expected: Callable[[Any], int | None] = lambda _context: None
+    shares: bool = False
+    repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A place where a rule matched and did not fire."""
+
+    rule: str
+    reason: str
+    place: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What one rule did to one program."""
+
+    rule: str
+    found: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+    near_miss: str = ""
+
+
+def either(x: Any) -> Any:
+    """In a pattern: `x`, or a cast of it."""
+    return x.tracer.create_proxy("call_function", either, (x,), {})
+
+
+# ---------------------------------------------------------------------------------------- matching
+
+
+@lru_cache(maxsize=None)
+def _trace(pattern: Pattern) -> tuple[fx.Graph, tuple[fx.Node, ...]]:
+    """The pattern as a graph, and its outputs."""
+    tracer = fx.Tracer()
+    graph = tracer.trace(_as_module(pattern))
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    outputs = output.args[0]
+    if isinstance(outputs, fx.Node):
+        return graph, (outputs,)
+    assert isinstance(outputs, tuple)
+    return graph, outputs
+
+
+def _as_module(pattern: Pattern) -> torch.nn.Module | Callable[..., Any]:
+    assert all(
+        p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        for p in inspect.signature(pattern).parameters.values()
+    )
+    return pattern
+
+
+class _Matcher:
+    """One attempt at one place, with the near-miss it ended in."""
+
+    def __init__(self) -> None:
+        self.miss_depth = 0
+        self.miss = ""
+
+    def value(self, pattern: Value, value: Value, match: Match) -> Match | None:
+        """`match` extended so that `pattern` stands for `value`, or None."""
+        if isinstance(pattern, fx.Node):
+            return self._node(pattern, value, match)
+        if isinstance(pattern, list | tuple):
+            if not isinstance(value, list | tuple) or len(pattern) != len(value):
+                return None
+            return self._sequence(pattern, value, match)
+        return match if type(pattern) is type(value) and pattern == value else None
+
+    def _sequence(
+        self, patterns: Sequence[Value], values: Sequence[Value], match: Match
+    ) -> Match | None:
+        found: Match | None = match
+        for pattern, value in zip(patterns, values, strict=True):
+            if found is None:
+                return None
+            found = self.value(pattern, value, found)
+        return found
+
+    def _node(self, pattern: fx.Node, value: Value, match: Match) -> Match | None:
+        if pattern.op == "placeholder":
+            name = str(pattern.target)
+            if name.startswith("_"):
+                return match
+            if name in match.bound:
+                return match if _same(match.bound[name], value) else None
+            return Match({**match.bound, name: value}, match.nodes)
+        if pattern in match.nodes:
+            return match if match.nodes[pattern] is value else None
+        if pattern.target is either:
+            cast = isinstance(value, fx.Node) and value.target in CASTS
+            through = self.value(pattern.args[0], value.args[0], match) if cast else None
+            return through or self.value(pattern.args[0], value, match)
+        if not isinstance(value, fx.Node) or value.op != "call_function":
+            return None
+        if value.target != pattern.target:
+            if len(match.nodes) > self.miss_depth:
+                self.miss_depth = len(match.nodes)
+                self.miss = f"expected {target_name(pattern)}, found {where(value)}"
+            return None
+        extended = Match(match.bound, {**match.nodes, pattern: value})
+        wanted, given = full_args(pattern), full_args(value)
+        found = self._sequence(wanted, given, extended)
+        if found is None and pattern.target in COMMUTATIVE:
+            swapped = (given[1], given[0], *given[2:])
+            found = self._sequence(wanted, swapped, extended)
+        return found
+
+
+def _same(a: Value, b: Value) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return a is b
+    return type(a) is type(b) and bool(a == b)
+
+
+def _complete(
+    matcher: _Matcher, outputs: tuple[fx.Node, ...], match: Match, program: Program
+) -> Match | None:
+    """Extend a match of the last output to all of them."""
+    for wanted in outputs:
+        if wanted in match.nodes:
+            continue
+        taken = set(match.nodes.values())
+        around: set[fx.Node] = set()
+        for node in [*match.nodes.values(), *match.bound.values()]:
+            if isinstance(node, fx.Node) and node.meta.get("role") != "weight":
+                around.update(_downstream(node, depth=6))
+        for candidate in sorted(around - taken):
+            if candidate.target == wanted.target:
+                extended = matcher.value(wanted, candidate, match)
+                if extended is not None:
+                    match = extended
+                    break
+        else:
+            return None
+    match.outputs = tuple(match.nodes[node] for node in outputs)
+    return match
+
+
+def _downstream(node: fx.Node, *, depth: int) -> set[fx.Node]:
+    reached: set[fx.Node] = set()
+    frontier = [node]
+    for _ in range(depth):
+        frontier = [user for n in frontier for user in n.users if user not in reached]
+        reached.update(frontier)
+    return reached
+
+
+def find(rule: Rewrite, node: fx.Node, program: Program, outcome: Outcome) -> Match | None:
+    """The first spelling of `rule` that ends at `node`."""
+    for pattern in rule.patterns:
+        _, outputs = _trace(pattern)
+        if node.target != outputs[-1].target:
+            continue
+        matcher = _Matcher()
+        match = matcher.value(outputs[-1], node, Match({}, {}))
+        match = match and _complete(matcher, outputs, match, program)
+        if match is not None:
+            return match
+        if matcher.miss_depth > 0:
+            outcome.near_miss = matcher.miss
+    return None
+
+
+# --------------------------------------------------------------------------------------- replacing
+
+
+def apply(program: Program, rule: Rewrite, context: Any) -> Outcome:
+    """Apply one rule wherever it matches, in program order, and say what happened."""
+    outcome = Outcome(rule=rule.name)
+    while True:
+        fired = 0
+        for node in program.calls():
+            if node.graph is program.graph and not _erased(node):
+                fired += _try(program, rule, context, node, outcome)
+        outcome.found += fired
+        if not fired or not rule.repeat:
+            break
+    sweep(program)
+    return outcome
+
+
+def _erased(node: fx.Node) -> bool:
+    return bool(node._erased)
+
+
+def _try(program: Program, rule: Rewrite, context: Any, node: fx.Node, outcome: Outcome) -> int:
+    match = find(rule, node, program, outcome)
+    if match is None:
+        return 0
+    reason = rule.check(match, context) or _shared(rule, match)
+    if reason == NOT_MINE:
+        return 0
+    if reason is not None:
+        outcome.refused.append(Refusal(rule=rule.name, reason=reason, place=where(node)))
+        return 0
+    _replace(program, rule, context, match)
+    return 1
+
+
+def _shared(rule: Rewrite, match: Match) -> str | None:
+    """Why inner nodes forbid the match: somebody else reads them."""
+    if rule.shares:
+        return None
+    inner = set(match.nodes.values())
+    for node in inner - set(match.outputs):
+        outside = [user for user in node.users if user not in inner]
+        if outside:
+            return f"{target_name(node)} is also read by {where(outside[0])}"
+    return None
+
+
+def _replace(program: Program, rule: Rewrite, context: Any, match: Match) -> None:
+    inputs = [v for v in _flat(match.bound.values()) if isinstance(v, fx.Node)]
+    last_input = max((n for n in inputs if n.op != "placeholder"), default=None)
+    first_call = next(n for n in program.graph.nodes if n.op != "placeholder")
+    builder = Builder(program, match.outputs[-1])
+    before = set(program.graph.nodes)
+    with program.graph.inserting_before(last_input.next if last_input else first_call):
+        values = rule.replacement(builder, match, context)
+    assert len(values) == len(match.outputs), f"{rule.name}: one value for each output"
+    made = [n for n in program.graph.nodes if n not in before]
+    for old, new in zip(match.outputs, values, strict=True):
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
+    for node in sorted(match.nodes.values(), reverse=True):
+        if not node.users and not _erased(node):
+            program.graph.erase_node(node)
+    late = any(needed > node for node in made for needed in node.all_input_nodes)
+    if late or any(user < node for node in made for user in node.users):
+        _sort(program)
+
+
+def _flat(values: Any) -> list[Value]:
+    flat: list[Value] = []
+    for value in values:
+        flat.extend(_flat(value) if isinstance(value, list | tuple) else [value])
+    return flat
+
+
+def _sort(program: Program) -> None:
+    """Restore dependency order, moving as little as possible."""
+    done: set[fx.Node] = set()
+    for node in list(program.graph.nodes):
+        _place(node, done)
+
+
+def _place(node: fx.Node, done: set[fx.Node]) -> None:
+    if node in done:
+        return
+    done.add(node)
+    for needed in sorted(node.all_input_nodes):
+        if needed > node:
+            node.prepend(needed)
+            done.discard(needed)
+            _place(needed, done)
+
+
+def sweep(program: Program) -> int:
+    """Remove calls that nobody reads, and weights and constants likewise; return how many."""
+    removed = 0
+    for node in reversed(list(program.graph.nodes)):
+        role = node.meta.get("role") if node.op == "placeholder" else None
+        unread = node.op == "call_function" or role in ("weight", "constant")
+        if unread and not node.users:
+            if role == "weight":
+                del program.weights[node.meta["weight"].name]
+            program.graph.erase_node(node)
+            removed += 1
+    return removed

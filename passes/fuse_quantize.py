@@ -1,0 +1,154 @@
+"""Quantization of activations where they are made.
+
+    codes, scales = quantize_fp8(add_rms_norm(...)[0])    ->    add_rms_norm_fp8(...)
+    codes, scales = quantize_fp8(rms_norm(...))           ->    rms_norm_fp8(...)
+    codes, scales = quantize_fp8(silu_mul(...))           ->    silu_mul_fp8(...)
+
+Why: the separate quantization reads what was just written and costs a launch; fused, the row is
+still in registers.
+
+Costs nothing in precision: the value is rounded to the activations' dtype first, as when apart.
+"""
+
+import operator
+from typing import Any
+
+from lingc.context import Context
+from lingc.graph import Value
+from lingc.plugins import (
+    add_rms_norm,
+    add_rms_norm_fp8,
+    quantize_fp8,
+    rms_norm,
+    rms_norm_fp8,
+    silu_mul,
+    silu_mul_fp8,
+)
+from lingc.rewrite import Builder, Match, Rewrite
+
+
+def _quantized(x: Value) -> tuple[Value, Value]:
+    both = quantize_fp8.OP.overload(x)
+    return operator.getitem(both, 0), operator.getitem(both, 1)
+
+
+def _fires(_match: Match, _context: Any) -> None:
+    return None
+
+
+# --------------------------------------------------------------------------------- add and norm
+
+
+def add_norm(x: Value, residual: Value, weight: Value, eps: Value) -> Value:
+    call = add_rms_norm.OP.overload(x, residual, weight, eps)
+    y = operator.getitem(call, 0)
+    return operator.getitem(call, 1), y, *_quantized(y)
+
+
+def last_add_norm(x: Value, residual: Value, weight: Value, eps: Value) -> Value:
+    """Nobody reads the sum behind the last layer."""
+    y = operator.getitem(add_rms_norm.OP.overload(x, residual, weight, eps), 0)
+    return y, *_quantized(y)
+
+
+def replace_add_norm(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
+    names = ("x", "residual", "weight", "eps")
+    call = build.call(add_rms_norm_fp8.OP.overload, *(match[name] for name in names))
+    y, h, codes, scales = build.items(call)
+    return (h, y, codes, scales) if len(match.outputs) == 4 else (y, codes, scales)
+
+
+def expected_add_norm(context: Context) -> int:
+    """A layer's norms whose readers take FP8, but the first, which follows no add."""
+    if not context.dynamic_fp8:
+        return 0
+    attention = sum(_reads_fp8(context, layer) for layer in context.layers[1:])
+    feed = sum(_feeds_fp8(context, layer) for layer in context.layers)
+    every_row = context.phase in ("decode", "verify")
+    return attention + feed + (every_row and context.is_fp8("lm_head"))
+
+
+def _reads_fp8(context: Context, layer: int) -> bool:
+    """Whether a layer's attention quantizes its input."""
+    at, config = f"model.layers.{layer}.attention", context.config
+    if not config.is_mla(layer):
+        names = ["query_key_value", "g_proj"]
+    else:
+        names = ["kv_a_proj_with_mqa", "q_proj" if config.q_lora_rank is None else "q_a_proj"]
+    return any(context.is_fp8(f"{at}.{name}") for name in names)
+
+
+def _feeds_fp8(context: Context, layer: int) -> bool:
+    """Whether a layer's feed-forward half quantizes its input."""
+    mlp = f"model.layers.{layer}.mlp"
+    if context.config.is_dense(layer):
+        return context.is_fp8(f"{mlp}.gate_proj")
+    shared = layer in context.shared_layers and context.is_fp8(f"{mlp}.shared_experts.gate_proj")
+    return shared or context.is_fp8(f"{mlp}.experts.0.gate_proj")
+
+
+ADD_NORM_RULE = Rewrite(
+    name="fuse_add_rms_norm_quantize",
+    patterns=(add_norm, last_add_norm),
+    check=_fires,
+    replacement=replace_add_norm,
+    expected=expected_add_norm,
+)
+
+
+# ------------------------------------------------------------------------------------------ norm
+
+
+def norm(x: Value, weight: Value, eps: Value) -> Value:
+    y = rms_norm.OP.overload(x, weight, eps)
+    return y, *_quantized(y)
+
+
+def replace_norm(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
+    names = ("x", "weight", "eps")
+    return build.items(build.call(rms_norm_fp8.OP.overload, *(match[name] for name in names)))
+
+
+def expected_norm(context: Context) -> int:
+    """The first layer's input norm."""
+    return int(context.dynamic_fp8 and _reads_fp8(context, context.layers[0]))
+
+
+NORM_RULE = Rewrite(
+    name="fuse_rms_norm_quantize",
+    patterns=(norm,),
+    check=_fires,
+    replacement=replace_norm,
+    expected=expected_norm,
+)
+
+
+# ---------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(gate_up: Value) -> Value:
+    return _quantized(silu_mul.OP.overload(gate_up))
+
+
+def replace_swiglu(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
+    return build.items(build.call(silu_mul_fp8.OP.overload, match["gate_up"]))
+
+
+def expected_swiglu(context: Context) -> int:
+    """SwiGLUs whose down projection takes FP8."""
+    config = context.config
+    at = "model.layers.{}.mlp.{}down_proj"
+    modules = [
+        at.format(layer, "" if config.is_dense(layer) else "shared_experts.")
+        for layer in context.mlp_layers
+    ]
+    return sum(context.is_fp8(module) for module in modules) if context.dynamic_fp8 else 0
+
+
+SWIGLU_RULE = Rewrite(
+    name="fuse_silu_mul_quantize",
+    patterns=(swiglu,),
+    check=_fires,
+    replacement=replace_swiglu,
+    expected=expected_swiglu,
+)

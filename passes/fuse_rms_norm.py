@@ -1,0 +1,47 @@
+"""A norm that no add feeds: the first of a phase, and those of the MTP layer's inputs.
+
+    rms_norm(x, [D], weight, eps)    ->    rms_norm(x, weight, eps)
+
+Why: the weight stays in its storage format. Runs after every larger fusion that takes a norm.
+
+Costs nothing in precision.
+"""
+
+from typing import Any
+
+import torch
+
+from lingc.context import Context
+from lingc.graph import Value
+from lingc.plugins import rms_norm
+from lingc.rewrite import Builder, Match, Rewrite
+
+aten = torch.ops.aten
+
+
+def pattern(x: Value, dims: Value, weight: Value, eps: Value) -> Value:
+    return aten.rms_norm.default(x, dims, weight, eps)
+
+
+def check(match: Match, _context: Any) -> str | None:
+    if not match.is_weight("weight"):
+        return "the norm has no weight"
+    return None if len(match["dims"]) == 1 else "the norm runs over several axes"
+
+
+def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
+    return (build.call(rms_norm.OP.overload, match["x"], match["weight"], match["eps"]),)
+
+
+def expected(context: Context) -> int:
+    """The first layer's input norm; in the draft phase also those of its two inputs."""
+    return 3 if context.phase == "draft" else 1
+
+
+RULE = Rewrite(
+    name="fuse_rms_norm",
+    patterns=(pattern,),
+    check=check,
+    replacement=replacement,
+    expected=expected,
+)
