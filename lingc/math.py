@@ -266,6 +266,12 @@ def lightning_verify(
 # ----------------------------------------------------------------------- latent cache and experts
 
 
+def latent_rows(a: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Cache rows of latent | rope key, not rounded; `plugins/mla_latent.py` has the maths."""
+    width = weight.numel()
+    return torch.cat((rms(a[:, :width], weight, eps), rope_pairs(a[:, width:], cos, sin)), -1)
+
+
 def cached_rows(cache: Tensor, pages: Tensor, length: int, page_size: int) -> Tensor:
     """The first `length` rows [length, c + r] of a sequence with this row of the page table."""
     x = torch.arange(length, device=cache.device)

@@ -1,0 +1,120 @@
+"""Causal MLA over the paged cache, in the space of the latents: few queries, many cached rows.
+
+For a token t of sequence b, and every position x <= positions[t], with
+row(x) = page_table[b, x // page_size] * page_size + x % page_size:
+
+    c[x] | k_r[x] = cache[row(x)]
+    z[t, h] = q_n[t, h] @ w_k[h]
+    score[t, h, x] = scale * (z[t, h] . c[x] + q_r[t, h] . k_r[x])
+    y[t, h] = w_v[h] @ sum_x softmax_x(score[t, h, :])[x] c[x]
+
+which is `mla_attention` with kv_b moved to the query's and the output's side. The rows of the
+step's own tokens are in the cache already. Other rows are not read.
+
+Shapes: q [T, H, nope + r] after rope; cache [R, c + r]; page_table [B, P]; offsets [B + 1];
+positions [T]; w_k [H, nope, c]; w_v [H, V, c]; y [T, HV]. T, B, P, R symbolic.
+
+Rounding: everything in f32 (f64 for f64 q); y is rounded once to the dtype of q.
+
+Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2 and appendix C.
+"""
+# ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lingc.math import (
+    accumulator,
+    cached_rows,
+    causal_softmax,
+    elements,
+    number,
+    stored_bytes,
+    wide,
+)
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(
+    q: Tensor, cache: Tensor, page_table: Tensor, offsets: Tensor, positions: Tensor,
+    w_k: Tensor, w_v: Tensor, page_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    nope, latent = w_k.shape[1:]
+    dtype = accumulator(q)
+    z = torch.einsum("thn,hnc->thc", wide(q[..., :nope]), w_k.to(dtype))
+    query = torch.cat((z, wide(q[..., nope:])), -1)  # [T, H, c + r]
+    read = torch.zeros_like(z)
+    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
+        if first == last:
+            continue
+        at = positions[first:last]
+        rows = cached_rows(cache, page_table[b], int(at.max()) + 1, page_size).to(dtype)
+        scores = scale * torch.einsum("thk,xk->htx", query[first:last], rows)
+        shares = causal_softmax(scores, at)
+        read[first:last] = torch.einsum("htx,xc->thc", shares, rows[:, :latent])
+    y = torch.einsum("thc,hvc->thv", read, w_v.to(dtype))
+    return y.to(q.dtype).flatten(1)
+
+
+def types(
+    q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, w_k: TensorType, w_v: TensorType, page_size: int, scale: float,
+) -> TensorType:  # fmt: skip
+    return TensorType(q.dtype, (q.shape[0], number(w_v.shape[0]) * number(w_v.shape[1])))
+
+
+def cost(
+    q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, w_k: TensorType, w_v: TensorType, page_size: int, scale: float,
+) -> Cost:  # fmt: skip
+    # Every sequence fills its pages, and a token reads half of the step's own tokens.
+    y = types(q, cache, page_table, offsets, positions, w_k, w_v, page_size, scale)
+    (tokens, heads, _), (sequences, pages) = q.bind({}), page_table.bind({})
+    width, latent = number(cache.shape[1]), number(w_k.shape[2])
+    pairs = tokens * (pages * page_size - tokens / sequences / 2)
+    rows = TensorType(cache.dtype, (sequences * pages * page_size, width))
+    return Cost(
+        flops=2.0 * tokens * (elements(w_k) + elements(w_v))
+        + 2.0 * pairs * heads * (width + latent),
+        moved_bytes=stored_bytes(q, page_table, w_k, w_v, y, rows),
+    )
+
+
+def inputs(
+    lengths: tuple[int, ...], heads: int, nope: int, pairs: int, value: int, latent: int,
+    page_size: int, *, dtype: str, device: str,
+) -> tuple[Tensor | float, ...]:  # fmt: skip
+    some = Samples(dtype=dtype, device=device)
+    _, offsets, positions = some.sequences(lengths)
+    pages, rows = some.pages(lengths, page_size)
+    key = nope + 2 * pairs
+    return (
+        some.normal(sum(lengths), heads, key),
+        some.normal(rows, latent + 2 * pairs),
+        pages,
+        offsets,
+        positions,
+        some.weight(heads, nope, latent),
+        some.weight(heads, value, latent),
+        page_size,
+        key**-0.5,
+    )
+
+
+OP = define(
+    "mla_absorbed_attention(Tensor q, Tensor cache, Tensor page_table, Tensor offsets, "
+    "Tensor positions, Tensor w_k, Tensor w_v, int page_size, float scale) -> Tensor",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=(
+        ((1,), 1, 2, 1, 2, 4, 4),
+        ((1, 1, 1), 3, 10, 2, 6, 12, 4),
+        ((3, 0, 3), 2, 16, 4, 12, 20, 2),
+    ),
+)

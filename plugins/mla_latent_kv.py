@@ -1,0 +1,87 @@
+"""A row of MLA's cache, where queries have no latent of their own (`q_lora_rank` is null).
+
+    a[t] = latent | rope key,  of widths c and r
+    cache[rows[t]] = rms(latent; kv_weight) | rope_pairs(rope key)
+
+with rms and rope_pairs as in `mla_latent`. Row -1 is not written.
+
+Shapes: a [T, c + r]; kv_weight [c]; cos, sin [T, r / 2]; cache [R, c + r]; rows [T]. T and R
+symbolic.
+
+Rounding: in f32 (f64 for f64 a), rounded once to the cache's dtype.
+
+Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2-2.1.3.
+"""
+
+from torch import Tensor
+
+from lingc.math import elements, latent_rows, stored, stored_bytes
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(
+    a: Tensor,
+    kv_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    rows: Tensor,
+    eps: float,
+) -> Tensor:
+    return stored(cache, rows, latent_rows(a, kv_weight, cos, sin, eps))
+
+
+def types(
+    a: TensorType,
+    kv_weight: TensorType,
+    cos: TensorType,
+    sin: TensorType,
+    cache: TensorType,
+    rows: TensorType,
+    eps: float,
+) -> TensorType:
+    return cache
+
+
+def cost(
+    a: TensorType,
+    kv_weight: TensorType,
+    cos: TensorType,
+    sin: TensorType,
+    cache: TensorType,
+    rows: TensorType,
+    eps: float,
+) -> Cost:
+    written = TensorType(cache.dtype, (*rows.shape, *cache.shape[1:]))
+    return Cost(
+        flops=4.0 * elements(a), moved_bytes=stored_bytes(a, kv_weight, cos, sin, rows, written)
+    )
+
+
+def inputs(
+    tokens: int, latent: int, pairs: int, *, dtype: str, device: str
+) -> tuple[Tensor | float, ...]:
+    some = Samples(dtype=dtype, device=device)
+    cos, sin = some.rope(some.below(500, tokens), pairs)
+    return (
+        some.normal(tokens, latent + 2 * pairs),
+        some.norm_weight(latent),
+        cos,
+        sin,
+        some.normal(tokens + 3, latent + 2 * pairs),
+        some.ints([*range(tokens, 1, -1), -1]),
+        1e-6,
+    )
+
+
+OP = define(
+    "mla_latent_kv(Tensor a, Tensor kv_weight, Tensor cos, Tensor sin, Tensor cache, "
+    "Tensor rows, float eps) -> Tensor cache",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    cases=((1, 4, 1), (7, 10, 3), (3, 512, 32)),
+)
