@@ -1,0 +1,35 @@
+"""Run an engine: verify and load it, keep its state, turn prompts into tokens.
+
+Imports neither torch nor triton nor onnx: an engine kind's backend is imported when an engine of
+that kind is loaded.
+"""
+
+from lingc.runtime.backend import Backend, Limits
+from lingc.runtime.generate import Event, Generator, Run, Stats
+from lingc.runtime.sampling import Sampling
+from lingc.runtime.sequence import (
+    Acceptance,
+    Completion,
+    Finish,
+    Request,
+    Token,
+    TokenLogprob,
+)
+from lingc.runtime.tokenizer import Tokenizer
+
+__all__ = [
+    "Acceptance",
+    "Backend",
+    "Completion",
+    "Event",
+    "Finish",
+    "Generator",
+    "Limits",
+    "Request",
+    "Run",
+    "Sampling",
+    "Stats",
+    "Token",
+    "TokenLogprob",
+    "Tokenizer",
+]

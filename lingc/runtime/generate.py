@@ -1,0 +1,294 @@
+"""The generation loop: several requests at once over the slots of one backend.
+
+A step admits what has room, takes one chunk of prompts through prefill, and takes every sequence
+whose prompt is done one token further, or one speculative round. Sequences leave when they stop;
+requests without a slot wait in order and join between steps.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from lingc.errors import UsageError
+from lingc.runtime import sampling
+from lingc.runtime.backend import Array, Backend
+from lingc.runtime.sequence import Completion, Request, Token, check_prompt
+from lingc.runtime.sequence import Sequence as Running
+from lingc.runtime.slots import Piece, SlotTable
+from lingc.runtime.speculative import ForceReject, Speculator
+from lingc.runtime.steps import Steps
+from lingc.runtime.tokenizer import Tokenizer
+
+Event = Token | Completion
+
+
+@dataclass(slots=True, kw_only=True)
+class Stats:
+    """What a run did, and for how long.
+
+    Attributes:
+        prompt_tokens: Fed in prefill.
+        prefill_s: Time in prefill, the draft layer's part included.
+        decoded_tokens: Produced by decode steps or rounds, past ends included.
+        decode_s: Time in those.
+        steps: Decode steps or rounds.
+    """
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    decoded_tokens: int = 0
+    decode_s: float = 0.0
+    steps: int = 0
+
+
+class Generator:
+    """Continues prompts with one loaded engine.
+
+    Args:
+        tokenizer: Without one, completions have no text and stop strings are refused.
+        stop_ids: The checkpoint's end-of-turn tokens, for requests that name none.
+        prefill_tokens: Most tokens of a prefill step, over all its sequences.
+        drafts: Tokens drafted a round by the draft layer; 0 decodes plainly.
+        force_reject: For tests of the rollback.
+
+    Raises:
+        UsageError: The engine cannot make that many drafts.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        prefill_tokens: int = 512,
+        drafts: int = 0,
+        force_reject: ForceReject | None = None,
+    ) -> None:
+        if prefill_tokens < 1:
+            raise UsageError(f"prefill_tokens is {prefill_tokens}, at least 1 is needed")
+        plan = backend.plan
+        self.steps = Steps(backend, SlotTable(backend.limits, plan.page_size))
+        self.speculator = (
+            Speculator(self.steps, drafts=drafts, force_reject=force_reject) if drafts else None
+        )
+        self.tokenizer = tokenizer
+        self.stop_ids = stop_ids
+        self.prefill_tokens = prefill_tokens
+        self.drafts = drafts
+        self.vocab: int = plan.config["vocab_size"]
+        self._context: int | None = plan.config.get("max_position_embeddings")
+
+    @property
+    def longest(self) -> tuple[int, str]:
+        """Most tokens a sequence can be fed, and what sets it, for a message."""
+        capacity = self.steps.table.capacity
+        if self._context is not None and self._context < capacity:
+            return self._context, "the model was made for"
+        return capacity, "the cache holds"
+
+    def limit(self, request: Request) -> int:
+        """Length at which a request's sequence must end.
+
+        The last token is never fed, so it needs no room. A request that names no end gets its
+        share of the cache, or all of it where the prompt alone is longer than the share.
+        """
+        longest, _ = self.longest
+        prompt = len(request.tokens)
+        if request.max_tokens is not None:
+            return min(prompt + request.max_tokens, longest + 1)
+        table = self.steps.table
+        share = max(table.limits.pages // table.limits.slots, 1) * table.page_size
+        return min(share if prompt <= share else longest, longest) + 1
+
+    def start(self, requests: Sequence[Request]) -> "Run":
+        """Check the requests and set up a run; nothing is computed yet.
+
+        Raises:
+            PromptError: A prompt is empty, too long or out of range.
+            UsageError: A request has stop strings and there is no tokenizer.
+        """
+        longest, reason = self.longest
+        for index, request in enumerate(requests):
+            check_prompt(request, index=index, vocab=self.vocab, capacity=longest, reason=reason)
+            if request.stop and self.tokenizer is None:
+                raise UsageError(
+                    f"request {index} has stop strings, but the engine has no tokenizer",
+                    hint="stop by token id, or add tokenizer.json to the checkpoint and rebuild",
+                )
+        return Run(self, requests)
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Tokens as they come, and each request's completion when it ends."""
+        with self.start(requests) as run:
+            while not run.is_done:
+                yield from run.step()
+
+    def generate(
+        self, requests: Sequence[Request], *, on_token: Callable[[Token], None] | None = None
+    ) -> list[Completion]:
+        """All completions, in the order of the requests."""
+        found: dict[int, Completion] = {}
+        for event in self.stream(requests):
+            if isinstance(event, Completion):
+                found[event.request] = event
+            elif on_token is not None:
+                on_token(event)
+        return [found[index] for index in range(len(requests))]
+
+
+class Run:
+    """A set of requests under way. Close it, or use it as a context, to free their slots."""
+
+    def __init__(self, generator: Generator, requests: Sequence[Request]) -> None:
+        self._generator = generator
+        self._steps = generator.steps
+        self._waiting = deque(enumerate(requests))
+        self._running: list[Running] = []
+        self._start = time.perf_counter()
+        self.stats = Stats()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_done(self) -> bool:
+        return not (self._waiting or self._running)
+
+    def step(self) -> list[Event]:
+        """Take every sequence as far as one step takes it."""
+        self._admit()
+        events = self._prefill()
+        ready = [s for s in self._running if not s.is_prefilling and s.finish is None]
+        if ready:
+            started = time.perf_counter()
+            speculator = self._generator.speculator
+            events += self._decode(ready) if speculator is None else self._round(speculator, ready)
+            self.stats.decode_s += time.perf_counter() - started
+            self.stats.steps += 1
+        return [*events, *self._leave()]
+
+    def interrupt(self) -> list[Completion]:
+        """End every request now, and say how far those with a slot came."""
+        partial = [s.complete(total_s=self._elapsed()) for s in self._running]
+        self.close()
+        return partial
+
+    def close(self) -> None:
+        """Give up what is unfinished."""
+        for s in self._running:
+            self._steps.table.release(s.lease)
+        self._running.clear()
+        self._waiting.clear()
+
+    def _admit(self) -> None:
+        table = self._steps.table
+        while self._waiting:
+            index, request = self._waiting[0]
+            limit = self._generator.limit(request)
+            if self._running and not table.has_room(limit - 1):
+                return
+            lease = table.admit(limit - 1)
+            self._waiting.popleft()
+            tokenizer = self._generator.tokenizer
+            own = request.stop_ids
+            self._running.append(
+                Running(
+                    index=index,
+                    request=request,
+                    lease=lease,
+                    limit=limit,
+                    text=None if tokenizer is None else tokenizer.stream(),
+                    stop_ids=self._generator.stop_ids if own is None else own,
+                    histogram=[0] * (self._generator.drafts + 1),
+                )
+            )
+
+    def _prefill(self) -> list[Event]:
+        """One chunk of prompts, in the order in which they came."""
+        started = time.perf_counter()
+        room = self._generator.prefill_tokens
+        chunk: list[Running] = []
+        pieces: list[Piece] = []
+        for s in self._running:
+            if s.is_prefilling and room:
+                tokens = s.request.tokens[s.fed : s.fed + room]
+                chunk.append(s)
+                pieces.append(Piece(lease=s.lease, position=s.fed, tokens=tokens))
+                room -= len(tokens)
+        if not chunk:
+            return []
+        logits, hidden = self._steps.prefill(pieces)
+        events: list[Event] = []
+        states: list[Array] = []
+        first = 0
+        for s, piece, row in zip(chunk, pieces, logits, strict=True):
+            count = len(piece.tokens)
+            s.fed += count
+            states.append(hidden[first : first + count])
+            first += count
+            if not s.is_prefilling:
+                events.append(self._choose(s, row))
+        self._feed(chunk, states)
+        self.stats.prompt_tokens += first
+        self.stats.prefill_s += time.perf_counter() - started
+        return events
+
+    def _decode(self, ready: list[Running]) -> list[Event]:
+        pieces = [Piece(lease=s.lease, position=s.fed, tokens=s.tokens[s.fed :]) for s in ready]
+        # Nothing is ever pending here: a run either decodes or verifies.
+        logits = self._steps.decode(pieces, [0] * len(ready))
+        events: list[Event] = []
+        for s, row in zip(ready, logits, strict=True):
+            s.fed += 1
+            events.append(self._choose(s, row))
+        self.stats.decoded_tokens += len(ready)
+        return events
+
+    def _round(self, speculator: Speculator, ready: list[Running]) -> list[Event]:
+        events: list[Event] = []
+        verified = speculator.run(ready)
+        for s, result in zip(ready, verified, strict=True):
+            for token, row in zip(result.tokens, result.logits, strict=True):
+                events.append(s.emit(token, row))
+                if s.finish is not None:
+                    break
+            self.stats.decoded_tokens += len(result.tokens)
+        self._feed(ready, [result.hidden for result in verified])
+        return events
+
+    def _feed(self, sequences: list[Running], hidden: list[Array]) -> None:
+        speculator = self._generator.speculator
+        if speculator is None:
+            return
+        pairs = zip(sequences, hidden, strict=True)
+        alive = [(s, rows) for s, rows in pairs if s.finish is None]
+        if alive:
+            speculator.feed([s for s, _ in alive], [rows for _, rows in alive])
+
+    def _choose(self, s: Running, logits: sampling.Row) -> Token:
+        token = sampling.choose(logits, s.request.sampling, request=s.index, position=len(s.tokens))
+        if s.first_token_s is None:
+            s.first_token_s = self._elapsed()
+        return s.emit(token, logits)
+
+    def _leave(self) -> list[Event]:
+        done = [s for s in self._running if s.finish is not None]
+        self._running = [s for s in self._running if s.finish is None]
+        for s in done:
+            self._steps.table.release(s.lease)
+        return [s.complete(total_s=self._elapsed()) for s in done]
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._start
