@@ -55,7 +55,7 @@ $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
 # The first interpreter that starts, is new enough and can make environments. Version managers put
 # names on the path that do not start, so each is tried.
 $(VENV)/.made:
-	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3; do \
+	@for python in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3); do \
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	      2>/dev/null; then \
 	    echo "making $(VENV) with $$($$python --version) ($$(command -v $$python))"; \
@@ -63,6 +63,6 @@ $(VENV)/.made:
 	    exit 1; \
 	  fi; \
 	done; \
-	echo "lingc needs Python 3.11 or newer with its venv module; none was found." >&2; \
-	echo "On Debian and Ubuntu: apt install python3-venv. Another place: make PYTHON=/path" >&2; \
+	echo "lingc needs Python 3.11 or newer with its venv module; found none$(if $(PYTHON), in $(PYTHON))." >&2; \
+	echo "Debian, Ubuntu: apt install python3-venv; elsewhere: make PYTHON=/path/to/python3" >&2; \
 	exit 1
