@@ -45,14 +45,22 @@ def test_every_directory_of_modules_is_a_package() -> None:
     assert {str(folder.relative_to(ROOT)) for folder in bare} == set()
 
 
-def test_every_data_file_is_of_a_listed_kind() -> None:
-    listed = {Path(pattern).suffix for pattern in SETUPTOOLS["package-data"]["*"]} - {""}
-    listed |= {".py", ".typed"}
+def test_every_data_file_is_listed() -> None:
     files = [*(ROOT / "lingc").rglob("*")]
-    files += [file for room in ROOMS for file in (ROOT / room).rglob("*")]
-    suffixes = {file.suffix for file in files if file.is_file() and "__pycache__" not in file.parts}
+    files += [file for room in ROOMS for file in (ROOT / "lingc" / room).rglob("*")]
+    data = {
+        file.relative_to(ROOT).as_posix()
+        for file in files
+        if file.is_file() and file.suffix != ".py" and "__pycache__" not in file.parts
+    }
+    listed = {
+        found.relative_to(ROOT).as_posix()
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for found in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
 
-    assert suffixes - listed == {""} & suffixes
+    assert data == listed
 
 
 @pytest.mark.parametrize("room", ROOMS)
