@@ -92,7 +92,8 @@ class ModelConfig:
         for name in NUMBERS:
             taken[name] = float(taken[name])
         taken["rope_scaling"] = yarn(values)
-        taken.setdefault("moe_shared_expert_intermediate_size", 0)
+        if taken["num_shared_experts"] == 0:
+            taken["moe_shared_expert_intermediate_size"] = 0
         if isinstance(taken.get("eos_token_id"), list):
             taken["eos_token_id"] = tuple(taken["eos_token_id"])
         taken["quantization"] = values.get("quantization_config")

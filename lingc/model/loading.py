@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lingc.checkpoint import Checkpoint, open_checkpoint, validate
+from lingc.checkpoint import Source, open_checkpoint, validate
 from lingc.model.config import ModelConfig
 from lingc.model.model import LingModel
 
@@ -22,19 +22,17 @@ def load(checkpoint_dir: str | Path, dtype: torch.dtype = torch.float32) -> Ling
     """
     checkpoint = open_checkpoint(Path(checkpoint_dir))
     validate(checkpoint)
-    return from_checkpoint(checkpoint, dtype)
+    return from_source(checkpoint, dtype)
 
 
-def from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> LingModel:
-    """Build the model of an open and validated checkpoint, for inference only."""
-    prefix = f"model.layers.{checkpoint.config.mtp_layer}."
+def from_source(source: Source, dtype: torch.dtype = torch.float32) -> LingModel:
+    """Build the model of any source of weights that is known to be sound, for inference only."""
     with torch.device("meta"):
-        with_mtp = any(name.startswith(prefix) for name in checkpoint.names())
-        module = LingModel(checkpoint.config, with_mtp=with_mtp)
+        module = LingModel(source.config, with_mtp=source.has_mtp)
     for name, parameter in tuple(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         exact = leaf == "expert_bias" and dtype != torch.float64
-        value = _read(checkpoint, name, parameter.shape, torch.float32 if exact else dtype)
+        value = _read(source, name, parameter.shape, torch.float32 if exact else dtype)
         module.get_submodule(owner).register_parameter(
             leaf, nn.Parameter(value, requires_grad=False)
         )
@@ -55,11 +53,11 @@ def checkpoint_names(name: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(f"{stem}.mlp.experts.{e}.{matrix}.weight" for e in range(config.num_experts))
 
 
-def _read(checkpoint: Checkpoint, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    names = checkpoint_names(name, checkpoint.config)
+def _read(source: Source, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    names = checkpoint_names(name, source.config)
     value = torch.empty(shape, dtype=dtype)
     stacked = value if len(shape) == 3 else value.unsqueeze(0)
     # Copying widens or rounds matrix by matrix, so one FP32 matrix is held besides the result.
-    for slot, source in zip(stacked, names, strict=True):
-        slot.copy_(torch.from_numpy(checkpoint.dense(source)))
+    for slot, matrix in zip(stacked, names, strict=True):
+        slot.copy_(torch.from_numpy(source.dense(matrix)))
     return value

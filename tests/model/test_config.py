@@ -105,7 +105,7 @@ def test_reading_a_config_imports_no_torch() -> None:
 
 
 def problems(values: "Values") -> list[str]:
-    with pytest.raises(ConfigError, match="has \\d+ problem") as caught:
+    with pytest.raises(ConfigError, match=r"has \d+ problem") as caught:
         ModelConfig.from_dict(values)
     return caught.value.problem.split("\n  - ")[1:]
 
@@ -196,7 +196,7 @@ def test_a_file_that_is_not_a_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config.json' cannot be read: No such file"):
         ModelConfig.from_file(tmp_path)
     (tmp_path / "config.json").write_text('{"hidden_size": 3,\n oops}', encoding="utf-8")
-    with pytest.raises(ConfigError, match="is not JSON: .* line 2"):
+    with pytest.raises(ConfigError, match=r"is not JSON: .* line 2"):
         ModelConfig.from_file(tmp_path)
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(ConfigError, match="holds a list, not an object"):

@@ -54,6 +54,23 @@ def test_logits_of_every_prompt_agree(golden: "Golden", name: str) -> None:
 @BOTH
 def test_greedy_continuations_are_the_same_tokens(golden: "Golden") -> None:
     for prompt, wanted in golden.greedy().items():
+        # One pass suffices: if each row's choice is the next golden token, so is greedy decoding's.
+        ids = torch.cat((golden.prompts[prompt], torch.tensor([wanted[:-1]])), dim=1)
+
+        assert golden.model(ids)[0, -len(wanted) :].argmax(-1).tolist() == wanted, prompt
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("odd", "b2-1"), ("tiny", "p04")])
+def test_cached_decoding_continues_with_the_same_tokens(golden: "Golden", prompt: str) -> None:
+    wanted = golden.greedy()[prompt]
+
+    assert greedy(golden.model, golden.prompts[prompt], len(wanted)) == wanted
+
+
+@pytest.mark.long
+@BOTH
+def test_cached_decoding_continues_every_prompt_with_the_same_tokens(golden: "Golden") -> None:
+    for prompt, wanted in golden.greedy().items():
         assert greedy(golden.model, golden.prompts[prompt], len(wanted)) == wanted, prompt
 
 
