@@ -41,6 +41,21 @@ def staged_directory(target: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     target = target.absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise _taken(target)
+    with scratch_directory(target, needed_bytes=needed_bytes) as staging:
+        yield staging
+        sync(staging)
+        _rename(staging, target)
+        sync(target.parent)
+
+
+@contextmanager
+def scratch_directory(target: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
+    """Give a fresh hidden sibling of `target`, removed with what is left in it.
+
+    Raises:
+        ResourceError: The disk is full, read-only or forbidden.
+    """
+    target = target.absolute()
     with disk_trouble(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
@@ -48,9 +63,6 @@ def staged_directory(target: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         staging, lock = _create(target)
         try:
             yield staging
-            sync(staging)
-            _rename(staging, target)
-            sync(target.parent)
         finally:
             os.close(lock)
             with suppress(FileNotFoundError):

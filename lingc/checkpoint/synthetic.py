@@ -9,6 +9,7 @@ Statistics keep activations sane: matrices have std fan_in^-0.5, the embedding 1
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -32,6 +33,8 @@ from lingc.quantize.formats import (
     widen_bf16,
 )
 from lingc.quantize.recipes import PLAIN, Format, load_recipe
+
+_RUN = 1 << 16  # values made at a time; what they are made of stays in a core's cache
 
 
 class SyntheticCheckpoint:
@@ -124,10 +127,14 @@ class SyntheticCheckpoint:
         shape = self.shape(name)
         mean, std = _statistics(name, shape)
         key = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        count = int(np.prod(shape))
-        raw = np.random.SFC64(np.frombuffer(key, "<u4")).random_raw(-(-count // 4))
         table = round_bf16(_quantiles() * np.float32(std) + np.float32(mean))
-        values: U16 = table.take(raw.astype("<u8").view("<u2")[:count])
+        stream = np.random.SFC64(np.frombuffer(key, "<u4"))
+        values = np.empty(math.prod(shape), np.uint16)
+        for start in range(0, values.size, _RUN):
+            run = values[start : start + _RUN]
+            raw = stream.random_raw(-(-run.size // 4)).view(np.uint16)
+            # Every uint16 is an index; without a mode, `take` would make a copy to be safe.
+            np.take(table, raw[: run.size], out=run, mode="clip")
         return values.reshape(shape)
 
 

@@ -40,6 +40,12 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }  # fmt: skip
 """Tag in the file -> what NumPy holds it as. BF16 and FP8 are held as bits."""
 
+TAGS: Mapping[str, str] = {
+    "f64": "F64", "f32": "F32", "bf16": "BF16", "f8e4m3": "F8_E4M3",
+    "i64": "I64", "i32": "I32", "u8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""Element type in a plan -> tag."""
+
 _MAX_RANK = 16
 _KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -253,11 +259,15 @@ class TensorWriter:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()
 
 
 def _place(
