@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -69,6 +70,13 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Golden:
     with tarfile.open(GOLDEN / "odd" / "checkpoint.tar.xz") as packed:
         packed.extractall(folder, filter="data")
     return Golden(GOLDEN / "odd", folder / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def eval_windows() -> list[Tensor]:
+    """The evaluation text as the perplexity rule cuts it."""
+    raw = np.fromfile(GOLDEN / "ling-tiny" / "eval_ids.u16", dtype="<u2").astype(np.int64)
+    return list(torch.from_numpy(raw).unsqueeze(0).split(1024, dim=1))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -143,15 +142,6 @@ def expanded(model: LingModel, layer: int, cache: Tensor) -> tuple[Tensor, Tenso
     # It moves even entries before odd ones and then rotates halves.
     k_rope = torch.cat((cache[:, rank::2], cache[:, rank + 1 :: 2]), dim=-1)
     return torch.cat((k_nope, k_rope.expand(heads, -1, rope)), dim=-1), v
-
-
-WINDOW = 1024
-
-
-@pytest.fixture(scope="session")
-def eval_windows(tiny: "Golden") -> list[Tensor]:
-    raw = np.fromfile(tiny.folder / "eval_ids.u16", dtype="<u2").astype(np.int64)
-    return list(torch.from_numpy(raw).unsqueeze(0).split(WINDOW, dim=1))
 
 
 def window_nll(model: LingModel, window: Tensor) -> float:
