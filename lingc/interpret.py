@@ -16,6 +16,7 @@ from lingc.errors import StageError
 from lingc.op import OPS, TORCH_DTYPE
 from lingc.plan import Arg, Plan, Program, Ref, Size, Step, TensorType, refs
 from lingc.plugins import table as _table
+from lingc.quantize.layouts import restore
 from lingc.runtime.backend import Limits
 
 assert _table.OPS is OPS  # the table is filled by its import
@@ -29,7 +30,8 @@ class InterpreterBackend:
 
     Args:
         plan: What to run.
-        weights: Weight name -> array as stored (bf16 as uint16, E4M3 as uint8).
+        weights: Weight name -> array as stored (bf16 as uint16, E4M3 as uint8), in the plan's
+            layouts.
         limits: How many slots and pages of state to hold.
         device: Where to compute.
     """
@@ -41,7 +43,7 @@ class InterpreterBackend:
         self.limits = limits
         self.device = torch.device(device)
         self.weights = {
-            name: stored_tensor(weights[name], spec.type).to(self.device)
+            name: stored_tensor(restore(spec.layout, weights[name]), spec.type).to(self.device)
             for name, spec in plan.weights.items()
         }
         dims = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}

@@ -98,6 +98,8 @@ class WeightSpec:
         split: For `take`: (H, nope, V).
         layer: Absolute layer index, for `decay`; -1 otherwise.
         shard_axis: Axis that tensor parallelism splits, or None where every rank holds all of it.
+        layout: Order of the rows in the engine's weights, as its kernels want them: a name of
+            `lingc.quantize.layouts`. Type and shape stay those of the plan.
     """
 
     name: str
@@ -111,6 +113,7 @@ class WeightSpec:
     split: tuple[int, ...] = ()
     layer: int = -1
     shard_axis: int | None = None
+    layout: str = "plain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,10 +91,13 @@ class Builder:
 
     def items(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The results of a call with several."""
+        known = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         made = []
         for i, item in enumerate(node.meta["type"]):
-            get = self.program.graph.call_function(operator.getitem, (node, i))
-            get.meta.update(node.meta, type=item)
+            get = known.get(i)
+            if get is None:
+                get = self.program.graph.call_function(operator.getitem, (node, i))
+                get.meta.update(node.meta, type=item)
             made.append(get)
         return tuple(made)
 

@@ -33,6 +33,7 @@ from lingc.checkpoint.tensorfile import (
 from lingc.errors import CheckpointError, InputError, IntegrityError
 from lingc.model.config import ModelConfig
 from lingc.plan import WeightSpec
+from lingc.quantize.layouts import arrange
 from lingc.quantize.formats import (
     FP8_BLOCK,
     Weight,
@@ -44,6 +45,7 @@ from lingc.quantize.formats import (
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
+Pack = Callable[[WeightSpec, Array], Array]
 
 SHARD_BYTES = 2 << 30
 
@@ -202,10 +204,11 @@ def write_weights(
     progress: Progress | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    pack: Pack | None = None,
 ) -> list[Path]:
     """Write weights to safetensors files named by their SHA-256.
 
-    The same weights give the same files. A file appears under its name when all of them are whole;
+    The same weights, in the same layouts, give the same files. A file appears under its name when all of them are whole;
     at no time is more than one matrix, or one expert's, held in memory.
 
     Args:
@@ -213,6 +216,8 @@ def write_weights(
         out_dir: Made if it is not there; what it holds already is left alone.
         progress: Told after each matrix.
         shard_bytes: How large a file gets, unless one weight is larger.
+        pack: Puts values in an engine's own order, type and shape kept; given the weight and its
+            values, one expert's at a time where experts are stacked.
 
     Returns:
         The files, in the order of the weights' names.
@@ -238,7 +243,9 @@ def write_weights(
         try:
             written_bytes = 0
             for matrix in _matrices(ordered):
-                _write_matrix(matrix, checkpoint, config, by_name)
+                for expert, parts in enumerate(_pieces(matrix[0], checkpoint, config)):
+                    for spec in matrix:
+                        _write_part(by_name[spec.name], spec, parts[spec.part], expert, pack)
                 written_bytes += sum(_spec_bytes(spec) for spec in matrix)
                 if progress is not None:
                     progress(written_bytes, total_bytes)
@@ -281,17 +288,14 @@ def _matrices(specs: Sequence[WeightSpec]) -> list[list[WeightSpec]]:
     return list(matrices.values())
 
 
-def _write_matrix(
-    specs: Sequence[WeightSpec],
-    checkpoint: Source,
-    config: ModelConfig,
-    writers: Mapping[str, TensorWriter],
+def _write_part(
+    writer: TensorWriter, spec: WeightSpec, values: Array, expert: int, pack: Pack | None
 ) -> None:
-    for expert, parts in enumerate(_pieces(specs[0], checkpoint, config)):
-        for spec in specs:
-            shape = spec.type.shape[1:] if spec.experts else spec.type.shape
-            values = _checked(spec, parts[spec.part], shape)
-            writers[spec.name].write(spec.name, values, at_bytes=expert * values.nbytes)
+    shape = spec.type.shape[1:] if spec.experts else spec.type.shape
+    values = _checked(spec, values, shape)
+    if pack is not None:
+        values = pack(spec, values)
+    writer.write(spec.name, values, at_bytes=expert * values.nbytes)
 
 
 def _publish(paths: Sequence[Path], out_dir: Path) -> list[Path]:

@@ -21,8 +21,9 @@ def fp8_specs(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec]:
     assert isinstance(rows, int)
     grid = (*stack, parts * _up(rows // parts, FP8_BLOCK), _up(columns, FP8_BLOCK))
     codes = replace(
-        spec, type=TensorType("f8e4m3", spec.type.shape), format="fp8_block", part="codes"
-    )
+        spec, name=f"{spec.name}_codes", type=TensorType("f8e4m3", spec.type.shape),
+        format="fp8_block", part="codes",
+    )  # fmt: skip
     scales = replace(
         spec, name=f"{spec.name}_scale", type=TensorType("f32", grid), format="fp8_block",
         part="scales",
