@@ -65,7 +65,7 @@ def inputs(
     experts: int,
     inner: int,
     width: int,
-    with_base: bool,  # noqa: FBT001
+    shared: int,
     *,
     dtype: str,
     device: str,
@@ -76,7 +76,7 @@ def inputs(
         *some.experts(tokens, top_k, experts),
         some.weight(experts, 2 * inner, width),
         some.weight(experts, width, inner),
-        some.normal(tokens, width) if with_base else None,
+        some.normal(tokens, width) if shared else None,
     )
 
 
@@ -87,5 +87,5 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
-    cases=((1, 1, 2, 4, 8, False), (7, 3, 5, 10, 12, True), (20, 2, 3, 16, 32, True)),
+    cases=((1, 1, 2, 4, 8, 0), (7, 3, 5, 10, 12, 1), (20, 2, 3, 16, 32, 1)),
 )

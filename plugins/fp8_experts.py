@@ -115,8 +115,7 @@ def cost_weight(
 
 
 def inputs(
-    tokens: int, top_k: int, experts: int, inner: int, width: int,
-    with_base: bool,  # noqa: FBT001
+    tokens: int, top_k: int, experts: int, inner: int, width: int, shared: int,
     *, dtype: str, device: str,
 ) -> tuple[Tensor | str | None, ...]:  # fmt: skip
     some = Samples(dtype=dtype, device=device)
@@ -125,14 +124,13 @@ def inputs(
         *some.experts(tokens, top_k, experts),
         *some.fp8_weight(experts, 2 * inner, width, halves=2),
         *some.fp8_weight(experts, width, inner),
-        some.normal(tokens, width) if with_base else None,
+        some.normal(tokens, width) if shared else None,
         dtype,
     )
 
 
 def inputs_weight(
-    tokens: int, top_k: int, experts: int, inner: int, width: int,
-    with_base: bool,  # noqa: FBT001
+    tokens: int, top_k: int, experts: int, inner: int, width: int, shared: int,
     *, dtype: str, device: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     some = Samples(dtype=dtype, device=device)
@@ -141,11 +139,11 @@ def inputs_weight(
         *some.experts(tokens, top_k, experts),
         *some.fp8_weight(experts, 2 * inner, width, halves=2),
         *some.fp8_weight(experts, width, inner),
-        some.normal(tokens, width) if with_base else None,
+        some.normal(tokens, width) if shared else None,
     )
 
 
-CASES = ((1, 1, 2, 4, 8, False), (7, 3, 5, 130, 140, True), (20, 2, 3, 128, 256, True))
+CASES = ((1, 1, 2, 4, 8, 0), (7, 3, 5, 130, 140, 1), (20, 2, 3, 128, 256, 1))
 
 OP = define(
     "fp8_experts(Tensor codes, Tensor scales, Tensor ids, Tensor weights, Tensor gate_up, "

@@ -67,8 +67,7 @@ def cost(
 
 
 def inputs(
-    tokens: int, top_k: int, experts: int, inner: int, width: int, group: int,
-    with_base: bool,  # noqa: FBT001
+    tokens: int, top_k: int, experts: int, inner: int, width: int, group: int, shared: int,
     *, dtype: str, device: str,
 ) -> tuple[Tensor | int | None, ...]:  # fmt: skip
     some = Samples(dtype=dtype, device=device)
@@ -77,7 +76,7 @@ def inputs(
         *some.experts(tokens, top_k, experts),
         *some.int4_weight(experts, 2 * inner, width, group=group),
         *some.int4_weight(experts, width, inner, group=group),
-        some.normal(tokens, width) if with_base else None,
+        some.normal(tokens, width) if shared else None,
         group,
     )
 
@@ -90,8 +89,8 @@ OP = define(
     cost=cost,
     inputs=inputs,
     cases=(
-        (1, 1, 2, 4, 8, 4, False),
-        (7, 3, 5, 20, 36, 32, True),
-        (20, 2, 3, 64, 128, 32, True),
+        (1, 1, 2, 4, 8, 4, 0),
+        (7, 3, 5, 20, 36, 32, 1),
+        (20, 2, 3, 64, 128, 32, 1),
     ),
 )
