@@ -1,0 +1,291 @@
+"""A directory that appears under its name whole, or not at all.
+
+It is filled in `.<name>.tmp-<pid>-<random>/content` beside its final place and renamed when it is
+complete and on disk. `.../lock` is held by the process that fills it: whoever can take the lock
+knows that process is gone, and may remove the directory. A pid would not do, as in a container
+each build tends to have the same one.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lingc.engine import tree
+from lingc.errors import IntegrityError, ResourceError, UsageError
+
+_LOG = logging.getLogger(__name__)
+
+FILE_MODE = 0o644
+DIRECTORY_MODE = 0o755
+
+_HINTS = {
+    errno.ENOSPC: "free space on that file system, or choose an output on another",
+    errno.EDQUOT: "free some of your quota there, or choose an output elsewhere",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "choose an output in a directory that you may write to",
+    errno.EPERM: "choose an output in a directory that you may write to",
+    errno.EROFS: "choose an output on a file system that is not read-only",
+    errno.ENOTDIR: "a part of that path is a file; choose another output",
+    errno.EEXIST: "a part of that path is a file; choose another output",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+# renameat2, flags of <linux/fs.h>: never replace; swap the two names.
+_NOREPLACE, _EXCHANGE = 1, 2
+_AT_FDCWD = -100
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+class Staging:
+    """Fills `content` and publishes it as `final`.
+
+    Args:
+        final: Where the directory shall be.
+        replaceable: Says of a directory at `final` whether it may be replaced; None where nothing
+            may be.
+
+    Raises:
+        UsageError: There is something at `final` that may not be replaced.
+        ResourceError: The place cannot be written to.
+    """
+
+    def __init__(self, final: Path, *, replaceable: Callable[[Path], bool] | None = None) -> None:
+        # Only the parent is resolved: a link at `final` itself is refused, not followed.
+        self.final = final.absolute().parent.resolve() / final.absolute().name
+        self._replaceable = replaceable
+        self._directory: Path | None = None
+        self._lock: int | None = None
+
+    @property
+    def content(self) -> Path:
+        """The directory to fill."""
+        assert self._directory is not None, "entered first"
+        return self._directory / "content"
+
+    def __enter__(self) -> Self:
+        self._refuse_existing()
+        with writing(self.final):
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            clean_stale(self.final)
+            self._directory, self._lock = _create(self.final)
+            self.content.mkdir()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._directory is not None and self._lock is not None:
+            _remove(self._directory)
+            os.close(self._lock)
+        self._directory = self._lock = None
+
+    def publish(self) -> None:
+        """Make every byte durable, then give the directory its name."""
+        with writing(self.final):
+            _seal(self.content)
+            self._rename()
+            _sync(self.final.parent)
+
+    def _refuse_existing(self) -> None:
+        if self.final.name in ("", ".."):
+            raise UsageError(f"{str(self.final)!r} names no new directory", hint="give it a name")
+        if not os.path.lexists(self.final):
+            return
+        if self._replaceable is None:
+            raise UsageError(
+                f"{str(self.final)!r} exists already",
+                hint="choose another output, or say that it may be overwritten",
+            )
+        if self.final.is_symlink() or not self.final.is_dir():
+            raise UsageError(
+                f"{str(self.final)!r} is not a directory, so it is not replaced",
+                hint="choose another output, or remove it first",
+            )
+        if not self._replaceable(self.final):
+            raise UsageError(
+                f"{str(self.final)!r} holds other things than what would replace it",
+                hint="choose another output, or remove it first",
+            )
+
+    def _rename(self) -> None:
+        # Twice, as another process can put something there, or take it away, in between.
+        for _ in range(2):
+            try:
+                _rename_new(self.content, self.final)
+            except FileExistsError:
+                self._refuse_existing()
+            else:
+                return
+            try:
+                _exchange(self.content, self.final)
+            except FileNotFoundError:
+                continue
+            return
+        raise ResourceError(
+            f"{str(self.final)!r} keeps changing while it is written",
+            hint="another process writes to the same output",
+        )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, why, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}",
+            hint=_HINTS.get(error.errno or 0, "check the file system of that path"),
+        ) from error
+
+
+def clean_stale(final: Path) -> None:
+    """Remove what dead processes left while writing `final`. Never fails, never blocks."""
+    pattern = re.compile(re.escape(f".{final.name}.tmp-") + r"\d+-[0-9a-f]{8}")
+    with contextlib.suppress(OSError), os.scandir(final.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                _remove_if_dead(Path(entry.path))
+
+
+def _remove_if_dead(directory: Path) -> None:
+    try:
+        lock = _try_lock(directory)
+    except OSError as error:
+        _LOG.warning("cannot tell whether %s is in use: %s", directory, error)
+        return
+    if lock is None:
+        return
+    _LOG.info("removing %s, left by a process that is gone", directory)
+    _remove(directory)
+    os.close(lock)
+
+
+def _create(final: Path) -> tuple[Path, int]:
+    """A new directory beside `final`, and the lock that keeps it."""
+    while True:
+        name = f".{final.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        directory = final.parent / name
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        try:
+            # None: it was taken for a dead one in the moment before it was locked.
+            if (lock := _try_lock(directory)) is not None:
+                return directory, lock
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                # Nobody can take such a directory for a dead one, so it needs no lock.
+                return directory, os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+            _remove(directory)
+            raise
+
+
+def _try_lock(directory: Path) -> int | None:
+    """Take a directory's lock, or None where another holds it or has just removed it."""
+    path = directory / "lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory as far as that goes; what is left is found by the next write."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        _LOG.warning("%s could not be removed whole", directory)
+
+
+def _seal(root: Path) -> None:
+    """Set every mode, whatever the umask, and force every file and directory to disk."""
+    directories = [root]
+    for node in tree.walk(root):
+        path = root / node.path
+        if node.kind == "directory":
+            directories.append(path)
+        elif node.kind == "file":
+            path.chmod(FILE_MODE)
+            _sync(path)
+        else:
+            raise IntegrityError(f"{str(path)!r} is a {node.kind}; only files can be shipped")
+    for directory in reversed(directories):
+        directory.chmod(DIRECTORY_MODE)
+        _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename, failing with FileExistsError where the name is taken."""
+    try:
+        _renameat2(source, target, _NOREPLACE)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        # Plain rename replaces an empty directory, which loses nobody anything, and no other.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from None
+        try:
+            source.rename(target)
+        except OSError as refused:
+            if refused.errno != errno.ENOTEMPTY:
+                raise
+            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from None
+
+
+def _exchange(source: Path, target: Path) -> None:
+    """Swap two directories; the name is never free where the file system can swap."""
+    try:
+        _renameat2(source, target, _EXCHANGE)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        old = source.with_name("old")
+        target.rename(old)
+        try:
+            source.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    names = (os.fsencode(source), os.fsencode(target))
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], flags) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(target))
