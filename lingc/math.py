@@ -95,7 +95,7 @@ def rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (2j, 2j + 1) of [..., 2n], in place; `cos` is [..., n] or broadcasts to it."""
+    """Rotate pairs (2j, 2j + 1) of [..., 2n], which stay side by side; `cos` broadcasts to n."""
     w = wide(x)
     c, s = cos.to(w.dtype), sin.to(w.dtype)
     a, b = w[..., 0::2], w[..., 1::2]
