@@ -2,7 +2,8 @@
 
 A `WeightSpec` says which tensors of the checkpoint a weight is made of. What the checkpoint stores
 in the same format and group is taken unchanged; else the dequantized values are rounded to nearest.
-The codes and the scales of one matrix are two weights, made together.
+The codes and the scales of one matrix are two weights, made together. Rows are put in the order of
+the weight's layout, whether it is written or read straight from the checkpoint.
 
 FP8 blocks cover 128 rows of a matrix. Several matrices are joined block by block where each but the
 last ends on a block, and always in stacked experts, whose scales are laid out by source; otherwise
@@ -13,6 +14,7 @@ BF16 is held as uint16 bits, E4M3 as uint8 codes.
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lingc.checkpoint.source import Source
-from lingc.checkpoint.staging import disk_trouble, scratch_directory, sync
+from lingc.checkpoint.staging import scratch_directory, sync
 from lingc.checkpoint.tensorfile import (
     DTYPES,
     TAGS,
@@ -33,7 +35,6 @@ from lingc.checkpoint.tensorfile import (
 from lingc.errors import CheckpointError, InputError, IntegrityError
 from lingc.model.config import ModelConfig
 from lingc.plan import WeightSpec
-from lingc.quantize.layouts import arrange
 from lingc.quantize.formats import (
     FP8_BLOCK,
     Weight,
@@ -41,11 +42,11 @@ from lingc.quantize.formats import (
     quantize_int4_group,
     round_bf16,
 )
+from lingc.quantize.layouts import arrange
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
-Pack = Callable[[WeightSpec, Array], Array]
 
 SHARD_BYTES = 2 << 30
 
@@ -83,7 +84,7 @@ class CheckpointWeights(Mapping[str, Array]):
         if self._last[0] != _matrix_of(spec):
             self._last = (None, {})  # before making more
             self._last = (_matrix_of(spec), self._make(spec))
-        return _checked(spec, self._last[1][spec.part], spec.type.shape)
+        return _finished(spec, self._last[1][spec.part], spec.type.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -183,14 +184,15 @@ def _join(parts: Sequence[Array]) -> Array:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _checked(spec: WeightSpec, values: Array, shape: Sequence[Any]) -> Array:
+def _finished(spec: WeightSpec, values: Array, shape: Sequence[Any]) -> Array:
+    """Values in the weight's layout, if they have the shape that the plan says."""
     if values.shape != tuple(shape):
         raise CheckpointError(
             f"weight {spec.name!r} is {list(shape)} in the plan, the checkpoint's tensors "
             f"({', '.join(spec.sources)}) give {list(values.shape)}",
             hint="the plan was made for another config; build it from this checkpoint",
         )
-    return values
+    return arrange(spec.layout, values)
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -204,20 +206,17 @@ def write_weights(
     progress: Progress | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
-    pack: Pack | None = None,
 ) -> list[Path]:
     """Write weights to safetensors files named by their SHA-256.
 
-    The same weights, in the same layouts, give the same files. A file appears under its name when all of them are whole;
-    at no time is more than one matrix, or one expert's, held in memory.
+    The same weights in the same layouts give the same files. A file appears under its name when
+    all of them are whole; at no time is more than one matrix, or one expert's, held in memory.
 
     Args:
         specs: In any order.
         out_dir: Made if it is not there; what it holds already is left alone.
         progress: Told after each matrix.
         shard_bytes: How large a file gets, unless one weight is larger.
-        pack: Puts values in an engine's own order, type and shape kept; given the weight and its
-            values, one expert's at a time where experts are stacked.
 
     Returns:
         The files, in the order of the weights' names.
@@ -231,31 +230,26 @@ def write_weights(
     total_bytes = sum(_spec_bytes(spec) for spec in ordered)
     with scratch_directory(out_dir, needed_bytes=total_bytes) as folder:
         paths = [folder / f"{number}.safetensors" for number in range(len(shards))]
-        writers = [
-            TensorWriter(path, {spec.name: _stored_as(spec) for spec in shard})
-            for path, shard in zip(paths, shards, strict=True)
-        ]
-        by_name = {
-            spec.name: writer
-            for writer, shard in zip(writers, shards, strict=True)
-            for spec in shard
-        }
-        try:
+        with ExitStack() as stack:
+            writers: dict[str, TensorWriter] = {}
+            for path, shard in zip(paths, shards, strict=True):
+                stored = {spec.name: _stored_as(spec) for spec in shard}
+                writer = stack.enter_context(TensorWriter(path, stored))
+                writers |= dict.fromkeys(stored, writer)
             written_bytes = 0
             for matrix in _matrices(ordered):
                 for expert, parts in enumerate(_pieces(matrix[0], checkpoint, config)):
                     for spec in matrix:
-                        _write_part(by_name[spec.name], spec, parts[spec.part], expert, pack)
+                        shape = spec.type.shape[1:] if spec.experts else spec.type.shape
+                        values = _finished(spec, parts[spec.part], shape)
+                        at_bytes = expert * values.nbytes
+                        writers[spec.name].write(spec.name, values, at_bytes=at_bytes)
                 written_bytes += sum(_spec_bytes(spec) for spec in matrix)
                 if progress is not None:
                     progress(written_bytes, total_bytes)
-            for writer in writers:
+            for writer in set(writers.values()):
                 writer.finish()
-        finally:
-            for writer in writers:
-                writer.close()
-        with disk_trouble(out_dir):
-            return _publish(paths, out_dir)
+        return _publish(paths, out_dir)
 
 
 def _stored_as(spec: WeightSpec) -> tuple[str, tuple[int, ...]]:
@@ -286,16 +280,6 @@ def _matrices(specs: Sequence[WeightSpec]) -> list[list[WeightSpec]]:
     for spec in specs:
         matrices.setdefault(_matrix_of(spec), []).append(spec)
     return list(matrices.values())
-
-
-def _write_part(
-    writer: TensorWriter, spec: WeightSpec, values: Array, expert: int, pack: Pack | None
-) -> None:
-    shape = spec.type.shape[1:] if spec.experts else spec.type.shape
-    values = _checked(spec, values, shape)
-    if pack is not None:
-        values = pack(spec, values)
-    writer.write(spec.name, values, at_bytes=expert * values.nbytes)
 
 
 def _publish(paths: Sequence[Path], out_dir: Path) -> list[Path]:
