@@ -1,0 +1,152 @@
+"""All blocks of a phase, in order: which piece stands where, with which weights and state."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from lingc.capture.blocks import DraftEntry, Entry, Exit, LatentLayer, LinearLayer
+from lingc.capture.export import Piece, export_block
+from lingc.capture.inputs import Sizes, input_types
+from lingc.capture.stitch import Stitcher, weight_spec
+from lingc.errors import StageError
+from lingc.graph import Captured
+from lingc.model.block import Block
+from lingc.model.config import ModelConfig
+from lingc.model.mtp import MTP
+from lingc.plan import PHASES, TensorType
+
+
+class Capturer:
+    """Captures phases of one model; every kind of block is exported once a phase."""
+
+    def __init__(self, config: ModelConfig, sizes: Sizes | None = None) -> None:
+        self.config = config
+        self.sizes = sizes or Sizes()
+        self.pieces: dict[tuple[str, ...], Piece] = {}
+
+    def capture(self, phase: str) -> Captured:
+        """Capture one phase.
+
+        Raises:
+            StageError: The phase does not exist for this model, or a block cannot be exported.
+        """
+        if phase not in PHASES or (phase == "draft" and not self.config.has_mtp):
+            raise StageError(f"the model has no phase {phase!r}")
+        stitch = Stitcher(self.config, phase, self.sizes)
+        x, ropes = self._enter(stitch)
+        layers = range(self.config.num_hidden_layers)
+        after: dict[str, fx.Node] = {}
+        for layer in [self.config.mtp_layer] if phase == "draft" else layers:
+            x = self._layer(stitch, layer, x, ropes, after)
+        logits, hidden = self._leave(stitch, x)
+        program = stitch.program
+        program.graph.output((logits, hidden, *after.values()))
+        program.outputs, program.updates = ("logits", "hidden"), tuple(after)
+        return Captured(program)
+
+    def _enter(self, stitch: Stitcher) -> tuple[fx.Node, dict[int, tuple[fx.Node, ...]]]:
+        config, phase = self.config, stitch.program.phase
+        linear, latent = config.rotary_dim, config.qk_rope_head_dim
+        dims = (latent,) if phase == "draft" else tuple(dict.fromkeys((linear, latent)))
+        types = input_types(config, phase)
+        given = (types["token_ids"], types["positions"])
+        with torch.device("meta"):
+            entry = Entry(config, dims)
+        piece = self._piece(("entry", phase), entry, given)
+        arguments = (stitch.inputs["token_ids"], stitch.inputs["positions"])
+        x, *tables = stitch.add(piece, arguments, self._weights(stitch, "model.", -1), -1)
+        ropes: dict[int, tuple[fx.Node, ...]] = {
+            d: (tables[2 * i], tables[2 * i + 1]) for i, d in enumerate(dims)
+        }
+        if phase == "draft":
+            prefix = f"model.layers.{config.mtp_layer}."
+            with torch.device("meta"):
+                draft = DraftEntry(MTP(config))
+            wide = TensorType("f32", ("T", config.hidden_size))
+            piece = self._piece(("draft entry", phase), draft, (wide, wide))
+            weights = self._weights(stitch, prefix, config.mtp_layer)
+            (x,) = stitch.add(piece, (x, stitch.inputs["hidden"]), weights, config.mtp_layer)
+        return x, ropes
+
+    def _layer(
+        self,
+        stitch: Stitcher,
+        layer: int,
+        x: fx.Node,
+        ropes: Mapping[int, tuple[fx.Node, ...]],
+        after: dict[str, fx.Node],
+    ) -> fx.Node:
+        config, phase = self.config, stitch.program.phase
+        latent = config.is_mla(layer)
+        dense = config.is_dense(layer)
+        states = {n: s for n, s in stitch.states.items() if n.endswith(f".{layer}")}
+        cos, sin = ropes[config.qk_rope_head_dim if latent else config.rotary_dim]
+        meta = {n: s for n, s in stitch.inputs.items() if n not in ("token_ids", "logit_rows")}
+        meta.pop("hidden", None)
+        key = (phase, "mla" if latent else "linear", "dense" if dense else "moe")
+        tokens = x.meta["type"].shape[0]
+        rope = TensorType("f32", (tokens, cos.meta["type"].shape[1]))
+        given = (
+            TensorType("f32", (tokens, config.hidden_size)),
+            rope,
+            rope,
+            {n: s.meta["type"] for n, s in meta.items()},
+            [s.meta["type"] for s in states.values()],
+        )
+        if key not in self.pieces:
+            with torch.device("meta"):
+                block = Block(config, layer)
+            module = (
+                LatentLayer(block, config, self.sizes.page_size)
+                if latent
+                else LinearLayer(block, phase)
+            )
+            self._piece(key, module, given)
+        weights = self._weights(stitch, f"model.layers.{layer}.", layer)
+        arguments = (x, cos, sin, *meta.values(), *states.values())
+        x, *updated = stitch.add(self.pieces[key], arguments, weights, layer)
+        after.update(zip(states, updated, strict=False))
+        return x
+
+    def _leave(self, stitch: Stitcher, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        config, phase = self.config, stitch.program.phase
+        every = phase in ("decode", "verify")
+        name = "final_layernorm" if phase == "draft" else "norm"
+        with torch.device("meta"):
+            head = Exit(config, norm=name)
+        tokens = x.meta["type"].shape[0]
+        given = [TensorType("f32", (tokens, config.hidden_size))]
+        arguments = [x]
+        if not every:
+            given.append(TensorType("i32", ("N",)))
+            arguments.append(stitch.inputs["logit_rows"])
+        piece = self._piece(("exit", phase), head, tuple(given))
+        layer = config.mtp_layer if phase == "draft" else -1
+        prefix = f"model.layers.{layer}." if phase == "draft" else "model."
+        weights = self._weights(stitch, prefix, -1)
+        logits, hidden = stitch.add(piece, tuple(arguments), weights, -1)
+        return logits, hidden
+
+    def _piece(self, key: tuple[str, ...], module: nn.Module, types: tuple[Any, ...]) -> Piece:
+        if key not in self.pieces:
+            self.pieces[key] = export_block(module, types, " ".join(key))
+        return self.pieces[key]
+
+    def _weights(
+        self, stitch: Stitcher, prefix: str, layer: int
+    ) -> Callable[[str, fx.Node], fx.Node]:
+        """Maps a parameter of a piece onto the program's weight for this layer."""
+
+        def weight(name: str, node: fx.Node) -> fx.Node:
+            local = name.removeprefix("block.")
+            if "inv_freq_" in local:
+                dim = int(local.rpartition("_")[2])
+                values = tuple(float(f) for f in self.config.inv_freq(dim))
+                return stitch.constant(f"inv_freq_{dim}", values)
+            full = local if local.startswith("lm_head") else prefix + local
+            kind = node.meta["type"]
+            return stitch.program.weight(weight_spec(self.config, full, layer, kind))
+
+        return weight
