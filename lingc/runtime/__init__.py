@@ -1,7 +1,8 @@
 """Run an engine: verify and load it, keep its state, turn prompts into tokens.
 
 Imports neither torch nor triton nor onnx: an engine kind's backend is imported when an engine of
-that kind is loaded.
+that kind is started. `lingc.runtime.load` reads packages; what is exported here works on any
+backend.
 """
 
 from lingc.runtime.backend import Backend, Limits
