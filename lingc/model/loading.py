@@ -41,12 +41,7 @@ def from_source(source: Source, dtype: torch.dtype = torch.float32) -> LingModel
 
 
 def checkpoint_names(name: str, config: ModelConfig) -> tuple[str, ...]:
-    """What a parameter is called in the checkpoint: one name, or one for each expert.
-
-    >>> config = ModelConfig.from_file("artifacts/checkpoints/ling-2.6-flash")
-    >>> checkpoint_names("model.layers.1.mlp.experts.up_proj", config)[255]
-    'model.layers.1.mlp.experts.255.up_proj.weight'
-    """
+    """What a parameter is called in the checkpoint: one name, or one for each expert."""
     stem, found, matrix = name.partition(".mlp.experts.")
     if not found:
         return (name,)

@@ -158,7 +158,7 @@ def test_loss_of_a_window_of_the_evaluation_text_agrees(
 
     found = window_nll(tiny.model, eval_windows[index])
 
-    assert found == pytest.approx(wanted, rel=5e-5)
+    assert found == pytest.approx(wanted, abs=2e-3)
 
 
 @pytest.mark.long

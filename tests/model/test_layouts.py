@@ -12,7 +12,7 @@ import lingc.model
 from lingc.checkpoint import SyntheticCheckpoint, make_twin, open_checkpoint, write_checkpoint
 from lingc.errors import IncompatibleError
 from lingc.model import ModelConfig
-from lingc.model.loading import from_source
+from lingc.model.loading import checkpoint_names, from_source
 
 if TYPE_CHECKING:
     from tests.model.conftest import Golden, Values
@@ -82,6 +82,15 @@ def test_mtp_weights_load_whether_the_index_lists_their_file_or_not(
 
     assert module.has_mtp
     assert torch.equal(module(tiny.prompts["p00"]), tiny.model(tiny.prompts["p00"]))
+
+
+def test_parameters_carry_the_names_of_the_checkpoint(tiny: "Golden") -> None:
+    config = tiny.model.config
+
+    found = [n for name, _ in tiny.model.named_parameters() for n in checkpoint_names(name, config)]
+
+    assert "model.layers.1.mlp.experts.15.up_proj.weight" in found
+    assert sorted(found) == sorted(open_checkpoint(tiny.checkpoint).names)
 
 
 def test_any_source_of_weights_makes_a_model(small_config: "Values") -> None:
