@@ -135,7 +135,7 @@ def _fake_from_types(types: Callable[..., Types]) -> Callable[..., Any]:
         made = types(*(type_of(a) for a in args))
 
         def empty(t: TensorType) -> torch.Tensor:
-            return torch.empty(t.shape, dtype=TORCH_DTYPE[t.dtype], device=device)
+            return torch.empty(t.bind({}), dtype=TORCH_DTYPE[t.dtype], device=device)
 
         return empty(made) if isinstance(made, TensorType) else tuple(empty(t) for t in made)
 

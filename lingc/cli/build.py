@@ -1,0 +1,156 @@
+"""`lingc build`: from a checkpoint to a package."""
+
+from pathlib import Path
+
+import click
+
+from lingc.cli import output
+from lingc.cli.output import Output, bytes_text, seconds_text
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="The package.")
+@click.option(
+    "--precision",
+    metavar="NAME|FILE",
+    help="A recipe: bf16, fp8, fp8-max, int4, int4-fp8, int4-all, or a file (default: the"
+    " checkpoint's own layout).",
+)
+@click.option("--target", default="cpu", show_default=True, help="See `lingc targets`.")
+@click.option(
+    "--engine",
+    type=click.Choice(("auto", "onnx", "cuda", "tensorrt")),
+    default="auto",
+    show_default=True,
+    help="auto depends on the target alone.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(("embed", "external")),
+    default="embed",
+    show_default=True,
+    help="external: a small package, bound to a checkpoint by `lingc bind` or `run`.",
+)
+@click.option(
+    "--widen",
+    type=click.Choice(("auto", "load", "step")),
+    default="auto",
+    show_default=True,
+    help="CPU only. When BF16 and FP8 weights become FP32: once while loading (fast, 4 bytes a"
+    " weight in memory) or in every step. auto: load up to 1 GiB.",
+)
+@click.option(
+    "--max-draft",
+    type=click.IntRange(0, 15),
+    default=3,
+    show_default=True,
+    help="Most tokens that `run --mtp` drafts a round.",
+)
+@click.option(
+    "--page-size",
+    type=click.IntRange(1, 1024),
+    default=64,
+    show_default=True,
+    help="Tokens a page of the latent cache.",
+)
+@click.option(
+    "--waive", multiple=True, metavar="PASS", help="Let a pass fire less often than it must."
+)
+@click.option(
+    "--dump-ir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the program after each stage here.",
+)
+@click.option("--check", is_flag=True, help="Check the program after every pass.")
+@click.option("--overwrite", is_flag=True, help="Replace a package that is there.")
+@output.options
+def command(
+    out: Output,
+    checkpoint: Path,
+    path: Path | None,
+    precision: str | None,
+    target: str,
+    engine: str,
+    weights: str,
+    widen: str,
+    max_draft: int,
+    page_size: int,
+    waive: tuple[str, ...],
+    dump_ir: Path | None,
+    *,
+    check: bool,
+    overwrite: bool,
+) -> None:
+    """Build an engine from a Hugging Face checkpoint directory.
+
+    The package is written whole or not at all. The same checkpoint and options give the same bytes
+    on any machine.
+
+    \b
+    Examples:
+      lingc build artifacts/checkpoints/ling-tiny
+      lingc build artifacts/checkpoints/ling-tiny --precision int4 -o tiny-int4.ling
+      lingc build artifacts/checkpoints/ling-tiny --weights external -o tiny.ling
+      lingc build artifacts/checkpoints/ling-tiny --dump-ir ir/ --check --overwrite
+    """  # noqa: D301 click's mark for a block that is not rewrapped
+    import time
+
+    from lingc import build as builder
+    from lingc.capture import Sizes
+    from lingc.compile import Request
+
+    started = time.perf_counter()
+    request = Request(
+        precision=precision,
+        target=target,
+        engine=engine,
+        weights=weights,
+        widen=widen,
+        sizes=Sizes(page_size=page_size, max_draft=max_draft),
+        waive=waive,
+        check=check,
+        dump_dir=dump_ir,
+    )
+    path = path or _default_path(checkpoint, precision, target)
+    built = builder.build(checkpoint, path, request, overwrite=overwrite, stage=out.stage)
+    plan, manifest = built.compiled.plan, built.manifest
+    size = sum(file.size for file in manifest.files.values())
+    if out.as_json:
+        out.emit(
+            {
+                "package": path,
+                "bundle_id": manifest.bundle_id,
+                "bytes": size,
+                "precision": plan.precision,
+                "target": plan.target,
+                "engine": manifest.variants[plan.target].engine,
+                "widen": built.engine.info.get("widen"),
+                "phases": list(plan.programs),
+            }
+        )
+        return
+    kind = manifest.variants[plan.target].engine
+    others = [other for other in built.compiled.target.engines if other != kind]
+    instead = f" (also: --engine {', '.join(others)})" if others else ""
+    out.note(f"engine kind {kind} for target {plan.target}{instead}")
+    if built.compiled.recipe.activations == "fp8" and plan.activation == "f32":
+        out.note(f"{plan.precision} is weight-only on {plan.target}: activations stay FP32")
+    out.line(f"{path}  {bytes_text(size)}  {plan.precision} for {plan.target}")
+    out.line(f"bundle {manifest.bundle_id[:16]}, {seconds_text(time.perf_counter() - started)}")
+    if weights == "external":
+        out.note(f"bind its weights: lingc bind {path} --checkpoint {checkpoint}")
+
+
+def _default_path(checkpoint: Path, precision: str | None, target: str) -> Path:
+    """`artifacts/<checkpoint>-<precision>-<target>.ling`, or without the folder if it is not there.
+
+    A recipe file gives its stem.
+    """
+    name = "-".join(filter(None, (checkpoint.resolve().name, _stem(precision), target)))
+    folder = Path("artifacts")
+    return (folder if folder.is_dir() else Path()) / f"{name}.ling"
+
+
+def _stem(precision: str | None) -> str:
+    return "" if precision is None else Path(precision).stem if "/" in precision else precision

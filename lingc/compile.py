@@ -1,0 +1,183 @@
+"""From a config to a plan: everything of a build that needs no weights and no engine library."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from lingc import pipeline
+from lingc.capture import Capturer, Sizes
+from lingc.checkpoint import Checkpoint, Source, matrix_modules, open_checkpoint, validate
+from lingc.context import Context
+from lingc.errors import IncompatibleError, UsageError
+from lingc.graph import Captured, Fused, text
+from lingc.lower import lower
+from lingc.model.config import ModelConfig
+from lingc.pipeline import Report
+from lingc.plan import PHASES, Plan
+from lingc.quantize.recipes import Recipe
+from lingc.targets.spec import EngineKind, Target
+
+
+class Stage(Protocol):
+    """How a stage is shown: `with stage("pack weights", total=n, unit="B") as advance`."""
+
+    def __call__(
+        self, name: str, *, total: int | None = None, unit: str = ""
+    ) -> AbstractContextManager[Callable[[int], None]]: ...
+
+
+def silent(
+    _name: str, *, total: int | None = None, unit: str = ""
+) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nothing."""
+    del total, unit
+    return nullcontext(lambda _done=1: None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to build, resolved.
+
+    Attributes:
+        precision: Name or file of a recipe; None for the checkpoint's own layout.
+        target: Canonical name.
+        engine: An engine kind, or `auto` for the target's default.
+        weights: `embed`, or `external` for a package that is bound to a checkpoint later.
+        widen: When a CPU engine widens weights: `load`, `step` or `auto`.
+        waive: Rules that may fire less often than they must.
+        check: Check the program after every rule.
+        dump_dir: Where to write the program after each stage.
+    """
+
+    precision: str | None = None
+    target: str = "cpu"
+    engine: str = "auto"
+    weights: str = "embed"
+    widen: str = "auto"
+    sizes: Sizes = field(default_factory=Sizes)
+    waive: tuple[str, ...] = ()
+    check: bool = False
+    dump_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A plan and how it came about."""
+
+    plan: Plan
+    report: Report
+    recipe: Recipe
+    target: Target
+
+
+def read_config(path: Path) -> tuple[ModelConfig, Checkpoint | None]:
+    """The config in a directory, and the checkpoint if the directory holds more than the config.
+
+    Raises:
+        ConfigError: No config, or not one of this architecture.
+        CheckpointError: The checkpoint is broken; every fault is listed.
+    """
+    config = ModelConfig.from_file(path)
+    if path.is_file() or not any(path.glob("*.safetensors*")):
+        return config, None
+    checkpoint = open_checkpoint(path)
+    validate(checkpoint)
+    return config, checkpoint
+
+
+def compile_plan(
+    config: ModelConfig,
+    recipe: Recipe,
+    target: Target,
+    *,
+    has_mtp: bool,
+    request: Request,
+    stage: Stage = silent,
+) -> Compiled:
+    """Capture, rewrite and lower all phases; needs no weights.
+
+    Raises:
+        FusionError: A rule fired less often than it must.
+        StageError: A stage failed.
+        RecipeError: A pattern of the recipe matches nothing.
+    """
+    recipe.check_matches(matrix_modules(config))
+    _check_waived(request.waive)
+    phases = [phase for phase in PHASES if phase != "draft" or has_mtp]
+    capturer, report = Capturer(config, request.sizes), Report()
+    fused: dict[str, Fused] = {}
+    with stage("capture and fuse", total=len(phases), unit="phases") as advance:
+        for phase in phases:
+            context = Context(config=config, phase=phase, target=target, recipe=recipe)
+            fused[phase] = pipeline.run(
+                capturer.capture(phase),
+                context,
+                report,
+                waive=request.waive,
+                check=request.check,
+                dump=_dumper(request.dump_dir, phase),
+            )
+            advance(1)
+    plan = lower(fused, context, request.sizes)
+    return Compiled(plan=plan, report=report, recipe=recipe, target=target)
+
+
+def _check_waived(names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in pipeline.names()]
+    if unknown:
+        raise UsageError(
+            f"no pass is called {', '.join(map(repr, unknown))}",
+            hint=f"the passes are {', '.join(pipeline.names())}",
+        )
+
+
+def _dumper(directory: Path | None, phase: str) -> Callable[[str, Captured], None] | None:
+    if directory is None:
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    count = 0
+
+    def dump(stage: str, program: Captured) -> None:
+        nonlocal count
+        path = directory / f"{phase}-{count:02}-{stage}.txt"
+        path.write_text("\n".join(text(program)) + "\n", encoding="utf-8")
+        count += 1
+
+    return dump
+
+
+def engine_kind(target: Target, wanted: str) -> EngineKind:
+    """The kind of engine to build; `auto` depends on the target alone.
+
+    Raises:
+        UsageError: The target has no engine of that kind.
+        IncompatibleError: This version cannot build the kind.
+    """
+    if wanted != "auto" and wanted not in target.engines:
+        raise UsageError(
+            f"there is no {wanted!r} engine for target {target.name!r}",
+            hint=f"it has: {', '.join(target.engines)}",
+        )
+    kind: EngineKind = target.default_engine
+    for known in target.engines:
+        if known == wanted:
+            kind = known
+    if kind != "onnx":
+        raise IncompatibleError(
+            f"this version plans for target {target.name!r} but cannot build its {kind!r} engine",
+            hint="`lingc passes` and `lingc plan` work for it; `--target cpu` builds an engine",
+        )
+    return kind
+
+
+def default_precision(checkpoint: Source | None, config: ModelConfig) -> str:
+    """The recipe whose layout the checkpoint has already."""
+    if checkpoint is not None:
+        kinds = {checkpoint.kind(name) for name in checkpoint.names}
+    else:
+        kinds = {str((config.quantization or {}).get("quant_method"))}
+    if kinds & {"fp8_block", "fp8"}:
+        return "fp8"
+    return "int4" if kinds & {"int4_group", "compressed-tensors"} else "bf16"
