@@ -142,7 +142,10 @@ def _faults(parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) 
         due = -(-shape[1] // groups[0]) if groups else max(columns, 1)
         yield from _unlike(scale, (shape[0], columns if fits else due), ("BF16",), SCALE)
         if not fits and not groups:
-            yield f"has {columns} scales a row, which do not divide its {shape[1]} columns"
+            yield (
+                f"has {columns} scales a row, which do not divide its {shape[1]} columns; "
+                "quantization_config must then name the group_size"
+            )
 
 
 def _unlike(

@@ -21,7 +21,8 @@ _LACKING = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
-    errno.ENOTDIR: "part of the path is not a directory",
+    errno.ENOTDIR: "part of the path is a file",
+    errno.EEXIST: "part of the path is a file",
     errno.EFBIG: "the file system does not take files so large",
 }
 
