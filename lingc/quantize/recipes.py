@@ -170,7 +170,7 @@ def parse_recipe(value: object, *, source: str) -> Recipe:
     problems = list(_problems(value))
     if problems or not isinstance(value, dict):
         raise RecipeError(
-            f"recipe {source!r} has {len(problems)} problem(s):" + _listed(problems),
+            f"recipe {source!r} has {_count(problems)}:" + _listed(problems),
             hint=f"compare with {str(_FOLDER / 'fp8.json')!r}",
         )
     return Recipe(
@@ -217,7 +217,7 @@ def _rule_problems(rule: Mapping[str, Any]) -> Iterator[str]:
         yield f"the key {key!r} is unknown; there are {', '.join(sorted(_RULE_KEYS))}"
     modules = rule.get("modules")
     if not (isinstance(modules, list) and modules and all(_is_pattern(m) for m in modules)):
-        yield f"modules is {modules!r}, not a list of patterns"
+        yield f"modules is {modules!r}, not a list of names or patterns without '.weight'"
     kind, group = rule.get("format"), rule.get("group", 0)
     if kind not in KINDS:
         yield f"format is {kind!r}, not one of {', '.join(KINDS)}"
@@ -242,6 +242,10 @@ def _unused(pattern: str, earlier: tuple[Rule, ...], modules: tuple[str, ...]) -
     if all(any(rule.matches(module) for rule in earlier) for module in matched):
         return f"{pattern!r} matches only modules that an earlier rule takes"
     return None
+
+
+def _count(problems: list[str]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
 
 
 def _listed(problems: Iterable[str]) -> str:
