@@ -12,12 +12,12 @@ from lingc.engine.layout import LIMITS, PLAN, VARIANT_INFO
 from lingc.engine.manifest import FileEntry, Manifest
 from lingc.engine.schema import shown
 from lingc.engine.shards import disagreements
-from lingc.errors import InputError, StageError
+from lingc.errors import InputError
 from lingc.plan import Plan
 
 _REBUILD = "its producer contradicts itself: build the package again, and report it"
 _UPDATE = "update lingc (pip install -U lingc), or build the package again with this version"
-_BAD_PLAN = (ValueError, KeyError, TypeError, AttributeError, OSError, InputError, StageError)
+_BAD_PLAN = (ValueError, KeyError, TypeError, AttributeError, OSError, InputError)
 _MAX_ROWS = 50
 
 
@@ -80,13 +80,11 @@ def judge_agreement(manifest: Manifest, plan: Plan) -> list[Check]:
 def judge_variant(root: Path, manifest: Manifest, target: str) -> list[Check]:
     """Whether `variant.json` says what the manifest says of it."""
     path = f"variants/{target}/{VARIANT_INFO}"
+    said = next(v for v in manifest.value["variants"] if v["target"] == target)
     try:
-        info = variant_info(root, manifest, target)
-    except (ValueError, OSError) as error:
+        found = {"target": target, **summary.variant(variant_info(root, manifest, target))}
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return [failed("agreement", path, "canonical JSON", str(error)[:200], _REBUILD)]
-    variant = manifest.variants[target]
-    said = {"engine": variant.engine, "runs_on": dict(variant.runs_on)}
-    found = {key: info.get(key) for key in said}
     if said != found:
         return [failed("agreement", path, shown(said), shown(found), _REBUILD)]
     return [passed("agreement", path)]

@@ -33,6 +33,7 @@ _TREE = ("node", "collision", "missing", "extra", "size")
 _CONTENT = ("plan-format", "plan", "agreement", "weights", "bound-weights")
 _MACHINE = ("requirement", "os", "arch", "library", "library-version")
 _MAX_ROWS = 50
+_LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,10 +198,13 @@ def _judge_digests(root: Path, manifest: Manifest, stamps: dict[str, tree.Stamp]
         except OSError as error:
             return error
 
-    # The largest first, or the last thread ends long after the others.
+    # The largest first, or the last thread ends long after the others; a thread for a small file
+    # costs more than its hash.
     paths = sorted(manifest.files, key=lambda path: -manifest.files[path].size)
+    large = [path for path in paths if manifest.files[path].size >= _LARGE_BYTES]
+    taken_of = [*tree.in_threads(take, large), *map(take, paths[len(large) :])]
     rows = []
-    for path, taken in zip(paths, tree.in_threads(take, paths), strict=True):
+    for path, taken in zip(paths, taken_of, strict=True):
         wanted = manifest.files[path].sha256
         if isinstance(taken, OSError):
             found = taken.strerror or str(taken)

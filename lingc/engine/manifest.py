@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lingc.engine import canonical
-from lingc.engine.layout import CONFIG, FORMAT, PLAN, VARIANT_INFO, role_of
+from lingc.engine.layout import CONFIG, FORMAT, LIMITS, PLAN, VARIANT_INFO, role_of
 from lingc.engine.schema import Maybe, Open, Problem, Shape, problems, shown
 
 SCHEMA: Mapping[str, Shape] = {
@@ -50,6 +50,7 @@ SCHEMA: Mapping[str, Shape] = {
         {
             "target": "path",
             "engine": "engine",
+            "weights_in_use_bytes": Maybe("count"),
             "runs_on": Open({"os": "texts", "arch": "texts", "libraries": "texts by name"}),
         }
     ],
@@ -155,6 +156,8 @@ def _contradictions(value: Mapping[str, Any]) -> Iterator[Problem]:
     """What no field shows by itself. The value has the shape of the schema."""
     paths = [entry["path"] for entry in value["files"]]
     targets = [variant["target"] for variant in value["variants"]]
+    if len(paths) > LIMITS["files"]:
+        yield _fault("files", f"at most {LIMITS['files']} files", str(len(paths)))
     if (name := _disorder(paths)) is not None:
         yield _fault("files", "paths in order, each once", shown(name))
     if (name := _disorder(targets)) is not None:

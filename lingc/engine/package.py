@@ -10,7 +10,7 @@ from lingc.engine import tree
 from lingc.engine.bound import BoundWeights
 from lingc.engine.checks import Report
 from lingc.engine.contents import read_listed, variant_info
-from lingc.engine.examine import Level, examine
+from lingc.engine.examine import Examined, Level, examine
 from lingc.engine.layout import VARIANT_INFO
 from lingc.engine.machine import Machine
 from lingc.engine.manifest import FileEntry, Manifest
@@ -164,7 +164,16 @@ def open_package(
     """
     if level == "structure":
         raise UsageError("a package is opened after its bytes were checked, not before")
-    found = examine(path, level=level, machine=machine)
+    return package_of(examine(path, level=level, machine=machine))
+
+
+def package_of(found: Examined) -> Package:
+    """The package that was examined, to at least the level `integrity`.
+
+    Raises:
+        IntegrityError: It is not what was written.
+        IncompatibleError: This version or machine cannot use it.
+    """
     found.report.raise_if_bad()
     assert found.manifest is not None, "no failure means that both were read"
     assert found.plan is not None, "no failure means that both were read"

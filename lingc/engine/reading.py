@@ -6,7 +6,7 @@ from typing import Any
 
 from lingc.engine import canonical, tree
 from lingc.engine.checks import CHECKS, Check, Report, failed, not_run, passed
-from lingc.engine.layout import FORMAT, LIMITS, MANIFEST
+from lingc.engine.layout import FORMAT, LIMITS, MANIFEST, TOP_NAMES
 from lingc.engine.manifest import Manifest, bundle_id, faults, from_value
 from lingc.engine.schema import shown
 from lingc.errors import InputError, ResourceError
@@ -46,10 +46,13 @@ def package_root(path: str | Path) -> Path:
             f"{str(path)!r} is not a package: it {what}",
             hint="a package is the .ling directory that `lingc build` writes",
         )
-    if not (root / MANIFEST).exists() and (root / "config.json").is_file():
+    # A package that has lost its manifest still looks like one, and is told as damaged.
+    if not any((root / name).exists() for name in TOP_NAMES):
+        is_checkpoint = (root / "config.json").is_file()
+        what = "looks like a checkpoint" if is_checkpoint else f"has no {MANIFEST}"
         raise InputError(
-            f"{str(path)!r} is not a package: it looks like a checkpoint",
-            hint="make a package of it with `lingc build`",
+            f"{str(path)!r} is not a package: it {what}",
+            hint="a package is the .ling directory that `lingc build` writes",
         )
     return root.resolve()
 

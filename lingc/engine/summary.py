@@ -4,43 +4,36 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lingc.engine import canonical
-from lingc.errors import StageError
-from lingc.plan import DTYPE_BYTES, Plan, Program, WeightSpec, to_json
+from lingc.plan import DTYPE_BYTES, Plan, Program, to_json
 
 WEIGHTS_FORMAT = 1
 """Version of the bytes that a weight is packed to; part of every weights digest."""
 
+_ITEM_BYTES = {**DTYPE_BYTES, "f16": 2}
 _LAYER = re.compile(r"\.\d+$")
 
 
 def weights_sha256(plan: Plan) -> str:
     """The digest of how the weights are made: packing, specs, and the config that decays need."""
-    value = to_json(plan)
+    value = to_json(replace(plan, programs={}, states={}))
     parts = {"format": WEIGHTS_FORMAT, "config": value["config"], "weights": value["weights"]}
     return canonical.sha256(parts)
 
 
 def config_sha256(plan: Plan) -> str:
     """The digest of the model's config without its quantization entries."""
-    return canonical.sha256(to_json(plan)["config"])
-
-
-def weight_bytes(spec: WeightSpec) -> int:
-    """Bytes of one weight as stored."""
-    sizes = [size for size in spec.type.shape if isinstance(size, int)]
-    if len(sizes) < len(spec.type.shape):
-        raise StageError(f"weight {spec.name!r} has the open shape {spec.type}")
-    return int(math.prod(sizes) * DTYPE_BYTES[spec.type.dtype])
+    return canonical.sha256(canonical.plain(plan.config, where="config"))
 
 
 def weights(plan: Plan, *, kind: str) -> dict[str, Any]:
     """The manifest's `weights`."""
     sizes: dict[tuple[str, str], list[int]] = {}
     for spec in plan.weights.values():
-        sizes.setdefault((spec.format, spec.type.dtype), []).append(weight_bytes(spec))
+        sizes.setdefault((spec.format, spec.type.dtype), []).append(spec.type.bytes())
     return {
         "kind": kind,
         "spec_sha256": weights_sha256(plan),
@@ -67,6 +60,23 @@ def states(plan: Plan) -> list[dict[str, Any]]:
         {"name": name, "type": kind, "count": count}
         for (name, kind), count in sorted(alike.items())
     ]
+
+
+def variant(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the manifest's `variants` that `variant.json` says.
+
+    Where it lists initializers, the weights take their sizes while the engine runs; widened ones
+    are larger than at rest.
+    """
+    made = info.get("initializers")
+    in_use = None
+    if isinstance(made, list):
+        in_use = sum(math.prod(one["shape"]) * _ITEM_BYTES[one["dtype"]] for one in made)
+    return {
+        "engine": info.get("engine"),
+        "runs_on": info.get("runs_on"),
+        "weights_in_use_bytes": in_use,
+    }
 
 
 def _op_counts(program: Program) -> Mapping[str, int]:

@@ -104,9 +104,9 @@ def digest(path: Path) -> Digest:
 
 def digest_open(file: FileIO) -> Digest:
     """The SHA-256 of an open file."""
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
     hasher = hashlib.sha256()
     stamp = Stamp.of(os.fstat(file.fileno()))
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, stamp.size + 1)))
     while count := file.readinto(buffer):
         hasher.update(buffer[:count])
     return Digest(hasher.hexdigest(), stamp)

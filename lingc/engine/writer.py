@@ -32,8 +32,8 @@ class Contents:
             the weights stay outside and are bound from a checkpoint.
         tests: Name -> bytes of `tests/`.
         architecture: As `config.json` names it.
-        checkpoint: Identity of the checkpoint that it was made for, and its layout (`bf16`,
-            `fp8`, `int4`); None where it was made for a config, and takes any weights of it.
+        checkpoint: Layout (`bf16`, `fp8`, `int4`) and identity of the checkpoint that it was made
+            for; None where it was made for a config, and takes any weights of it.
         request: What was asked for, resolved: precision, target, engine, page_size, max_draft and
             whatever else decided about the bytes. No path and no command line.
         passes: One entry a pass and phase: phase, name, expected (None where any count will do),
@@ -197,7 +197,7 @@ def _refuse_wrong_weights(plan: plans.Plan, shards: Sequence[Path]) -> None:
 def _manifest(
     contents: Contents, plan: plans.Plan, digests: Mapping[str, tree.Digest]
 ) -> dict[str, Any]:
-    checkpoint = dict(zip(("identity", "layout"), contents.checkpoint or (), strict=False))
+    checkpoint = dict(zip(("layout", "identity"), contents.checkpoint or (), strict=False))
     value = {
         "format": FORMAT,
         "format_min_reader": FORMAT,
@@ -218,7 +218,7 @@ def _manifest(
             plan, kind="external" if contents.weights is None else "embedded"
         ),
         "variants": [
-            {"target": target, "engine": info.get("engine"), "runs_on": info.get("runs_on")}
+            {"target": target, **summary.variant(_plain(info, f"variant_info[{target!r}]"))}
             for target, info in sorted(contents.variant_info.items())
         ],
         "files": [

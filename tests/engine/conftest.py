@@ -71,12 +71,12 @@ def contents(plan: Plan) -> Contents:
                     "arch": ["x86_64", "aarch64"],
                     "libraries": {"onnxruntime": ">=1.23,<2"},
                 },
-                "inputs": ["x"],
+                "initializers": [{"name": "w", "dtype": "f16", "shape": [16, 8]}],
             }
         },
         weights=None,
         architecture="BailingMoeV2_5ForCausalLM",
-        checkpoint=("a" * 64, "bf16"),
+        checkpoint=("bf16", "a" * 64),
         request={
             "precision": "fp8",
             "target": "cpu",

@@ -200,6 +200,14 @@ def test_more_files_than_a_package_may_have(
     assert "extra" in failed(package, machine)
 
 
+def test_more_files_listed_than_a_package_may_have(
+    package: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingc.engine.manifest.LIMITS", {**LIMITS, "files": 5})
+
+    assert failed(package, machine) == {"layout"}
+
+
 def test_a_tree_deeper_than_a_path_is_not_followed(package: Path, machine: Machine) -> None:
     deep = package
     for _ in range(300):

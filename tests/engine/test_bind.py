@@ -49,7 +49,7 @@ def make(plan: Plan, contents: Contents, tmp_path: Path) -> Make:
 
     def make(identity: str | None) -> Package:
         path = tmp_path / f"{identity}.ling"
-        checkpoint = None if identity is None else (identity, "bf16")
+        checkpoint = None if identity is None else ("bf16", identity)
         write_package(path, replace(contents, plan=dumps(real), checkpoint=checkpoint))
         return open_package(path, level="integrity")
 
