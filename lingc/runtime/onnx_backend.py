@@ -1,0 +1,230 @@
+"""Runs an ONNX engine on ONNX Runtime's CPU provider.
+
+Each phase is a session, made when it is first used. All sessions read one copy of the weights,
+mapped from the package or widened once. State tensors are bound as input and as output of a
+session at one address, so that a step writes the rows that changed and copies nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnxruntime import InferenceSession, IOBinding, OrtValue
+
+from lingc.engine import Package
+from lingc.errors import InputError, UsageError
+from lingc.plan import Plan, Program, TensorType
+from lingc.runtime.backend import Array, Limits, SlotState
+from lingc.runtime.onnx_session import guarded, make_session, value_of, with_outputs
+from lingc.runtime.onnx_weights import initializer_from_json, load
+
+PREPACKED_BYTES = 256 << 20
+"""Up to here each session may keep its own copy of the weights, in the order its kernels like best:
+steps of many tokens are up to twice as fast, steps of one token the same."""
+
+NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
+    "f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxModels:
+    """What `lingc.targets.onnx.lower` makes of a plan.
+
+    Attributes:
+        models: phase -> serialized model.
+        info: What the lowering says beside them.
+    """
+
+    plan: Plan
+    models: Mapping[str, bytes]
+    info: Mapping[str, Any]
+
+
+class OnnxBackend:
+    """A loaded engine; `lingc.runtime.backend.Backend` says what it does.
+
+    Args:
+        package: A checked package of the kind `onnx`, or models fresh from the lowering.
+        weights: Its weights, by name, as they are stored.
+        limits: How many slots and pages of state to hold.
+        threads: Threads of a step; as many as this process may use where None.
+        taps: Values of the plan that every run returns beside the outputs, by name.
+    """
+
+    def __init__(
+        self,
+        package: Package | OnnxModels,
+        weights: Mapping[str, Array],
+        limits: Limits,
+        *,
+        threads: int | None = None,
+        taps: Sequence[str] = (),
+    ) -> None:
+        given = package if isinstance(package, OnnxModels) else _models(package)
+        self._plan = given.plan
+        self._limits = limits
+        self._threads = threads
+        self._models = given.models
+        self._info = given.info
+        self._taps = {
+            phase: _tapped(program, taps) for phase, program in self._plan.programs.items()
+        }
+        self._weights, self._values = _initializers(given.info, weights)
+        self._states = _zeros(self._plan, limits)
+        self._state_values = {
+            name: value_of(array, self._plan.states[name].dtype)
+            for name, array in self._states.items()
+        }
+        self._sessions: dict[str, tuple[InferenceSession, IOBinding]] = {}
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one phase; see `lingc.runtime.backend.Backend`.
+
+        Raises:
+            UsageError: The plan has no such phase.
+            InputError: An input is missing, or of another type or shape.
+        """
+        program = self._plan.programs.get(phase)
+        if program is None:
+            known = ", ".join(self._plan.programs)
+            raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
+        session, binding = self._session(phase)
+        sizes: dict[str, int] = {}
+        for name in program.inputs:
+            array = _checked(phase, name, program.types[name], inputs, sizes)
+            binding.bind_cpu_input(name, array)
+        made = {}
+        for role, name in program.outputs.items():
+            shape = program.types[name].bind(sizes)
+            made[role] = np.empty(shape, NUMPY_DTYPE[program.types[name].dtype])
+            binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(made[role]))
+        taps = self._taps[phase]
+        for name in taps:
+            binding.bind_output(name)
+        guarded(f"phase {phase!r} failed", lambda: session.run_with_iobinding(binding))
+        if taps:
+            found = dict(zip(_output_names(session), binding.get_outputs(), strict=True))
+            made |= {name: found[name].numpy() for name in taps}
+        return made
+
+    def state(self, name: str) -> Array:
+        """A state tensor, scratch included; not a copy."""
+        if name not in self._states:
+            known = ", ".join(self._states)
+            raise UsageError(f"the engine has no state {name!r}", hint=f"it has: {known}")
+        return self._states[name]
+
+    def save_slot(self, slot: int) -> SlotState:
+        return {name: self._states[name][slot].copy() for name in self._slot_states(slot)}
+
+    def load_slot(self, slot: int, saved: SlotState) -> None:
+        for name in self._slot_states(slot):
+            if name not in saved:
+                raise InputError(f"the saved slot lacks {name!r}")
+            self._states[name][slot] = saved[name]
+
+    def close(self) -> None:
+        self._sessions.clear()
+        self._values.clear()
+        self._weights.clear()
+        self._state_values.clear()
+        self._states.clear()
+
+    def _session(self, phase: str) -> tuple[InferenceSession, IOBinding]:
+        if phase in self._sessions:
+            return self._sessions[phase]
+        program, taps = self._plan.programs[phase], self._taps[phase]
+        model = self._models[phase]
+        session = make_session(
+            with_outputs(model, {name: program.types[name] for name in taps}) if taps else model,
+            {name: self._values[name] for name in self._info["phases"][phase]},
+            threads=self._threads,
+            fold=self._info["widen"] == "load",
+            prepack=sum(array.nbytes for array in self._weights.values()) <= PREPACKED_BYTES,
+        )
+        binding = session.io_binding()
+        for name in program.states:
+            binding.bind_ortvalue_input(name, self._state_values[name])
+        for name, updated in program.updates.items():
+            binding.bind_ortvalue_output(updated, self._state_values[name])
+        self._sessions[phase] = session, binding
+        return session, binding
+
+    def _slot_states(self, slot: int) -> list[str]:
+        if not 0 <= slot < self._limits.slots:
+            raise UsageError(f"slot {slot} is not one of {self._limits.slots}")
+        return [name for name, kind in self._plan.states.items() if kind.shape[0] == "S"]
+
+
+def _models(package: Package) -> OnnxModels:
+    code = package.code()
+    models = {
+        phase: package.read(f"variants/{code.target}/{phase}.onnx")
+        for phase in package.plan.programs
+    }
+    return OnnxModels(plan=package.plan, models=models, info=code.info)
+
+
+def _initializers(
+    info: Mapping[str, Any], weights: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, OrtValue]]:
+    """Arrays, and the values that stand on them, by name."""
+    arrays, values = {}, {}
+    for item in info["initializers"]:
+        made = initializer_from_json(item)
+        arrays[made.name] = np.ascontiguousarray(load(made, weights))
+        values[made.name] = value_of(arrays[made.name], made.dtype)
+    return arrays, values
+
+
+def _zeros(plan: Plan, limits: Limits) -> dict[str, Array]:
+    sizes = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
+    return {
+        name: np.zeros(kind.bind(sizes), NUMPY_DTYPE[kind.dtype])
+        for name, kind in plan.states.items()
+    }
+
+
+def _tapped(program: Program, taps: Sequence[str]) -> tuple[str, ...]:
+    """Those of the taps that the program computes and does not return anyway."""
+    computed = {name for step in program.steps for name in step.outputs}
+    returned = {*program.outputs.values(), *program.updates.values()}
+    return tuple(name for name in taps if name in computed and name not in returned)
+
+
+def _output_names(session: InferenceSession) -> list[str]:
+    return [output.name for output in session.get_outputs()]
+
+
+def _checked(
+    phase: str,
+    name: str,
+    wanted: TensorType,
+    inputs: Mapping[str, Array],
+    sizes: dict[str, int],
+) -> Array:
+    """The input, if it is of the type and shape that the phase takes; notes its open sizes."""
+    array = inputs.get(name)
+    if array is None:
+        raise InputError(f"phase {phase!r} takes {name!r}, which is missing")
+    dtype = NUMPY_DTYPE[wanted.dtype]
+    fits = array.dtype == dtype and array.ndim == len(wanted.shape)
+    for size, found in zip(wanted.shape, array.shape, strict=False):
+        fits = fits and found == (sizes.setdefault(size, found) if isinstance(size, str) else size)
+    if not fits:
+        known = [sizes.get(s, s) if isinstance(s, str) else s for s in wanted.shape]
+        raise InputError(
+            f"input {name!r} of phase {phase!r} is {array.dtype} {list(array.shape)}, "
+            f"not {wanted.dtype} {known}"
+        )
+    return np.ascontiguousarray(array)

@@ -1,0 +1,118 @@
+"""ONNX Runtime, set up for a model of ours: options, weights that it does not own, extra outputs."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lingc.errors import IncompatibleError, LingcError, MissingExtraError
+from lingc.plan import TensorType
+from lingc.runtime.backend import Array
+
+try:
+    import onnxruntime
+    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime.capi import onnxruntime_pybind11_state as _native
+except ImportError as error:
+    raise MissingExtraError(
+        "running an ONNX engine needs the package 'onnxruntime', which is not installed",
+        hint="pip install 'lingc[onnx]'",
+    ) from error
+
+Made = TypeVar("Made")
+
+ONNX_DTYPE: Mapping[str, int] = {
+    "f32": 1, "u8": 2, "i32": 6, "i64": 7, "bool": 9, "f16": 10, "f64": 11, "bf16": 16,
+    "f8e4m3": 17,
+}  # fmt: skip
+"""Numbers of `onnx.TensorProto.DataType`."""
+
+_FAILURES = (
+    _native.EPFail,
+    _native.Fail,
+    _native.InvalidArgument,
+    _native.InvalidGraph,
+    _native.InvalidProtobuf,
+    _native.NotImplemented,
+    _native.RuntimeException,
+)
+_ERRORS_ONLY = 3
+
+
+def make_session(
+    model: bytes, weights: Mapping[str, OrtValue], *, threads: int | None, fold: bool, prepack: bool
+) -> InferenceSession:
+    """A session on the CPU.
+
+    Args:
+        model: The model; its initializers have no data.
+        weights: Every initializer.
+        threads: Threads of a step; as many as this process may use where None.
+        fold: Whether what depends on weights alone is computed once, here. Widening would be.
+        prepack: Whether the session may copy weights into the order its kernels like best.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    # An FP8 or FP16 weight and its scales are not a quantized model to be fused.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Phases take turns: threads of one must not spin while another computes.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_external_initializers(list(weights), list(weights.values()))
+    disabled = [] if fold else ["ConstantFolding"]
+    return guarded(
+        "the engine's code cannot be loaded",
+        lambda: InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=disabled,
+        ),
+    )
+
+
+def value_of(array: Array, dtype: str) -> OrtValue:
+    """An array as ONNX Runtime's, at the same address; `dtype` is what its bits mean."""
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(array, ONNX_DTYPE[dtype])
+
+
+def guarded(what: str, work: Callable[[], Made]) -> Made:
+    """Do something with ONNX Runtime, and say what it was where that fails."""
+    try:
+        return work()
+    except _FAILURES as error:
+        reason = str(error).strip().splitlines()[0]
+        raise IncompatibleError(
+            f"{what}: ONNX Runtime {onnxruntime.__version__} says: {reason}",
+            hint="engines of this version run on onnxruntime 1.31 and newer",
+        ) from error
+
+
+def with_outputs(model: bytes, outputs: Mapping[str, TensorType]) -> bytes:
+    """The model with more values as outputs.
+
+    A message that follows another in protobuf's encoding is merged into it, and repeated fields are
+    joined: the outputs are written behind the model, and the package `onnx` is not needed.
+    """
+    values = b"".join(_field(12, _value_info(name, kind)) for name, kind in outputs.items())
+    return model + _field(7, values)  # ModelProto.graph, GraphProto.output
+
+
+def _value_info(name: str, kind: TensorType) -> bytes:
+    tensor = _varint(1 << 3) + _varint(ONNX_DTYPE[kind.dtype])  # TypeProto.Tensor.elem_type
+    return _field(1, name.encode()) + _field(2, _field(1, tensor))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 127:
+        made.append(value & 127 | 128)
+        value >>= 7
+    made.append(value)
+    return bytes(made)

@@ -1,0 +1,183 @@
+"""One program of a plan as a graph of own-domain nodes, with the functions that define them."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+from onnx import FunctionProto, GraphProto, ValueInfoProto, helper
+
+from lingc.runtime.onnx_weights import Initializer
+from lingc.errors import UnsupportedError
+from lingc.plan import Arg, Program, Ref, Size, Step, TensorType
+from lingc.targets.onnx.body import LAST, LINGC, ONNX_DTYPE, Body, Value
+from lingc.targets.onnx.functions import FUNCTIONS
+from lingc.targets.onnx.library_standard import Standard
+from lingc.targets.onnx.weights import Weights
+
+FEW_TOKENS = frozenset({"decode", "verify"})
+
+
+class Phase:
+    """A phase in the making.
+
+    Attributes:
+        functions: By op and by what its arguments are, in order of first use.
+        initializers: The weights that the nodes read, in order of first use.
+    """
+
+    def __init__(
+        self, name: str, program: Program, library: type[Standard], weights: Weights
+    ) -> None:
+        self.functions: dict[tuple[Any, ...], FunctionProto] = {}
+        self.initializers: dict[str, Initializer] = {}
+        self._name = name
+        self._program = program
+        self._library = library
+        self._weights = weights
+        self._body = Body(prefix=f"{LINGC}.")
+
+    def graph(self) -> GraphProto:
+        """The graph, without its initializers."""
+        program = self._program
+        for step in program.steps:
+            if step.op in _ATEN:
+                self._body.publish(_ATEN[step.op](self, *step.args), step.outputs[0])
+            else:
+                self._fused(step)
+        named = list(dict.fromkeys((*program.outputs.values(), *program.updates.values())))
+        inputs = [_value_info(n, program.types[n]) for n in (*program.inputs, *program.states)]
+        outputs = [_value_info(n, program.types[n]) for n in named]
+        return helper.make_graph(self._body.needed(named), self._name, inputs, outputs)
+
+    def _fused(self, step: Step) -> None:
+        op = step.op.removeprefix(f"{LINGC}.")
+        if op not in FUNCTIONS:
+            raise UnsupportedError(
+                f"op {step.op!r} of layer {step.layer} has no ONNX form",
+                hint="the plan was made for another engine kind",
+            )
+        parameters = list(inspect.signature(FUNCTIONS[op]).parameters.values())[1:]
+        given = {p.name: arg for p, arg in zip(parameters, step.args, strict=True)}
+        tensors = [p.name for p in parameters if _is_tensor(p)]
+        values = given | self._tensors(op, {name: given[name] for name in tensors})
+        proto = self._function(op, values, tensors)
+        self._body.node(
+            f"{LINGC}::{op}",
+            [values[name] for name in tensors],
+            step.outputs,
+            overload=proto.overload,
+            attrs={n.lstrip("_"): arg for n, arg in given.items() if n not in tensors},
+        )
+
+    def _function(
+        self, op: str, values: Mapping[str, Any], tensors: Sequence[str]
+    ) -> FunctionProto:
+        """The function for tensors of these types and for these literals; made once."""
+        key = (op, *((name, _kind(value)) for name, value in values.items()))
+        if key in self.functions:
+            return self.functions[key]
+        body = Body()
+        library = self._library(body, few_tokens=self._name in FEW_TOKENS)
+        formal = (
+            Value(name, body, value.dtype, value.shape) if isinstance(value, Value) else value
+            for name, value in values.items()
+        )
+        returned = FUNCTIONS[op](library, *formal)
+        results = returned if isinstance(returned, tuple) else (returned,)
+        outputs = [f"out{i}" for i in range(len(results))]
+        for value, name in zip(results, outputs, strict=True):
+            body.publish(value, name)
+        same = sum(known.name == op for known in self.functions.values())
+        self.functions[key] = helper.make_function(
+            LINGC,
+            op,
+            list(tensors),
+            outputs,
+            body.needed(outputs),
+            [helper.make_opsetid(*domain) for domain in library.domains],
+            attributes=[name.lstrip("_") for name in values if name not in tensors],
+            overload=str(same) if same else "",
+        )
+        return self.functions[key]
+
+    def _tensors(self, op: str, given: Mapping[str, Arg]) -> dict[str, Value | None]:
+        """What the tensors among a step's arguments are in the graph."""
+        names = {argument: ref.name for argument, ref in given.items() if isinstance(ref, Ref)}
+        weights = {argument: name for argument, name in names.items() if name in self._weights}
+        bound = self._weights.bound(op, weights)
+        values: dict[str, Value | None] = dict.fromkeys(given)
+        for argument, name in names.items():
+            made = bound.get(argument)
+            if made is not None:
+                self.initializers[made.name] = made
+                values[argument] = Value(made.name, self._body, made.dtype, made.shape)
+            elif argument not in bound:
+                values[argument] = self._computed(name)
+        return values
+
+    def _computed(self, name: str) -> Value:
+        found = self._program.types[name]
+        return Value(name, self._body, found.dtype, found.shape)
+
+    # -------------------------------------------------------------------------- ATen: views, copies
+
+    def _operand(self, ref: Arg) -> Value:
+        value = self._tensors("aten", {"tensor": ref})["tensor"]
+        assert value is not None, f"{ref!r} is no tensor"
+        return value
+
+    def _slice(self, x: Arg, dim: int, start: int | None, end: Arg) -> Value:
+        # An end that is a symbolic size is the end of the axis.
+        last = end if isinstance(end, int) else LAST
+        return self._operand(x).slice(dim, start or 0, last)
+
+    def _cat(self, tensors: Sequence[Arg], dim: int = 0) -> Value:
+        return self._body.concat([self._operand(x) for x in tensors], dim)
+
+    def _index_select(self, x: Arg, dim: int, index: Arg) -> Value:
+        return self._operand(x).gather(self._operand(index), axis=dim)
+
+    def _add(self, x: Arg, y: Arg) -> Value:
+        return self._operand(x) + self._operand(y)
+
+    def _reshape(self, x: Arg, shape: Sequence[int | Size]) -> Value:
+        value = self._operand(x)
+        sizes: list[int | Value] = []
+        for size in shape:
+            if isinstance(size, int):
+                sizes.append(size)
+            elif -1 not in sizes and sum(isinstance(s, Size) for s in shape) == 1:
+                sizes.append(-1)
+            else:
+                sizes.append(self._size(size.name))
+        return value.reshape(*sizes)
+
+    def _size(self, symbol: str) -> Value:
+        """A symbolic size, read off an input that has it."""
+        for name in (*self._program.inputs, *self._program.states):
+            shape = self._program.types[name].shape
+            if symbol in shape:
+                return self._computed(name).length(shape.index(symbol))
+        raise UnsupportedError(f"no input has the size {symbol!r} that a reshape asks for")
+
+
+_ATEN: Mapping[str, Callable[..., Value]] = {
+    "aten.slice.Tensor": Phase._slice,
+    "aten.cat.default": Phase._cat,
+    "aten.index_select.default": Phase._index_select,
+    "aten.add.Tensor": Phase._add,
+    "aten.reshape.default": Phase._reshape,
+}
+
+
+def _is_tensor(parameter: inspect.Parameter) -> bool:
+    return parameter.annotation is Value or Value in get_args(parameter.annotation)
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument a function depends on."""
+    return (value.dtype, value.shape) if isinstance(value, Value) else value
+
+
+def _value_info(name: str, found: TensorType) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, ONNX_DTYPE[found.dtype], found.shape)
