@@ -13,11 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lingc.checkpoint import (
-    SyntheticCheckpoint,
-    open_checkpoint,
-    write_checkpoint,
-)
+from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint, write_checkpoint
 from lingc.checkpoint.source import Source
 from lingc.errors import CheckpointError, IntegrityError
 from lingc.model.config import ModelConfig
