@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lingc import targets
+from lingc.capture import Capturer
 from lingc.checkpoint import Checkpoint
 from lingc.compile import (
     Compiled,
@@ -30,7 +31,7 @@ from lingc.engine import Contents, Manifest, PackageWriter
 from lingc.errors import ConfigError
 from lingc.interpret import InterpreterBackend
 from lingc.model.config import ARCHITECTURE
-from lingc.plan import Plan, dumps
+from lingc.plan import Arg, Plan, Program, TensorType, dumps
 from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.runtime import vectors
 from lingc.runtime.backend import Limits
@@ -68,6 +69,7 @@ def build(
     *,
     overwrite: bool = False,
     stage: Stage = silent,
+    capturer: Capturer | None = None,
 ) -> Built:
     """Build an engine from a checkpoint directory, or from a config alone.
 
@@ -75,6 +77,9 @@ def build(
         source: A checkpoint, or a directory or file with the config.
         output: The package; must not exist unless `overwrite`.
         request: What to build.
+        overwrite: Replace a package that is there.
+        stage: How progress is shown.
+        capturer: As for `compile_plan`.
 
     Raises:
         LingcError: Anything that is in the way, by its class; nothing is left at `output`.
@@ -92,7 +97,13 @@ def build(
     has_mtp = checkpoint.has_mtp if checkpoint is not None else config.has_mtp
     with PackageWriter(output, overwrite=overwrite) as writer:
         compiled = compile_plan(
-            config, recipe, target, has_mtp=has_mtp, request=request, stage=stage
+            config,
+            recipe,
+            target,
+            has_mtp=has_mtp,
+            request=request,
+            stage=stage,
+            capturer=capturer,
         )
         with stage("lower to ONNX"):
             engine = lower_onnx(compiled.plan, widen=request.widen)
@@ -168,10 +179,36 @@ def _vectors(plan: Plan, shards: list[Path], stage: Stage) -> Mapping[str, bytes
         page_size=plan.page_size,
     )
     with stage("record test vectors"):
-        backend = InterpreterBackend(plan, open_weights(shards), limits)
+        backend = InterpreterBackend(_in_f64(plan), open_weights(shards), limits)
         cases = vectors.record(backend, prompts, count=VECTOR_TOKENS, tolerance=VECTOR_TOLERANCE)
         backend.close()
     return vectors.encode(cases)
+
+
+def _in_f64(plan: Plan) -> Plan:
+    """The plan with f64 for every f32 that is not a weight.
+
+    The order of f32 sums depends on the number of cores and on what they can do, and so would the
+    vectors' bytes. Rounded to f32 once, at the end, they are those of every machine.
+    """
+
+    def wide(kind: TensorType) -> TensorType:
+        return replace(kind, dtype="f64") if kind.dtype == "f32" else kind
+
+    def named(arg: Arg) -> Arg:
+        return "f64" if arg == "f32" else arg
+
+    def program(old: Program) -> Program:
+        kept = {name: old.types[name] for name in old.weights}
+        types = {name: wide(kind) for name, kind in old.types.items()} | kept
+        steps = tuple(replace(step, args=tuple(map(named, step.args))) for step in old.steps)
+        return replace(old, types=types, steps=steps)
+
+    return replace(
+        plan,
+        states={name: wide(kind) for name, kind in plan.states.items()},
+        programs={phase: program(old) for phase, old in plan.programs.items()},
+    )
 
 
 def _contents(

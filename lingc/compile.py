@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,11 +29,14 @@ class Stage(Protocol):
 
 
 def silent(
-    _name: str, *, total: int | None = None, unit: str = ""
+    name: str, *, total: int | None = None, unit: str = ""
 ) -> AbstractContextManager[Callable[[int], None]]:
     """Show nothing."""
-    del total, unit
-    return nullcontext(lambda _done=1: None)
+    del name, total, unit
+    return nullcontext(_ignore)
+
+
+def _ignore(_done: int = 1) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +98,18 @@ def compile_plan(
     has_mtp: bool,
     request: Request,
     stage: Stage = silent,
+    capturer: Capturer | None = None,
 ) -> Compiled:
     """Capture, rewrite and lower all phases; needs no weights.
+
+    Args:
+        config: Of the model.
+        recipe: How its weights are stored.
+        target: What it is compiled for.
+        has_mtp: Whether there are weights for the draft phase.
+        request: What else was asked for; its precision and target are not read.
+        stage: How progress is shown.
+        capturer: One that has captured this config with these sizes before, to save the time.
 
     Raises:
         FusionError: A rule fired less often than it must.
@@ -106,14 +119,14 @@ def compile_plan(
     recipe.check_matches(matrix_modules(config))
     _check_waived(request.waive)
     phases = [phase for phase in PHASES if phase != "draft" or has_mtp]
-    capturer, report = Capturer(config, request.sizes), Report()
+    capturer, report = capturer or Capturer(config, request.sizes), Report()
+    context = Context(config=config, phase=phases[0], target=target, recipe=recipe)
     fused: dict[str, Fused] = {}
     with stage("capture and fuse", total=len(phases), unit="phases") as advance:
         for phase in phases:
-            context = Context(config=config, phase=phase, target=target, recipe=recipe)
             fused[phase] = pipeline.run(
                 capturer.capture(phase),
-                context,
+                replace(context, phase=phase),
                 report,
                 waive=request.waive,
                 check=request.check,
