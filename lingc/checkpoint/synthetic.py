@@ -24,6 +24,7 @@ from lingc.errors import CheckpointError
 from lingc.model.config import ModelConfig
 from lingc.quantize.formats import (
     F32,
+    FP8_BLOCK,
     U16,
     dequantize_fp8_block,
     dequantize_int4_group,
@@ -102,7 +103,7 @@ class SyntheticCheckpoint:
         chosen = self._format(name)
         assert chosen.kind != "plain", f"{name!r} is stored plain"
         if chosen.kind == "fp8_block":
-            return *quantize_fp8_block(self._bits(name)), 128
+            return *quantize_fp8_block(self._bits(name)), FP8_BLOCK
         return *quantize_int4_group(self._bits(name), chosen.group), chosen.group
 
     def identity(self) -> str:
