@@ -8,7 +8,8 @@
 Shapes: positions i32 or i64 [T]; inv_freq n numbers; cos, sin f32 [T, n]. T symbolic.
 
 Rounding: position and frequency are rounded to f32 and multiplied in f32, as in the published
-modelling code: at position 100,000 the f32 angle of the first pair is off by up to 0.004.
+modelling code: at position 100,000 the f32 angle of the first pair is off by up to 0.004. The
+cosine is taken in f64 and rounded once: vectorized f32 cosines differ from machine to machine.
 
 Source: Su et al., RoFormer, 2021, arXiv:2104.09864, eq. 34; Peng et al., YaRN, 2023,
 arXiv:2309.00071, section 3.4 for `scale`.
@@ -27,8 +28,8 @@ from lingc.samples import Samples
 
 def reference(positions: Tensor, inv_freq: Sequence[float], scale: float) -> tuple[Tensor, Tensor]:
     rates = torch.tensor(inv_freq, dtype=torch.float64, device=positions.device).float()
-    angle = positions.float()[:, None] * rates
-    return angle.cos() * scale, angle.sin() * scale
+    angle = (positions.float()[:, None] * rates).double()
+    return (angle.cos() * scale).float(), (angle.sin() * scale).float()
 
 
 def types(
