@@ -23,7 +23,7 @@ _LACKING = {
     errno.EPERM: "permission is denied",
     errno.ENOTDIR: "part of the path is a file",
     errno.EEXIST: "part of the path is a file",
-    errno.EFBIG: "the file system does not take files so large",
+    errno.EFBIG: "files so large are not allowed there (ulimit -f)",
 }
 
 
