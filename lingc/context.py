@@ -4,7 +4,9 @@ Expected counts follow from here. `Context` counts the parts of one phase, so th
 "once a linear layer" and not a number.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from lingc.model.config import ModelConfig
 from lingc.plan import WeightSpec
@@ -65,13 +67,25 @@ class Context:
         return self.target.fp8_activations and self.recipe.activations == "fp8"
 
     def format_of(self, spec: WeightSpec) -> Format:
-        """Storage format that the recipe asks for a weight; its sources must agree.
+        """Storage format that the recipe asks for a weight, whose sources agree."""
+        return self.recipe.format_of(module_of(spec.sources[0]))
 
-        Raises:
-            AssertionError: The sources of one weight disagree; merging checks that first.
-        """
-        (found,) = {self.recipe.format_of(module_of(source)) for source in spec.sources}
-        return found
+    def storage_refusal(self, *specs: WeightSpec) -> str | None:
+        """Why weights cannot be stored as one, or None: the recipe's formats differ."""
+        found: dict[Format, str] = {}
+        for spec in specs:
+            found = {**_formats(self.recipe, spec.sources, spec.experts), **found}
+        if len(found) < 2:
+            return None
+        listed = ", ".join(f"{module} as {stored}" for stored, module in found.items())
+        return f"the recipe {self.recipe.name!r} stores {listed}"
+
+    def plain_refusal(self, spec: WeightSpec) -> str | None:
+        """Why a weight that no op reads in any format but its own cannot be stored, or None."""
+        stored, module = self.format_of(spec), module_of(spec.sources[0])
+        if stored.kind == "plain":
+            return None
+        return f"the recipe {self.recipe.name!r} stores {module} as {stored}, not plain"
 
     def is_fp8(self, module: str) -> bool:
         """Whether the recipe stores a module in FP8 blocks."""
@@ -122,6 +136,17 @@ class Context:
         return sum(self.join_refusal(*pair) is None for pair in self.pairs())
 
 
-def module_of(source: str) -> str:
+@cache
+def _formats(recipe: Recipe, sources: tuple[str, ...], experts: int) -> Mapping[Format, str]:
+    """Every format that a recipe asks for among sources, with the first module of each."""
+    found: dict[Format, str] = {}
+    for source in sources:
+        for expert in range(max(experts, 1)):
+            module = module_of(source, expert)
+            found.setdefault(recipe.format_of(module), module)
+    return found
+
+
+def module_of(source: str, expert: int = 0) -> str:
     """`model.layers.3.attention.dense` of `model.layers.3.attention.dense.weight`."""
-    return source.removesuffix(".weight").replace("{e}", "0")
+    return source.removesuffix(".weight").replace("{e}", str(expert))

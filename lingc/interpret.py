@@ -4,7 +4,7 @@ The interpreter is a runtime backend like an engine's, so that the same generati
 and it can show every value between the steps: parity bisects over it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,9 +53,7 @@ class InterpreterBackend:
         }
         self.watch: Watch | None = None
         """Called after every step with its results, for taps and bisection."""
-        self._last_use = {
-            phase: _last_uses(program) for phase, program in plan.programs.items()
-        }
+        self._last_use = {phase: _last_uses(program) for phase, program in plan.programs.items()}
 
     def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one phase; state is updated in place.
@@ -181,5 +179,3 @@ def _last_uses(program: Program) -> dict[int, list[str]]:
         if name not in kept:
             found.setdefault(index, []).append(name)
     return found
-
-

@@ -87,30 +87,33 @@ class _Lowering:
             raise StageError(f"{where(node)} is read before it is made")
         return self.names[node]
 
-    def _fresh(self, node: fx.Node, suffix: str = "") -> str:
-        """`layers.3.router`, then `layers.3.router.1`, and `.ids` behind for one of several."""
+    def _fresh(self, node: fx.Node) -> str:
+        """`layers.3.router`, then `layers.3.router.1`."""
         layer = node.meta["layer"]
         op = target_name(node).removeprefix("lingc.").removeprefix("aten.").partition(".")[0]
         stem = f"layers.{layer}.{op}" if layer >= 0 else op
         seen = self.taken.get(stem, 0)
         self.taken[stem] = seen + 1
-        return f"{stem}.{seen}{suffix}" if seen else f"{stem}{suffix}"
+        return f"{stem}.{seen}" if seen else stem
 
     def _step(self, node: fx.Node) -> Step | None:
         if node.target is operator.getitem:
             return None
-        kind = node.meta["type"]
-        if isinstance(kind, TensorType):
-            outputs = (self._call(node, self._fresh(node)),)
-        else:
-            outputs = self._several(node, kind)
+        if node.kwargs:
+            raise StageError(f"{where(node)} has keyword arguments, a step has none")
         return Step(
             op=target_name(node),
             args=tuple(self._arg(value) for value in node.args),
-            outputs=outputs,
+            outputs=self._outputs(node),
             layer=node.meta["layer"],
             source=node.meta["source"],
         )
+
+    def _outputs(self, node: fx.Node) -> tuple[str, ...]:
+        kind = node.meta["type"]
+        if isinstance(kind, TensorType):
+            return (self._call(node, self._fresh(node)),)
+        return self._several(node, kind)
 
     def _several(self, node: fx.Node, kinds: tuple[TensorType, ...]) -> tuple[str, ...]:
         """Name every result, those that nobody reads too."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from lingc import stages
 from lingc.context import Context
-from lingc.errors import FusionError
+from lingc.errors import FusionError, StageError
 from lingc.graph import Captured, Fused
 from lingc.passes import (
     absorb_mla,
@@ -39,21 +39,34 @@ from lingc.rewrite import Outcome, Refusal, Rewrite, apply, sweep
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A named run of rules."""
+    """A named run of rules.
+
+    Attributes:
+        requires: The contract of `lingc.stages` that holds before it, and after each of its rules.
+        ensures: The contract that holds after it.
+    """
 
     name: str
+    requires: str
+    ensures: str
     rules: tuple[Rewrite, ...]
 
 
 PIPELINE = (
-    Stage("canonicalize", canonicalize_calls.RULES),
     Stage(
-        "fuse",
-        (
+        name="canonicalize",
+        requires="captured",
+        ensures="canonical",
+        rules=canonicalize_calls.RULES,
+    ),
+    Stage(
+        name="fuse",
+        requires="canonical",
+        ensures="fused",
+        rules=(
             fuse_rope_table.RULE,
-            fuse_embedding.RULE,
             # Before the merge, while the attention's own linear can be told from the others.
             fuse_mla_attention.RULE,
             fuse_router.RULE,
@@ -76,11 +89,15 @@ PIPELINE = (
             fuse_mixer.DECODE_RULE,
             fuse_mixer.VERIFY_RULE,
             absorb_mla.RULE,
+            # Last: it gives the activations the target's element type.
+            fuse_embedding.RULE,
         ),
     ),
     Stage(
-        "quantize",
-        (
+        name="quantize",
+        requires="fused",
+        ensures="legal",
+        rules=(
             quantize_linears.RULE,
             quantize_experts.RULE,
             fuse_quantize.ADD_NORM_RULE,
@@ -144,7 +161,7 @@ def run(
         context: Model, phase, target and recipe.
         report: Gains a line for each rule.
         waive: Rules that may fire less often than they must.
-        check: Check the stage's contract after every rule instead of after every stage.
+        check: Check the graph and the contract after every rule too, not only after every stage.
         dump: Called with a stage's name and the program after it.
 
     Raises:
@@ -152,6 +169,7 @@ def run(
         StageError: A stage's contract is violated.
     """
     waived = frozenset(waive)
+    missed: list[Line] = []
     stages.check(program, "captured")
     if dump:
         dump("captured", program)
@@ -160,20 +178,33 @@ def run(
             outcome = apply(program, rule, context)
             line = _line(outcome, rule, stage.name, context, waived)
             report.lines.append(line)
+            missed += [line] if line.missed else []
             log.debug("%s %s: %d", context.phase, rule.name, outcome.found)
             if check:
                 program.graph.lint()
+                stages.check(program, stage.requires)
         sweep(program)
-        if stage.name == "fuse":
-            _fail_on_misses(report, context.phase)
+        _fail_on_misses(missed, context.phase)
+        _check_left_over(program, stage, missed)
+        if stage.ensures == "fused":
             stages.retype(program, context.target.activations)
-        if stage.name == "canonicalize":
-            stages.check(program, "canonical")
         if dump:
             dump(stage.name, program)
-    _fail_on_misses(report, context.phase)
-    stages.check(program, "fused")
     return Fused(program)
+
+
+def _check_left_over(program: Captured, stage: Stage, waived: list[Line]) -> None:
+    """Check the contract after a stage; what was waived may be why it does not hold."""
+    try:
+        stages.check(program, stage.ensures)
+    except StageError as error:
+        if not waived:
+            raise
+        raise StageError(
+            f"{error.problem}\nthese were waived, but nothing lowers what they left:"
+            + _listed(waived),
+            hint="waive only what has a slower form; `lingc passes` shows why they did not fire",
+        ) from error
 
 
 def _line(
@@ -191,24 +222,28 @@ def _line(
     )
 
 
-def _fail_on_misses(report: Report, phase: str) -> None:
-    missed = [x for x in report.lines if x.phase == phase and x.missed and not x.waived]
-    if not missed:
+def _fail_on_misses(missed: Iterable[Line], phase: str) -> None:
+    short = [line for line in missed if not line.waived]
+    if not short:
         return
-    listed = "".join(f"\n  - {sentence(line)}" for line in missed)
-    names = ",".join(dict.fromkeys(line.name for line in missed))
+    names = ",".join(dict.fromkeys(line.name for line in short))
     raise FusionError(
-        f"fusion missed in the {phase} phase:{listed}",
+        f"fusion missed in the {phase} phase:{_listed(short)}",
         hint=f"waive it with `--waive {names}` to build a slower engine all the same",
     )
+
+
+def _listed(lines: Iterable[Line]) -> str:
+    return "".join(f"\n  - {sentence(line)}" for line in lines)
 
 
 def sentence(line: Line) -> str:
     """Why a rule fell short, in a sentence."""
     text = f"{line.name}: expected {line.expected}, found {line.found}"
     if line.refused:
-        first = line.refused[0]
-        return f"{text}; refused at {first.place}: {first.reason}"
+        first, more = line.refused[0], len(line.refused) - 1
+        others = f" (and {more} more)" if more else ""
+        return f"{text}; refused at {first.place}{others}: {first.reason}"
     return f"{text}; nearest: {line.near_miss}" if line.near_miss else text
 
 

@@ -9,17 +9,25 @@ with an underscore binds to anything each time. Addition and multiplication matc
 `either(x)` matches `x` itself or a cast of it. A pattern with several outputs returns a tuple.
 """
 
-import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from lingc.graph import Program, Value, full_args, target_name, tensor_type, type_of, where
+from lingc.graph import (
+    Program,
+    Value,
+    full_args,
+    is_weight,
+    target_name,
+    tensor_type,
+    type_of,
+    where,
+)
 from lingc.op import OPS
 from lingc.plan import TensorType, WeightSpec
 
@@ -30,6 +38,9 @@ CASTS = {aten.to.dtype, aten._to_copy.default}
 
 NOT_MINE = "not mine"
 """Answer of a check where the match belongs to another rule: neither fired nor refused."""
+
+REACH = 6
+"""How many calls behind a pattern's inputs and nodes its other outputs are looked for."""
 
 Pattern = Callable[..., Any]
 
@@ -62,8 +73,7 @@ class Match:
 
     def is_weight(self, name: str) -> bool:
         """Whether `name` is bound to a weight."""
-        value = self.bound[name]
-        return isinstance(value, fx.Node) and value.meta.get("role") == "weight"
+        return is_weight(self.bound[name])
 
 
 class Builder:
@@ -75,7 +85,7 @@ class Builder:
 
     def call(self, overload: Any, *args: Value, type: Any = None) -> fx.Node:  # noqa: A002
         """Call an op; its type follows from the op's rule, or is given for an ATen op."""
-        node = self.program.graph.call_function(overload, args)
+        node: fx.Node = self.program.graph.call_function(overload, args)
         name = overload._schema.name.removeprefix("lingc::")
         node.meta["type"] = OPS[name].types(*(type_of(a) for a in args)) if type is None else type
         node.meta["layer"] = self.like.meta.get("layer", -1)
@@ -84,7 +94,8 @@ class Builder:
 
     def once(self, overload: Any, *args: Value) -> fx.Node:
         """A call that another match may have made already; then that one."""
-        for user in args[0].users:
+        first: fx.Node = args[0]
+        for user in first.users:
             if user.target is overload and tuple(user.args) == args:
                 return user
         return self.call(overload, *args)
@@ -111,8 +122,10 @@ class Builder:
     def cat(self, first: fx.Node, second: fx.Node) -> fx.Node:
         """Two matrices side by side, along axis 1 of known sizes."""
         a, b = tensor_type(first), tensor_type(second)
-        assert isinstance(a.shape[1], int) and isinstance(b.shape[1], int)
-        kind = TensorType(a.dtype, (a.shape[0], a.shape[1] + b.shape[1]))
+        left, right = a.shape[1], b.shape[1]
+        assert isinstance(left, int), "the first matrix has a symbolic width"
+        assert isinstance(right, int), "the second matrix has a symbolic width"
+        kind = TensorType(a.dtype, (a.shape[0], left + right))
         return self.call(aten.cat.default, [first, second], 1, type=kind)
 
     def weight(self, spec: WeightSpec) -> fx.Node:
@@ -156,12 +169,18 @@ class Refusal:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What one rule did to one program."""
+    """What one rule did to one program.
+
+    Attributes:
+        near_miss: Where most of a pattern matched and the rest did not, and what stood in its way.
+        near_depth: How many calls of the pattern matched there.
+    """
 
     rule: str
     found: int = 0
     refused: list[Refusal] = field(default_factory=list)
     near_miss: str = ""
+    near_depth: int = 0
 
 
 def either(x: Any) -> Any:
@@ -172,25 +191,15 @@ def either(x: Any) -> Any:
 # ---------------------------------------------------------------------------------------- matching
 
 
-@lru_cache(maxsize=None)
-def _trace(pattern: Pattern) -> tuple[fx.Graph, tuple[fx.Node, ...]]:
-    """The pattern as a graph, and its outputs."""
-    tracer = fx.Tracer()
-    graph = tracer.trace(_as_module(pattern))
-    (output,) = (n for n in graph.nodes if n.op == "output")
+@cache
+def _outputs(pattern: Pattern) -> tuple[fx.Node, ...]:
+    """The outputs of the pattern's graph."""
+    (output,) = (n for n in fx.Tracer().trace(pattern).nodes if n.op == "output")
     outputs = output.args[0]
     if isinstance(outputs, fx.Node):
-        return graph, (outputs,)
+        return (outputs,)
     assert isinstance(outputs, tuple)
-    return graph, outputs
-
-
-def _as_module(pattern: Pattern) -> torch.nn.Module | Callable[..., Any]:
-    assert all(
-        p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        for p in inspect.signature(pattern).parameters.values()
-    )
-    return pattern
+    return outputs
 
 
 class _Matcher:
@@ -206,9 +215,19 @@ class _Matcher:
             return self._node(pattern, value, match)
         if isinstance(pattern, list | tuple):
             if not isinstance(value, list | tuple) or len(pattern) != len(value):
+                self.missed(match, f"expected {len(pattern)} values, found {_show(value)}")
                 return None
             return self._sequence(pattern, value, match)
-        return match if type(pattern) is type(value) and pattern == value else None
+        if _same(pattern, value):
+            return match
+        self.missed(match, f"expected {pattern!r}, found {_show(value)}")
+        return None
+
+    def missed(self, match: Match, what: str) -> None:
+        """Note what stood in the way, if no attempt came further."""
+        if len(match.nodes) > self.miss_depth:
+            self.miss_depth = len(match.nodes)
+            self.miss = f"{what}; in {where(max(match.nodes.values()))}"
 
     def _sequence(
         self, patterns: Sequence[Value], values: Sequence[Value], match: Match
@@ -222,24 +241,18 @@ class _Matcher:
 
     def _node(self, pattern: fx.Node, value: Value, match: Match) -> Match | None:
         if pattern.op == "placeholder":
-            name = str(pattern.target)
-            if name.startswith("_"):
-                return match
-            if name in match.bound:
-                return match if _same(match.bound[name], value) else None
-            return Match({**match.bound, name: value}, match.nodes)
+            return self._bind(str(pattern.target), value, match)
         if pattern in match.nodes:
-            return match if match.nodes[pattern] is value else None
+            if match.nodes[pattern] is value:
+                return match
+            self.missed(match, f"expected {match.nodes[pattern]}, found {_show(value)}")
+            return None
         if pattern.target is either:
             cast = isinstance(value, fx.Node) and value.target in CASTS
             through = self.value(pattern.args[0], value.args[0], match) if cast else None
             return through or self.value(pattern.args[0], value, match)
-        if not isinstance(value, fx.Node) or value.op != "call_function":
-            return None
-        if value.target != pattern.target:
-            if len(match.nodes) > self.miss_depth:
-                self.miss_depth = len(match.nodes)
-                self.miss = f"expected {target_name(pattern)}, found {where(value)}"
+        if not isinstance(value, fx.Node) or value.target != pattern.target:
+            self.missed(match, f"expected {target_name(pattern)}, found {_show(value)}")
             return None
         extended = Match(match.bound, {**match.nodes, pattern: value})
         wanted, given = full_args(pattern), full_args(value)
@@ -249,35 +262,59 @@ class _Matcher:
             found = self._sequence(wanted, swapped, extended)
         return found
 
+    def _bind(self, name: str, value: Value, match: Match) -> Match | None:
+        if name.startswith("_"):
+            return match
+        if name not in match.bound:
+            return Match({**match.bound, name: value}, match.nodes)
+        if _same(match.bound[name], value):
+            return match
+        both = f"{_show(match.bound[name])} and {_show(value)}"
+        self.missed(match, f"{name} would be both {both}")
+        return None
+
+
+def _show(value: Value) -> str:
+    return where(value) if isinstance(value, fx.Node) else repr(value)
+
 
 def _same(a: Value, b: Value) -> bool:
     if isinstance(a, fx.Node) or isinstance(b, fx.Node):
         return a is b
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and bool(a == b)
 
 
-def _complete(
-    matcher: _Matcher, outputs: tuple[fx.Node, ...], match: Match, program: Program
-) -> Match | None:
+def _complete(matcher: _Matcher, outputs: tuple[fx.Node, ...], match: Match) -> Match | None:
     """Extend a match of the last output to all of them."""
     for wanted in outputs:
         if wanted in match.nodes:
             continue
-        taken = set(match.nodes.values())
-        around: set[fx.Node] = set()
-        for node in [*match.nodes.values(), *match.bound.values()]:
-            if isinstance(node, fx.Node) and node.meta.get("role") != "weight":
-                around.update(_downstream(node, depth=6))
-        for candidate in sorted(around - taken):
-            if candidate.target == wanted.target:
-                extended = matcher.value(wanted, candidate, match)
-                if extended is not None:
-                    match = extended
-                    break
-        else:
+        extended = next(
+            (
+                extended
+                for candidate in _candidates(wanted, match)
+                if (extended := matcher.value(wanted, candidate, match)) is not None
+            ),
+            None,
+        )
+        if extended is None:
+            matcher.missed(match, f"no {target_name(wanted)} completes the pattern")
             return None
+        match = extended
     match.outputs = tuple(match.nodes[node] for node in outputs)
     return match
+
+
+def _candidates(wanted: fx.Node, match: Match) -> list[fx.Node]:
+    """Calls of the wanted op near the match, in order."""
+    taken = set(match.nodes.values())
+    near: set[fx.Node] = set()
+    for node in [*match.nodes.values(), *match.bound.values()]:
+        if isinstance(node, fx.Node) and not is_weight(node):
+            near.update(_downstream(node, depth=REACH))
+    return sorted(node for node in near - taken if node.target == wanted.target)
 
 
 def _downstream(node: fx.Node, *, depth: int) -> set[fx.Node]:
@@ -289,19 +326,19 @@ def _downstream(node: fx.Node, *, depth: int) -> set[fx.Node]:
     return reached
 
 
-def find(rule: Rewrite, node: fx.Node, program: Program, outcome: Outcome) -> Match | None:
+def find(rule: Rewrite, node: fx.Node, outcome: Outcome) -> Match | None:
     """The first spelling of `rule` that ends at `node`."""
     for pattern in rule.patterns:
-        _, outputs = _trace(pattern)
+        outputs = _outputs(pattern)
         if node.target != outputs[-1].target:
             continue
         matcher = _Matcher()
         match = matcher.value(outputs[-1], node, Match({}, {}))
-        match = match and _complete(matcher, outputs, match, program)
+        match = match and _complete(matcher, outputs, match)
         if match is not None:
             return match
-        if matcher.miss_depth > 0:
-            outcome.near_miss = matcher.miss
+        if matcher.miss_depth > outcome.near_depth:
+            outcome.near_depth, outcome.near_miss = matcher.miss_depth, matcher.miss
     return None
 
 
@@ -312,33 +349,25 @@ def apply(program: Program, rule: Rewrite, context: Any) -> Outcome:
     """Apply one rule wherever it matches, in program order, and say what happened."""
     outcome = Outcome(rule=rule.name)
     while True:
+        erased: set[fx.Node] = set()
+        refused: list[Refusal] = []
         fired = 0
         for node in program.calls():
-            if node.graph is program.graph and not _erased(node):
-                fired += _try(program, rule, context, node, outcome)
+            match = None if node in erased else find(rule, node, outcome)
+            if match is None:
+                continue
+            reason = rule.check(match, context) or _shared(rule, match)
+            if reason is None:
+                erased |= _replace(program, rule, context, match)
+                fired += 1
+            elif reason != NOT_MINE:
+                refused.append(Refusal(rule=rule.name, reason=reason, place=where(node)))
         outcome.found += fired
+        outcome.refused = refused  # of the last time round: what stays refused
         if not fired or not rule.repeat:
             break
     sweep(program)
     return outcome
-
-
-def _erased(node: fx.Node) -> bool:
-    return bool(node._erased)
-
-
-def _try(program: Program, rule: Rewrite, context: Any, node: fx.Node, outcome: Outcome) -> int:
-    match = find(rule, node, program, outcome)
-    if match is None:
-        return 0
-    reason = rule.check(match, context) or _shared(rule, match)
-    if reason == NOT_MINE:
-        return 0
-    if reason is not None:
-        outcome.refused.append(Refusal(rule=rule.name, reason=reason, place=where(node)))
-        return 0
-    _replace(program, rule, context, match)
-    return 1
 
 
 def _shared(rule: Rewrite, match: Match) -> str | None:
@@ -346,14 +375,15 @@ def _shared(rule: Rewrite, match: Match) -> str | None:
     if rule.shares:
         return None
     inner = set(match.nodes.values())
-    for node in inner - set(match.outputs):
+    for node in sorted(inner - set(match.outputs)):
         outside = [user for user in node.users if user not in inner]
         if outside:
             return f"{target_name(node)} is also read by {where(outside[0])}"
     return None
 
 
-def _replace(program: Program, rule: Rewrite, context: Any, match: Match) -> None:
+def _replace(program: Program, rule: Rewrite, context: Any, match: Match) -> set[fx.Node]:
+    """Put the replacement in place; return what was erased."""
     inputs = [v for v in _flat(match.bound.values()) if isinstance(v, fx.Node)]
     last_input = max((n for n in inputs if n.op != "placeholder"), default=None)
     first_call = next(n for n in program.graph.nodes if n.op != "placeholder")
@@ -365,12 +395,15 @@ def _replace(program: Program, rule: Rewrite, context: Any, match: Match) -> Non
     made = [n for n in program.graph.nodes if n not in before]
     for old, new in zip(match.outputs, values, strict=True):
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in made)
-    for node in sorted(match.nodes.values(), reverse=True):
-        if not node.users and not _erased(node):
+    erased = set()
+    for node in sorted(set(match.nodes.values()), reverse=True):
+        if not node.users:
             program.graph.erase_node(node)
+            erased.add(node)
     late = any(needed > node for node in made for needed in node.all_input_nodes)
     if late or any(user < node for node in made for user in node.users):
         _sort(program)
+    return erased
 
 
 def _flat(values: Any) -> list[Value]:

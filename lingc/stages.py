@@ -1,8 +1,9 @@
 """What holds after each stage, checked by code.
 
-    captured    functional ATen and the structural ops; every value typed; no mutation
-    canonical   one spelling per idea
-    fused       only fused ops, views, and what every engine kind lowers
+captured: functional ATen and the structural ops; every value typed
+canonical: one spelling per idea
+fused: only fused ops, views, and linears whose storage is not chosen yet
+legal: only what every engine kind lowers; every type as its op says
 """
 
 import operator
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 
 from lingc.errors import StageError
-from lingc.graph import Program, target_name, tensor_type, type_of, where
+from lingc.graph import Program, Value, target_name, tensor_type, type_of, where
 from lingc.op import OPS
 from lingc.plan import TensorType
 
@@ -22,6 +23,9 @@ STRUCTURAL = frozenset(
     {"expert_dispatch", "lightning_prefill", "lightning_decode", "lightning_verify"}
 )
 """Ops that a captured program may hold."""
+
+NOT_LOWERED = frozenset({"expert_dispatch"})
+"""Ops that a fused program may not hold."""
 
 LOWERED_ATEN = frozenset(
     {
@@ -43,7 +47,8 @@ NOT_CANONICAL = frozenset(
     }
 )
 
-STAGES = ("captured", "canonical", "fused")
+SIZE_ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv})
+"""What may be done to the sizes of symbolic axes."""
 
 
 def check(program: Program, stage: str) -> None:
@@ -66,13 +71,23 @@ def _problems(program: Program, stage: str) -> Iterator[str]:
     for node in program.graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             yield f"{where(node)} is a {node.op}"
-        if node.op != "call_function":
-            continue
-        if node.meta.get("type") is None:
-            yield f"{where(node)} has no type"
-        reason = _illegal(node, stage)
-        if reason is not None:
-            yield f"{where(node)} {reason}"
+        if node.op == "call_function":
+            yield from (f"{where(node)} {reason}" for reason in _faults(node, stage))
+
+
+def _faults(node: fx.Node, stage: str) -> Iterator[str]:
+    kind = node.meta.get("type")
+    if kind is None:
+        yield "has no type"
+    illegal = _illegal(node, stage)
+    if illegal is not None:
+        yield illegal
+    elif stage == "legal" and kind is not None and kind != (said := _infer(node)):
+        yield f"is {_show(kind)}, its op says {_show(said)}"
+
+
+def _show(kind: Value) -> str:
+    return ", ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)
 
 
 def _illegal(node: fx.Node, stage: str) -> str | None:
@@ -81,13 +96,17 @@ def _illegal(node: fx.Node, stage: str) -> str | None:
         return None
     name = target_name(node)
     ours = name.removeprefix("lingc.") if name.startswith("lingc.") else None
-    if stage == "fused":
-        if (ours in OPS and ours != "expert_dispatch") or target in LOWERED_ATEN:
-            return None
-        return "is left over: no engine kind lowers it"
+    if stage in ("fused", "legal"):
+        lowers = (ours in OPS and ours not in NOT_LOWERED) or target in LOWERED_ATEN
+        later = stage == "fused" and target is aten.linear.default
+        return None if lowers or later else "is left over: no engine kind lowers it"
     if stage == "captured" and ours is not None and ours not in STRUCTURAL:
         return "is a fused op in a captured program"
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if target in SIZE_ARITHMETIC:
+        return None
+    if not isinstance(target, torch._ops.OpOverload):
+        return "is neither ATen nor an op of ours"
+    if target._schema.is_mutable:
         return "changes its input"
     if stage == "canonical" and target in NOT_CANONICAL:
         return "has a canonical spelling"
@@ -98,11 +117,8 @@ def retype(program: Program, dtype: str) -> None:
     """Give the activations their element type, and follow it through the program.
 
     Args:
-        program: After fusion into ops that say what they round, in any stage of storage formats.
+        program: Fused.
         dtype: `f32` or `bf16`; state tensors other than the linear state have it too.
-
-    Raises:
-        StageError: A call whose result type is not known.
     """
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -126,8 +142,7 @@ def _infer(node: fx.Node) -> TensorType | tuple[TensorType, ...]:
             *(type_of(a) for a in node.args)
         )
         return inferred
-    if target in LOWERED_ATEN or target is aten.linear.default:
-        first = node.args[0]
-        source = first[0] if isinstance(first, list | tuple) else first
-        return TensorType(tensor_type(source).dtype, tensor_type(node).shape)
-    raise StageError(f"{where(node)} has no rule for its element type")
+    assert target in LOWERED_ATEN or target is aten.linear.default, f"{where(node)} is not fused"
+    first = node.args[0]
+    source = first[0] if isinstance(first, list | tuple) else first
+    return TensorType(tensor_type(source).dtype, tensor_type(node).shape)

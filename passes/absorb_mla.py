@@ -11,7 +11,6 @@ Costs nothing in precision but the order of summation (1e-14 in float64).
 """
 
 from dataclasses import replace
-from typing import Any
 
 from lingc.context import Context
 from lingc.graph import Value
@@ -24,16 +23,13 @@ def pattern(
     q: Value, cache: Value, pages: Value, offsets: Value, positions: Value, kv_b: Value,
     page: Value, nope: Value, scale: Value
 ) -> Value:  # fmt: skip
-    return mla_attention.OP.overload(
-        q, cache, pages, offsets, positions, kv_b, page, nope, scale
-    )
+    return mla_attention.OP.overload(q, cache, pages, offsets, positions, kv_b, page, nope, scale)
 
 
 def check(match: Match, context: Context) -> str | None:
     if context.phase == "prefill":
         return NOT_MINE
-    kind = context.format_of(match.weight("kv_b")).kind
-    return None if kind == "plain" else f"the recipe stores kv_b as {kind}, which cannot be cut"
+    return context.plain_refusal(match.weight("kv_b"))
 
 
 def replacement(build: Builder, match: Match, context: Context) -> tuple[Value, ...]:

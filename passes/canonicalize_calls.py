@@ -107,7 +107,7 @@ def _nests(match: Match, _context: Any) -> str | None:
 def _one_slice(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
     kind = match.type("x")
     axis = _axis(match["dim"], kind)
-    inner = match["b"] if match["b"] < kind.shape[axis] else kind.shape[axis]
+    inner = min(kind.shape[axis], match["b"])
     end = min(match["a"] + match["e"], inner)
     return (build.slice(match["x"], axis, match["a"] + match["c"], end),)
 
@@ -161,8 +161,6 @@ def _whole(match: Match, _context: Any) -> str | None:
     return None if start in (0, None) and covers else NOT_MINE
 
 
-SLICES = Rewrite(
-    name="drop_whole_slices", patterns=(_slice,), check=_whole, replacement=_itself
-)
+SLICES = Rewrite(name="drop_whole_slices", patterns=(_slice,), check=_whole, replacement=_itself)
 
 RULES = (VIEWS, SPLITS, CASTS, SLICES, NESTED)

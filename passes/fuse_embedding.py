@@ -4,13 +4,13 @@
 
 Why: the table stays in its storage format; rows are widened as they are read.
 
-Costs nothing in precision.
+Costs nothing in precision. Runs last of the fusions: from here on the activations have the element
+type of the target, which `lingc.stages.retype` follows through the program.
 """
-
-from typing import Any
 
 import torch
 
+from lingc.context import Context
 from lingc.graph import Value
 from lingc.plugins import embedding
 from lingc.rewrite import Builder, Match, Rewrite
@@ -22,12 +22,15 @@ def pattern(weight: Value, ids: Value) -> Value:
     return aten.embedding.default(weight, ids)
 
 
-def check(match: Match, _context: Any) -> str | None:
-    return None if match.is_weight("weight") else "the table is not a weight"
+def check(match: Match, context: Context) -> str | None:
+    if not match.is_weight("weight"):
+        return "the table is not a weight"
+    return context.plain_refusal(match.weight("weight"))
 
 
-def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
-    return (build.call(embedding.OP.overload, match["ids"], match["weight"], "f32"),)
+def replacement(build: Builder, match: Match, context: Context) -> tuple[Value, ...]:
+    dtype = context.target.activations
+    return (build.call(embedding.OP.overload, match["ids"], match["weight"], dtype),)
 
 
 RULE = Rewrite(

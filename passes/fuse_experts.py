@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lingc.context import Context, module_of
+from lingc.context import Context
 from lingc.graph import Value
 from lingc.plan import TensorType
 from lingc.plugins import expert_dispatch, experts
@@ -30,13 +30,7 @@ def pattern(x: Value, ids: Value, weights: Value, gate: Value, up: Value, down: 
 def check(match: Match, context: Context) -> str | None:
     if not all(match.is_weight(name) for name in ("gate", "up", "down")):
         return "an expert's matrix is not a weight"
-    gate, up, down = (
-        module_of(match.weight(name).sources[0]) for name in ("gate", "up", "down")
-    )
-    formats = {context.recipe.format_of(module) for module in (gate, up, down)}
-    if len(formats) > 1:
-        return f"the recipe {context.recipe.name!r} stores the matrices of an expert differently"
-    return None
+    return context.storage_refusal(*(match.weight(name) for name in ("gate", "up", "down")))
 
 
 def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:

@@ -75,6 +75,9 @@ def check(match: Match, context: Context) -> str | None:
     if not match.is_weight("kv_b"):
         return "kv_b is not a weight"
     config = context.config
+    stored = context.plain_refusal(match.weight("kv_b"))
+    if stored is not None:
+        return stored
     if match["rank"] != config.kv_lora_rank or match["nope"] != config.qk_nope_head_dim:
         return f"the cache row is cut at {match['rank']}, the head at {match['nope']}"
     return None

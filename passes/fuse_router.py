@@ -61,9 +61,12 @@ def pattern_raw(
     return ids, aten.mul.Tensor(aten.gather.default(scores, 1, ids), scale)
 
 
-def check(match: Match, _context: Any) -> str | None:
+def check(match: Match, context: Context) -> str | None:
     if not (match.is_weight("weight") and match.is_weight("bias")):
         return "the matrix or the bias is not a weight"
+    stored = context.plain_refusal(match.weight("weight"))
+    if stored is not None:
+        return stored
     per_group = match["grouping"][-1]
     if match["best"] != min(2, per_group):
         return f"a group is scored by its {match['best']} best of {per_group}, not by two"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lingc.context import Context
 from lingc.graph import Value
 from lingc.plugins import silu_mul
 from lingc.rewrite import Builder, Match, Rewrite

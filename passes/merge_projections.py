@@ -49,7 +49,7 @@ def check(match: Match, context: Context) -> str | None:
         return NOT_MINE
     first, second = _modules(match)
     rows = match.weight("first").type.shape[0]
-    assert isinstance(rows, int)
+    assert isinstance(rows, int), "the shape of a weight is known"
     return context.join_refusal(first, second, rows)
 
 
@@ -67,7 +67,8 @@ def _is_pair(match: Match) -> bool:
 def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
     first, second = match.weight("first"), match.weight("second")
     rows, more = first.type.shape[0], second.type.shape[0]
-    assert isinstance(rows, int) and isinstance(more, int)
+    assert isinstance(rows, int), "the shape of a weight is known"
+    assert isinstance(more, int), "the shape of a weight is known"
     parent, _, leaf = first.name.removesuffix(".weight").rpartition(".")
     other = second.name.removesuffix(".weight").rpartition(".")[2]
     merged = build.weight(
@@ -100,7 +101,8 @@ def join_replacement(build: Builder, match: Match, _context: Any) -> tuple[Value
     )
     both = build.cat(first, second)
     rows, width = tensor_type(first).shape[1], tensor_type(both).shape[1]
-    assert isinstance(rows, int) and isinstance(width, int)
+    assert isinstance(rows, int), "the shape of a weight is known"
+    assert isinstance(width, int), "the shape of a weight is known"
     return build.slice(both, 1, 0, rows), build.slice(both, 1, rows, width)
 
 

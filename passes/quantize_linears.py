@@ -11,8 +11,6 @@ once.
 Costs what the recipe costs: this is where values are rounded to its formats.
 """
 
-from typing import Any
-
 import torch
 
 from lingc.context import Context

@@ -34,12 +34,14 @@ def fp8_specs(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec]:
 def int4_specs(spec: WeightSpec, group: int) -> tuple[WeightSpec, WeightSpec]:
     """Packed codes and scales of a weight in INT4 groups along its input axis."""
     *stack, rows, columns = spec.type.shape
+    words = TensorType("i32", (*stack, rows, _up(columns, NIBBLES)))
+    groups = TensorType("bf16", (*stack, rows, _up(columns, group)))
     packed = replace(
-        spec, name=f"{spec.name}_packed", type=TensorType("i32", (*stack, rows, _up(columns, NIBBLES))),
-        format="int4_group", part="codes", group=group,
+        spec, name=f"{spec.name}_packed", type=words, format="int4_group", part="codes",
+        group=group,
     )  # fmt: skip
     scales = replace(
-        spec, name=f"{spec.name}_scale", type=TensorType("bf16", (*stack, rows, _up(columns, group))),
-        format="int4_group", part="scales", group=group,
+        spec, name=f"{spec.name}_scale", type=groups, format="int4_group", part="scales",
+        group=group,
     )  # fmt: skip
     return packed, scales
