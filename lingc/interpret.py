@@ -109,7 +109,7 @@ class InterpreterBackend:
     def save_slot(self, slot: int) -> dict[str, Array]:
         """Linear state and pending tokens of one slot."""
         return {
-            name: state[slot].clone().cpu().numpy()
+            name: _stored_array(state[slot].clone().cpu())
             for name, state in self.states.items()
             if self.plan.states[name].shape[0] == "S"
         }
@@ -117,7 +117,7 @@ class InterpreterBackend:
     def load_slot(self, slot: int, saved: Mapping[str, Array]) -> None:
         """Put back what `save_slot` gave."""
         for name, value in saved.items():
-            self.states[name][slot] = torch.from_numpy(np.asarray(value)).to(self.device)
+            self.states[name][slot] = stored_tensor(value, self.plan.states[name]).to(self.device)
 
     def close(self) -> None:
         """Release weights and state."""
@@ -135,6 +135,15 @@ def stored_tensor(array: Array, kind: TensorType) -> Tensor:
     if kind.dtype == "f8e4m3":
         return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(array)
+
+
+def _stored_array(tensor: Tensor) -> Array:
+    """The opposite of `stored_tensor`."""
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    values: Array = tensor.numpy()
+    return values
 
 
 def _callable(op: str) -> Callable[..., Any]:

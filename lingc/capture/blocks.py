@@ -87,21 +87,19 @@ class LinearLayer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, meta: dict[str, Tensor], states: list[Tensor]
     ) -> tuple[Tensor, ...]:
         decay = self.attention.decay
-        slots, offsets, positions = meta["slots"], meta["offsets"], meta["positions"]
+        slots, positions = meta["slots"], meta["positions"]
         result: tuple[Tensor, ...]
         if self.phase == "prefill":
             result = lightning_prefill.OP.overload(
-                q, k, v, decay, states[0], slots, offsets, positions
+                q, k, v, decay, states[0], slots, meta["offsets"], positions
             )
         elif self.phase == "decode":
-            accepted = meta["accepted"]
             result = lightning_decode.OP.overload(
-                q, k, v, decay, *states, slots, accepted, positions
+                q, k, v, decay, *states, slots, meta["accepted"], positions
             )
         else:
-            accepted = meta["accepted"]
             result = lightning_verify.OP.overload(
-                q, k, v, decay, *states, slots, accepted, offsets, positions
+                q, k, v, decay, *states, slots, meta["accepted"], meta["offsets"], positions
             )
         return result
 

@@ -17,14 +17,25 @@ from lingc.model.config import ModelConfig
 from lingc.model.mtp import MTP
 from lingc.plan import PHASES, TensorType
 
+READ = {
+    "latent": ("positions", "offsets", "cache_rows", "page_table"),
+    "prefill": ("positions", "offsets", "slots"),
+    "decode": ("positions", "slots", "accepted"),
+    "verify": ("positions", "offsets", "slots", "accepted"),
+}
+"""Inputs that a layer reads: one with latent attention, or with lightning attention by phase."""
+
 
 class Capturer:
-    """Captures phases of one model; every kind of block is exported once a phase."""
+    """Captures phases of one model.
+
+    Every kind of block is exported once, and again only where another phase gives it other inputs.
+    """
 
     def __init__(self, config: ModelConfig, sizes: Sizes | None = None) -> None:
         self.config = config
         self.sizes = sizes or Sizes()
-        self.pieces: dict[tuple[str, ...], Piece] = {}
+        self.pieces: dict[tuple[Any, ...], Piece] = {}
 
     def capture(self, phase: str) -> Captured:
         """Capture one phase.
@@ -52,9 +63,8 @@ class Capturer:
         dims = (latent,) if phase == "draft" else tuple(dict.fromkeys((linear, latent)))
         types = input_types(config, phase)
         given = (types["token_ids"], types["positions"])
-        with torch.device("meta"):
-            entry = Entry(config, dims)
-        piece = self._piece(("entry", phase), entry, given)
+        names = ("entry", *types["token_ids"].shape, *dims)
+        piece = self._piece(names, lambda: Entry(config, dims), given)
         arguments = (stitch.inputs["token_ids"], stitch.inputs["positions"])
         x, *tables = stitch.add(piece, arguments, self._weights(stitch, "model.", -1), -1)
         ropes: dict[int, tuple[fx.Node, ...]] = {
@@ -62,10 +72,8 @@ class Capturer:
         }
         if phase == "draft":
             prefix = f"model.layers.{config.mtp_layer}."
-            with torch.device("meta"):
-                draft = DraftEntry(MTP(config))
             wide = TensorType("f32", ("T", config.hidden_size))
-            piece = self._piece(("draft entry", phase), draft, (wide, wide))
+            piece = self._piece(("draft", "entry"), lambda: DraftEntry(MTP(config)), (wide, wide))
             weights = self._weights(stitch, prefix, config.mtp_layer)
             (x,) = stitch.add(piece, (x, stitch.inputs["hidden"]), weights, config.mtp_layer)
         return x, ropes
@@ -80,12 +88,9 @@ class Capturer:
     ) -> fx.Node:
         config, phase = self.config, stitch.program.phase
         latent = config.is_mla(layer)
-        dense = config.is_dense(layer)
         states = {n: s for n, s in stitch.states.items() if n.endswith(f".{layer}")}
         cos, sin = ropes[config.qk_rope_head_dim if latent else config.rotary_dim]
-        meta = {n: s for n, s in stitch.inputs.items() if n not in ("token_ids", "logit_rows")}
-        meta.pop("hidden", None)
-        key = (phase, "mla" if latent else "linear", "dense" if dense else "moe")
+        meta = {name: stitch.inputs[name] for name in READ["latent" if latent else phase]}
         tokens = x.meta["type"].shape[0]
         rope = TensorType("f32", (tokens, cos.meta["type"].shape[1]))
         given = (
@@ -95,18 +100,19 @@ class Capturer:
             {n: s.meta["type"] for n, s in meta.items()},
             [s.meta["type"] for s in states.values()],
         )
-        if key not in self.pieces:
-            with torch.device("meta"):
-                block = Block(config, layer)
-            module = (
-                LatentLayer(block, config, self.sizes.page_size)
-                if latent
-                else LinearLayer(block, phase)
-            )
-            self._piece(key, module, given)
+
+        def module() -> nn.Module:
+            block = Block(config, layer)
+            if latent:
+                return LatentLayer(block, config, self.sizes.page_size)
+            return LinearLayer(block, phase)
+
+        attention = ("latent", tokens) if latent else ("lightning", phase)
+        kind = (*attention, "dense" if config.is_dense(layer) else "experts")
+        piece = self._piece(kind, module, given)
         weights = self._weights(stitch, f"model.layers.{layer}.", layer)
         arguments = (x, cos, sin, *meta.values(), *states.values())
-        x, *updated = stitch.add(self.pieces[key], arguments, weights, layer)
+        x, *updated = stitch.add(piece, arguments, weights, layer)
         after.update(zip(states, updated, strict=False))
         return x
 
@@ -114,25 +120,29 @@ class Capturer:
         config, phase = self.config, stitch.program.phase
         every = phase in ("decode", "verify")
         name = "final_layernorm" if phase == "draft" else "norm"
-        with torch.device("meta"):
-            head = Exit(config, norm=name)
         tokens = x.meta["type"].shape[0]
         given = [TensorType("f32", (tokens, config.hidden_size))]
         arguments = [x]
         if not every:
             given.append(TensorType("i32", ("N",)))
             arguments.append(stitch.inputs["logit_rows"])
-        piece = self._piece(("exit", phase), head, tuple(given))
+        kind = ("exit", tokens, name, *(() if every else ("rows",)))
+        piece = self._piece(kind, lambda: Exit(config, norm=name), tuple(given))
         layer = config.mtp_layer if phase == "draft" else -1
         prefix = f"model.layers.{layer}." if phase == "draft" else "model."
         weights = self._weights(stitch, prefix, -1)
         logits, hidden = stitch.add(piece, tuple(arguments), weights, -1)
         return logits, hidden
 
-    def _piece(self, key: tuple[str, ...], module: nn.Module, types: tuple[Any, ...]) -> Piece:
-        if key not in self.pieces:
-            self.pieces[key] = export_block(module, types, " ".join(key))
-        return self.pieces[key]
+    def _piece(
+        self, kind: tuple[Any, ...], make: Callable[[], nn.Module], types: tuple[Any, ...]
+    ) -> Piece:
+        """The piece of a kind, exported where this is the first of it."""
+        if kind not in self.pieces:
+            with torch.device("meta"):
+                module = make()
+            self.pieces[kind] = export_block(module, types, " ".join(map(str, kind)))
+        return self.pieces[kind]
 
     def _weights(
         self, stitch: Stitcher, prefix: str, layer: int
