@@ -89,7 +89,8 @@ def _show_package(out: Output, document: Document, *, why: bool) -> None:
     out.table(columns, rows)
     states = manifest["graph"]["states"]
     out.table(("state", "type", "count"), [(s["name"], s["type"], s["count"]) for s in states])
-    _show_programs(out, manifest["graph"]["programs"])
+    programs = sorted(manifest["graph"]["programs"], key=lambda p: _phase_order(p["phase"]))
+    _show_programs(out, programs)
     out.table(
         ("file", "role", "bytes", "sha256"),
         [(f["path"], f["role"], f["size"], f["sha256"][:12]) for f in manifest["files"]],
@@ -112,6 +113,10 @@ def _show_programs(out: Output, programs: list[Document]) -> None:
     rows = [(op, *(program["ops"].get(op) for program in programs)) for op in ops]
     steps = ("all steps", *(program["steps"] for program in programs))
     out.table(("op", *(program["phase"] for program in programs)), [*rows, steps])
+
+
+def _phase_order(phase: str) -> int:
+    return plans.PHASES.index(phase) if phase in plans.PHASES else len(plans.PHASES)
 
 
 def _show_why(out: Output, manifest: Document) -> None:

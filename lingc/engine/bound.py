@@ -136,7 +136,7 @@ def index_value(
 
 def _read_index(directory: Path) -> dict[str, Any]:
     data = tree.read(directory / INDEX, limit=LIMITS["manifest bytes"])
-    value = canonical.decode_object(data, max_nesting=LIMITS["manifest nesting"])
+    value = canonical.decode_canonical(data, max_nesting=LIMITS["manifest nesting"])
     if isinstance(value.get("format"), int) and value["format"] > FORMAT:
         raise ValueError(f"format {value['format']}, this version reads {FORMAT}")
     for problem in problems(value, SCHEMA, strict=True):

@@ -37,16 +37,35 @@ def decode(data: bytes, *, max_nesting: int) -> Any:
 
 
 def decode_object(data: bytes, *, max_nesting: int) -> dict[str, Any]:
-    """`decode`, of an object in its one spelling.
+    """`decode`, of an object.
 
     Raises:
-        ValueError: As `decode`; no object; spelled otherwise.
+        ValueError: As `decode`; no object.
     """
     value = decode(data, max_nesting=max_nesting)
     if not isinstance(value, dict):
         raise ValueError(f"it is a {type(value).__name__}, not an object")  # noqa: TRY004 a value
+    return value
+
+
+def refuse_other_spelling(value: Any, data: bytes) -> None:
+    """Compare what was decoded with what it was decoded from.
+
+    Raises:
+        ValueError: The value has another spelling than its one, or none.
+    """
     if encode(value) != data:
         raise ValueError("it is not in canonical form")
+
+
+def decode_canonical(data: bytes, *, max_nesting: int) -> dict[str, Any]:
+    """`decode_object`, of an object in its one spelling.
+
+    Raises:
+        ValueError: As `decode_object`; spelled otherwise.
+    """
+    value = decode_object(data, max_nesting=max_nesting)
+    refuse_other_spelling(value, data)
     return value
 
 

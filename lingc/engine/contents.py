@@ -94,7 +94,7 @@ def variant_info(root: Path, manifest: Manifest, target: str) -> dict[str, Any]:
     """The facts of a variant, for its backend."""
     entry = manifest.files[f"variants/{target}/{VARIANT_INFO}"]
     data = read_listed(root, entry, limit=LIMITS["variant.json bytes"])
-    return canonical.decode_object(data, max_nesting=LIMITS["manifest nesting"])
+    return canonical.decode_canonical(data, max_nesting=LIMITS["manifest nesting"])
 
 
 def judge_weights(check_id: str, plan: Plan, shards: list[Path]) -> list[Check]:

@@ -206,6 +206,11 @@ def _judge_digests(root: Path, manifest: Manifest, stamps: dict[str, tree.Stamp]
     rows = []
     for path, taken in zip(paths, taken_of, strict=True):
         wanted = manifest.files[path].sha256
+        if isinstance(taken, PermissionError):
+            raise ResourceError(
+                f"{str(root / path)!r} cannot be read: {taken.strerror}",
+                hint="check who may read it",
+            )
         if isinstance(taken, OSError):
             found = taken.strerror or str(taken)
         elif taken.sha256 != wanted:

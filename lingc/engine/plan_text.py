@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lingc.plan import Plan, Program, Ref, Size, Step
+from lingc.plan import PHASES, Plan, Program, Ref, Size, Step
 
 _OF_LAYER = re.compile(r"\b(layers|linear_state|pending_k|pending_v|latent_cache)\.(\d+)\b")
 
@@ -17,7 +17,8 @@ def lines(plan: Plan) -> Iterator[str]:
     steps differ in nothing else share one block.
     """
     yield f"plan: {plan.precision} for {plan.target}, {plan.activation} activations"
-    for phase, program in plan.programs.items():
+    for phase in filter(plan.programs.__contains__, PHASES):
+        program = plan.programs[phase]
         yield ""
         yield f"{phase}({', '.join(_typed(program, name) for name in program.inputs)})"
         yield from _steps(program)

@@ -59,13 +59,15 @@ def package_root(path: str | Path) -> Path:
 
 def judge_manifest(root: Path) -> tuple[Manifest | None, list[Check]]:
     """The manifest, or None with the failures, and the checks that were made of it."""
-    parsed = _parse(root)
-    if isinstance(parsed, Check):
-        return None, [parsed, *not_run(_OWN_CHECKS[1:], "the manifest does not read")]
+    parsed, wrong = _parse(root)
+    if parsed is None:
+        return None, [wrong, *not_run(_OWN_CHECKS[1:], "the manifest does not read")]
     version, oldest = parsed.get("format"), parsed.get("format_min_reader")
-    own_id = bundle_id(parsed)
+    spelled = wrong.verdict == "ok"
+    own_id = bundle_id(parsed) if spelled else "none, as it is spelled otherwise"
     id_holds = parsed.get("bundle_id") == own_id
-    if _is_newer(oldest) or (_is_newer(version) and not id_holds):
+    # A number that was raised and explains itself, or one that this reader cannot disprove.
+    if _is_newer(version) and (_is_newer(oldest) or not id_holds):
         newer = failed(
             "format",
             MANIFEST,
@@ -74,34 +76,40 @@ def judge_manifest(root: Path) -> tuple[Manifest | None, list[Check]]:
             "update lingc (pip install -U lingc), or build the package again with this version",
         )
         rest = not_run(_OWN_CHECKS[2:], "a newer format means other things by its fields")
-        return None, [passed("manifest", "it reads"), newer, *rest]
+        return None, [wrong, newer, *rest]
+    if not spelled:
+        return None, [wrong, *not_run(_OWN_CHECKS[1:], "the manifest is spelled otherwise")]
     checks = [passed("format", f"format {shown(version)}")]
     checks.append(_id_check(parsed, own_id))
-    wrong = _field_checks(parsed)
-    checks += wrong
-    failed_ids = {check.id for check in wrong}
+    rows = _field_checks(parsed)
+    checks += rows
+    failed_ids = {check.id for check in rows}
     checks += [passed(i, "it holds") for i in ("manifest", "path") if i not in failed_ids]
-    if not wrong:
+    if not rows:
         checks.append(passed("layout", f"{len(parsed['files'])} files"))
     elif "layout" not in failed_ids:
         checks += not_run(["layout"], "the fields are not what they must be")
     order = list(CHECKS)
     checks.sort(key=lambda check: order.index(check.id))
-    intact = not wrong and id_holds
-    return from_value(parsed) if intact else None, checks
+    return from_value(parsed) if not rows and id_holds else None, checks
 
 
-def _parse(root: Path) -> dict[str, Any] | Check:
+def _parse(root: Path) -> tuple[dict[str, Any] | None, Check]:
+    """The manifest as an object, and whether it is one, in its one spelling."""
+    value = None
     try:
         data = tree.read(root / MANIFEST, limit=LIMITS["manifest bytes"])
-        return canonical.decode_object(data, max_nesting=LIMITS["manifest nesting"])
+        value = canonical.decode_object(data, max_nesting=LIMITS["manifest nesting"])
+        canonical.refuse_other_spelling(value, data)
     except PermissionError as error:
         raise ResourceError(f"{str(root / MANIFEST)!r} cannot be read: {error.strerror}") from error
     except OSError as error:
         found = error.strerror or str(error)
     except ValueError as error:
         found = str(error)
-    return failed("manifest", MANIFEST, CHECKS["manifest"][1], found[:200], AGAIN)
+    else:
+        return value, passed("manifest", "it reads")
+    return value, failed("manifest", MANIFEST, CHECKS["manifest"][1], found[:200], AGAIN)
 
 
 def _is_newer(version: object) -> bool:

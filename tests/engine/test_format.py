@@ -79,15 +79,22 @@ def test_a_newer_format_is_named_with_what_to_do(package: Path, machine: Machine
     assert verify(package, machine=machine).exit_code == 4
 
 
-@pytest.mark.parametrize("field", ["format", "format_min_reader"])
+@pytest.mark.parametrize("change", [{"format": 2}, {"format": 99, "format_min_reader": 99}])
+@pytest.mark.parametrize("indent", [None, 2])
 def test_a_format_raised_by_hand_is_a_newer_format(
-    package: Path, machine: Machine, field: str
+    package: Path, machine: Machine, change: dict[str, int], indent: int | None
 ) -> None:
     path = package / "manifest.json"
-    value = json.loads(path.read_bytes()) | {field: 2}
-    path.write_bytes(canonical.encode(value))
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change, indent=indent))
 
     assert verify(package, machine=machine).exit_code == 4
+
+
+def test_a_format_for_newer_readers_than_itself_is_damage(package: Path, machine: Machine) -> None:
+    path = package / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"format_min_reader":1', b'"format_min_reader":3'))
+
+    assert verify(package, machine=machine).exit_code == 6
 
 
 def test_a_newer_format_that_we_may_read_is_read(package: Path, machine: Machine) -> None:
