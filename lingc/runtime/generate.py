@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Self
 
 from lingc.errors import UsageError
+from lingc.plan import Plan
 from lingc.runtime import sampling
-from lingc.runtime.backend import Array, Backend
-from lingc.runtime.sequence import Completion, Request, Token, check_prompt
+from lingc.runtime.backend import Array, Backend, Limits
+from lingc.runtime.sequence import Completion, Request, Token, check_prompt, never_started
 from lingc.runtime.sequence import Sequence as Running
 from lingc.runtime.slots import Piece, SlotTable
 from lingc.runtime.speculative import ForceReject, Speculator
@@ -32,7 +33,7 @@ class Stats:
     Attributes:
         prompt_tokens: Fed in prefill.
         prefill_s: Time in prefill, the draft layer's part included.
-        decoded_tokens: Produced by decode steps or rounds, past ends included.
+        decoded_tokens: Produced by decode steps or rounds.
         decode_s: Time in those.
         steps: Decode steps or rounds.
     """
@@ -42,6 +43,35 @@ class Stats:
     decoded_tokens: int = 0
     decode_s: float = 0.0
     steps: int = 0
+
+
+def longest_sequence(plan: Plan, limits: Limits) -> tuple[int, str]:
+    """Most tokens that a sequence can be fed, and what sets it, for a message."""
+    capacity = limits.pages * plan.page_size
+    context: int | None = plan.config.get("max_position_embeddings")
+    if context is not None and context < capacity:
+        return context, "the model was made for"
+    return capacity, "the cache holds"
+
+
+def check_requests(
+    requests: Sequence[Request], plan: Plan, limits: Limits, *, has_tokenizer: bool
+) -> None:
+    """Refuse what an engine with those limits could not run; needs no backend yet.
+
+    Raises:
+        PromptError: A prompt is empty, too long or out of range.
+        UsageError: A request has stop strings and there is no tokenizer.
+    """
+    longest, reason = longest_sequence(plan, limits)
+    vocab: int = plan.config["vocab_size"]
+    for index, request in enumerate(requests):
+        check_prompt(request, index=index, vocab=vocab, capacity=longest, reason=reason)
+        if request.stop and not has_tokenizer:
+            raise UsageError(
+                f"request {index} has stop strings, but the engine has no tokenizer",
+                hint="stop by token id, or add tokenizer.json to the checkpoint and rebuild",
+            )
 
 
 class Generator:
@@ -79,16 +109,6 @@ class Generator:
         self.stop_ids = stop_ids
         self.prefill_tokens = prefill_tokens
         self.drafts = drafts
-        self.vocab: int = plan.config["vocab_size"]
-        self._context: int | None = plan.config.get("max_position_embeddings")
-
-    @property
-    def longest(self) -> tuple[int, str]:
-        """Most tokens a sequence can be fed, and what sets it, for a message."""
-        capacity = self.steps.table.capacity
-        if self._context is not None and self._context < capacity:
-            return self._context, "the model was made for"
-        return capacity, "the cache holds"
 
     def limit(self, request: Request) -> int:
         """Length at which a request's sequence must end.
@@ -96,7 +116,8 @@ class Generator:
         The last token is never fed, so it needs no room. A request that names no end gets its
         share of the cache, or all of it where the prompt alone is longer than the share.
         """
-        longest, _ = self.longest
+        backend = self.steps.backend
+        longest, _ = longest_sequence(backend.plan, backend.limits)
         prompt = len(request.tokens)
         if request.max_tokens is not None:
             return min(prompt + request.max_tokens, longest + 1)
@@ -111,14 +132,9 @@ class Generator:
             PromptError: A prompt is empty, too long or out of range.
             UsageError: A request has stop strings and there is no tokenizer.
         """
-        longest, reason = self.longest
-        for index, request in enumerate(requests):
-            check_prompt(request, index=index, vocab=self.vocab, capacity=longest, reason=reason)
-            if request.stop and self.tokenizer is None:
-                raise UsageError(
-                    f"request {index} has stop strings, but the engine has no tokenizer",
-                    hint="stop by token id, or add tokenizer.json to the checkpoint and rebuild",
-                )
+        backend = self.steps.backend
+        has_text = self.tokenizer is not None
+        check_requests(requests, backend.plan, backend.limits, has_tokenizer=has_text)
         return Run(self, requests)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
@@ -180,8 +196,10 @@ class Run:
         return [*events, *self._leave()]
 
     def interrupt(self) -> list[Completion]:
-        """End every request now, and say how far those with a slot came."""
-        partial = [s.complete(total_s=self._elapsed()) for s in self._running]
+        """End every request now, and say how far each came that has not ended yet."""
+        now = self._elapsed()
+        partial = [s.complete(total_s=now) for s in self._running]
+        partial += [never_started(request, index, total_s=now) for index, request in self._waiting]
         self.close()
         return partial
 
@@ -264,7 +282,7 @@ class Run:
                 events.append(s.emit(token, row))
                 if s.finish is not None:
                     break
-            self.stats.decoded_tokens += len(result.tokens)
+        self.stats.decoded_tokens += len(events)
         self._feed(ready, [result.hidden for result in verified])
         return events
 

@@ -110,7 +110,7 @@ class Acceptance:
     @classmethod
     def total(cls, parts: Tokens["Acceptance"]) -> "Acceptance":
         """All rounds of several completions made with the same number of drafts."""
-        columns = zip(*(part.histogram for part in parts), strict=True)
+        columns = zip(*(part.histogram for part in parts if part.rounds), strict=True)
         return cls(histogram=tuple(map(sum, columns)))
 
 
@@ -242,6 +242,21 @@ class Sequence:
             first_token_s=self.first_token_s,
             total_s=total_s,
         )
+
+
+def never_started(request: Request, index: int, *, total_s: float) -> Completion:
+    """The result of a request that was still waiting when the run ended."""
+    return Completion(
+        request=index,
+        prompt_tokens=len(request.tokens),
+        tokens=(),
+        text="",
+        finish=Finish.INTERRUPTED,
+        logprobs=(),
+        acceptance=Acceptance(histogram=(0,)),
+        first_token_s=None,
+        total_s=total_s,
+    )
 
 
 def check_prompt(request: Request, *, index: int, vocab: int, capacity: int, reason: str) -> None:

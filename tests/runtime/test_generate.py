@@ -235,8 +235,12 @@ def test_an_interrupted_run_gives_what_there_is() -> None:
 
     partial = run.interrupt()
 
-    assert [(c.request, c.finish) for c in partial] == [(0, Finish.INTERRUPTED)]
+    assert [(c.request, c.finish) for c in partial] == [
+        (0, Finish.INTERRUPTED),
+        (1, Finish.INTERRUPTED),
+    ]
     assert list(partial[0].tokens) == expected_greedy([1], 2)
+    assert partial[1].tokens == ()
     assert run.is_done
     assert generator.steps.table.free_slots == 1
 
