@@ -17,6 +17,7 @@ from typing import Any
 from lingc import targets
 from lingc.capture import Capturer
 from lingc.checkpoint import Checkpoint
+from lingc.checkpoint.reader import GENERATION_CONFIG, TOKENIZER_FILES, read_generation_config
 from lingc.compile import (
     Compiled,
     Request,
@@ -28,13 +29,15 @@ from lingc.compile import (
     silent,
 )
 from lingc.engine import Contents, Manifest, PackageWriter
-from lingc.errors import ConfigError
+from lingc.errors import CheckpointError, ConfigError
 from lingc.interpret import InterpreterBackend
-from lingc.model.config import ARCHITECTURE
+from lingc.model.config import ARCHITECTURE, ModelConfig
 from lingc.plan import Arg, Plan, Program, TensorType, dumps
 from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.runtime import vectors
 from lingc.runtime.backend import Limits
+from lingc.runtime.stopping import stop_ids
+from lingc.runtime.tokenizer import FILES, Tokenizer
 from lingc.targets.onnx.lower import OnnxEngine
 from lingc.targets.onnx.lower import lower as lower_onnx
 from lingc.targets.spec import EngineKind
@@ -86,6 +89,7 @@ def build(
     """
     target = targets.get(request.target)
     kind = engine_kind(target, request.engine)
+    recipe = None if request.precision is None else load_recipe(request.precision)
     with stage("read checkpoint"):
         config, checkpoint = read_config(source)
     if checkpoint is None and request.weights == "embed":
@@ -93,7 +97,8 @@ def build(
             f"{str(source)!r} holds a config and no weights to embed",
             hint="give a checkpoint, or build an engine without weights: --weights external",
         )
-    recipe = load_recipe(request.precision or default_precision(checkpoint, config))
+    texts = _texts(source if source.is_dir() else source.parent, config)
+    recipe = recipe or load_recipe(default_precision(checkpoint, config))
     has_mtp = checkpoint.has_mtp if checkpoint is not None else config.has_mtp
     with PackageWriter(output, overwrite=overwrite) as writer:
         compiled = compile_plan(
@@ -115,9 +120,15 @@ def build(
             shards = _pack(plan, checkpoint, writer.weights_dir, stage)
             tests = _vectors(plan, shards, stage)
         parts = _Parts(
-            plan=plan, compiled=compiled, engine=engine, kind=kind, shards=shards, tests=tests
+            plan=plan,
+            compiled=compiled,
+            engine=engine,
+            kind=kind,
+            texts=texts,
+            shards=shards,
+            tests=tests,
         )
-        contents = _contents(parts, source, checkpoint, request)
+        contents = _contents(parts, checkpoint, request)
         with stage("write package"):
             manifest = writer.commit(contents)
     log.info("wrote %s", output)
@@ -132,6 +143,7 @@ class _Parts:
     compiled: Compiled
     engine: OnnxEngine
     kind: EngineKind
+    texts: Mapping[str, bytes]
     shards: list[Path] | None
     tests: Mapping[str, bytes]
 
@@ -211,13 +223,12 @@ def _in_f64(plan: Plan) -> Plan:
     )
 
 
-def _contents(
-    parts: _Parts, source: Path, checkpoint: Checkpoint | None, request: Request
-) -> Contents:
+def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) -> Contents:
     plan, compiled, engine = parts.plan, parts.compiled, parts.engine
+    config = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
     return Contents(
         plan=dumps(plan),
-        model_files=_model_files(source, checkpoint, plan),
+        model_files={"config.json": config.encode(), **parts.texts},
         variants={plan.target: {f"{phase}.onnx": data for phase, data in engine.models.items()}},
         variant_info={plan.target: {"engine": parts.kind, "runs_on": RUNS_ON, **engine.info}},
         weights=parts.shards,
@@ -267,13 +278,22 @@ def _recipe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _model_files(source: Path, checkpoint: Checkpoint | None, plan: Plan) -> dict[str, bytes]:
-    """The config as the plan has it, and the tokenizer's files as they are."""
-    config = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
-    files = {"config.json": config.encode()}
-    folder = source if source.is_dir() else source.parent
-    paths = checkpoint.tokenizer_files() if checkpoint is not None else ()
-    for path in (*paths, folder / "generation_config.json"):
-        if path.is_file():
-            files[path.name] = path.read_bytes()
+def _texts(folder: Path, config: ModelConfig) -> Mapping[str, bytes]:
+    """The tokenizer's files and the generation config, as they are; what is there must be sound.
+
+    Raises:
+        InputError: One of them cannot be read, or does not go with the config.
+    """
+    paths = [folder / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    stop_ids(read_generation_config(folder / GENERATION_CONFIG), config.raw)
+    if "tokenizer.json" not in files:
+        return files
+    needed = Tokenizer({name: files[name] for name in files if name in FILES}).vocab_size
+    if needed > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {str(folder)!r} makes token ids up to {needed - 1}, the model has "
+            f"a vocabulary of {config.vocab_size}",
+            hint="take the tokenizer files that the checkpoint was published with",
+        )
     return files

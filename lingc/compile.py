@@ -1,5 +1,6 @@
 """From a config to a plan: everything of a build that needs no weights and no engine library."""
 
+import difflib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from lingc import pipeline
 from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import Checkpoint, Source, matrix_modules, open_checkpoint, validate
 from lingc.context import Context
+from lingc.engine.staging import writing
 from lingc.errors import IncompatibleError, UsageError
 from lingc.graph import Captured, Fused, text
 from lingc.lower import lower
@@ -140,22 +142,26 @@ def compile_plan(
 def _check_waived(names: Iterable[str]) -> None:
     unknown = [name for name in names if name not in pipeline.names()]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], pipeline.names(), n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"no pass is called {', '.join(map(repr, unknown))}",
-            hint=f"the passes are {', '.join(pipeline.names())}",
+            hint=f"{meant}the passes are {', '.join(pipeline.names())}",
         )
 
 
 def _dumper(directory: Path | None, phase: str) -> Callable[[str, Captured], None] | None:
     if directory is None:
         return None
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     count = 0
 
     def dump(stage: str, program: Captured) -> None:
         nonlocal count
         path = directory / f"{phase}-{count:02}-{stage}.txt"
-        path.write_text("\n".join(text(program)) + "\n", encoding="utf-8")
+        with writing(path):
+            path.write_text("\n".join(text(program)) + "\n", encoding="utf-8")
         count += 1
 
     return dump

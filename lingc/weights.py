@@ -50,6 +50,8 @@ Progress = Callable[[int, int], None]
 
 SHARD_BYTES = 2 << 30
 
+_RUN = 1 << 20  # values looked at together; what that makes stays in a core's cache
+
 
 # ----------------------------------------------------------------------------------------- making
 
@@ -122,12 +124,14 @@ def _pieces(
     for expert in range(max(spec.experts, 1)):
         names = [source.replace("{e}", str(expert)) for source in spec.sources]
         try:
-            yield _parts(spec, names, checkpoint)
+            parts = _parts(spec, names, checkpoint)
+            _refuse_wild(parts)
         except InputError as error:
             raise CheckpointError(
                 f"weight {spec.name!r} cannot be made of {', '.join(names)}: {error.problem}",
                 hint=error.hint,
             ) from error
+        yield parts
 
 
 def _parts(spec: WeightSpec, names: Sequence[str], checkpoint: Source) -> dict[str, Array]:
@@ -140,6 +144,24 @@ def _parts(spec: WeightSpec, names: Sequence[str], checkpoint: Source) -> dict[s
     else:
         pairs = [_quantized(checkpoint, name, spec) for name in names]
     return {"codes": _join([a for a, _ in pairs]), "scales": _join([b for _, b in pairs])}
+
+
+def _refuse_wild(parts: Mapping[str, Array]) -> None:
+    """A NaN that is shipped shows as nonsense on whoever meets the expert it stands in."""
+    for part, values in parts.items():
+        flat = values.reshape(-1)
+        starts = range(0, flat.size, _RUN)
+        if not all(_are_finite(flat[start : start + _RUN]) for start in starts):
+            raise InputError(f"there are {part} that are NaN or infinite")
+
+
+def _are_finite(values: Array) -> bool:
+    """Of BF16 bits, E4M3 codes or f32; packed integers always are."""
+    if values.dtype == np.uint16:
+        return bool(((values & np.uint16(0x7FFF)) < 0x7F80).all())
+    if values.dtype == np.uint8:
+        return bool(((values & np.uint8(0x7F)) != 0x7F).all())
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def _plain(checkpoint: Source, name: str, dtype: str) -> Array:

@@ -124,7 +124,7 @@ class Checkpoint:
         Raises:
             CheckpointError: It cannot be read, or is not an object.
         """
-        return _read_generation_config(self.path / GENERATION_CONFIG)
+        return read_generation_config(self.path / GENERATION_CONFIG)
 
     def faults(self) -> list[str]:
         """What only the values show; reads every scale and vector, no matrix."""
@@ -184,7 +184,12 @@ def _failure(path: Path, problems: Sequence[str]) -> CheckpointError:
     )
 
 
-def _read_generation_config(path: Path) -> Mapping[str, Any]:
+def read_generation_config(path: Path) -> Mapping[str, Any]:
+    """What a `generation_config.json` holds; empty where there is none.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not an object.
+    """
     if not path.exists():
         return {}
     try:

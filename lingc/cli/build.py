@@ -55,7 +55,10 @@ from lingc.cli.output import Output, bytes_text, seconds_text
     help="Tokens a page of the latent cache.",
 )
 @click.option(
-    "--waive", multiple=True, metavar="PASS", help="Let a pass fire less often than it must."
+    "--waive",
+    multiple=True,
+    metavar="PASS,...",
+    help="Let passes fire less often than they must.",
 )
 @click.option(
     "--dump-ir",
@@ -108,7 +111,7 @@ def command(
         weights=weights,
         widen=widen,
         sizes=Sizes(page_size=page_size, max_draft=max_draft),
-        waive=waive,
+        waive=tuple(name.strip() for names in waive for name in names.split(",")),
         check=check,
         dump_dir=dump_ir,
     )
@@ -153,4 +156,4 @@ def _default_path(checkpoint: Path, precision: str | None, target: str) -> Path:
 
 
 def _stem(precision: str | None) -> str:
-    return "" if precision is None else Path(precision).stem if "/" in precision else precision
+    return "" if precision is None else Path(precision).name.removesuffix(".json")

@@ -108,7 +108,7 @@ class Staging:
         if self._replaceable is None:
             raise UsageError(
                 f"{str(self.final)!r} exists already",
-                hint="choose another output, or say that it may be overwritten",
+                hint="choose another output, or let it be replaced: --overwrite",
             )
         if self.final.is_symlink() or not self.final.is_dir():
             raise UsageError(

@@ -117,7 +117,7 @@ class ModelConfig:
                 f"{str(file)!r} cannot be read: {error.strerror or error}",
                 hint="give a checkpoint directory with a config.json in it",
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{str(file)!r} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{str(file)!r} holds a {type(values).__name__}, not an object")

@@ -18,6 +18,7 @@ optional: what the architecture may lack by config (experts, linear layers, the 
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +30,11 @@ from lingc.quantize.formats import NIBBLES
 
 KINDS = ("plain", "fp8_block", "int4_group")
 ACTIVATIONS = ("plain", "fp8")
+
+MAX_GROUP = 1 << 20
+"""Wider than any matrix; a group that spans a whole row may name any larger number."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _FOLDER = Path(__file__).parent / "recipes"
 _KEYS = {"name", "summary", "activations", "rules"}
@@ -195,8 +201,8 @@ def _problems(value: object) -> Iterator[str]:
     for key in sorted(value.keys() - _KEYS):
         yield f"the key {key!r} is unknown; there are {', '.join(sorted(_KEYS))}"
     name = value.get("name")
-    if not (isinstance(name, str) and name):
-        yield f"name is {name!r}, not a text"
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
+        yield f"name is {name!r}, not a text of letters, digits, '.', '_' and '-'"
     if not isinstance(value.get("summary", ""), str):
         yield f"summary is {value['summary']!r}, not a text"
     if value.get("activations", "plain") not in ACTIVATIONS:
@@ -224,6 +230,8 @@ def _rule_problems(rule: Mapping[str, Any]) -> Iterator[str]:
     elif kind == "int4_group":
         if isinstance(group, bool) or not isinstance(group, int) or group < 1 or group % NIBBLES:
             yield f"group is {group!r}, not a positive multiple of {NIBBLES} (values in an int32)"
+        elif group > MAX_GROUP:
+            yield f"group is {group}, more than {MAX_GROUP}"
     elif group != 0:
         yield f"group is {group!r}, but {kind} has no groups"
     if not isinstance(rule.get("optional", False), bool):

@@ -17,6 +17,9 @@ from lingc.plan import Plan
 Array = NDArray[Any]
 """An array whose element type the plan gives; `bf16` travels as uint16."""
 
+MOST = (1 << 31) - 1
+"""Slots, pages and rows are numbered in 32 bits."""
+
 SlotState = Mapping[str, Array]
 """One slot's linear state and pending tokens, by state name; a copy that nothing else writes."""
 
@@ -37,6 +40,11 @@ class Limits:
         for name, value in (("slots", self.slots), ("pages", self.pages)):
             if value < 1:
                 raise UsageError(f"{name} is {value}, at least 1 is needed")
+            if value > MOST:
+                raise UsageError(
+                    f"{name} is {value}, at most {MOST} can be numbered",
+                    hint="`lingc plan` tells what fits into how much memory",
+                )
 
     @classmethod
     def from_tokens(cls, *, slots: int, tokens_per_sequence: int, page_size: int) -> Self:

@@ -23,7 +23,7 @@ def parse_ids(text: str) -> tuple[int, ...]:
     parts = text.replace(",", " ").split()
     for part in parts:
         if _ID.fullmatch(part) is None:
-            raise UsageError(f"{part!r} is not a token id", hint="token ids look like 1,2,3")
+            raise UsageError(f"{part!r:.40} is not a token id", hint="token ids look like 1,2,3")
     return tuple(map(int, parts))
 
 
@@ -52,13 +52,13 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises:
         DataError: The file, a line or a message is not that.
     """
-    text = decode_text(path.read_bytes(), name=repr(str(path)))
+    data = path.read_bytes()
+    where = repr(str(path))
     if path.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        found = [_read(line, f"line {n} of {str(path)!r}") for n, line in lines]
+        lines = [(f"line {n} of {where}", x) for n, x in enumerate(data.split(b"\n"), 1)]
+        found = [_read(decode_text(x, name=name), name) for name, x in lines if x.strip()]
     else:
-        where = repr(str(path))
-        value = _parse(text, where)
+        value = _parse(decode_text(data, name=where), where)
         several = isinstance(value, list) and any(not _is_message(item) for item in value)
         found = [
             _conversation(item, f"conversation {n} of {where}")
@@ -76,7 +76,12 @@ def _read(text: str, where: str) -> Conversation:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise DataError(
+            f"{where} is not JSON: {error.msg} at {line}column {error.colno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from error
 
 
