@@ -44,6 +44,8 @@ NOT_CANONICAL = frozenset(
         aten._unsafe_view.default,
         aten.split.Tensor,
         aten.split_with_sizes.default,
+        aten.alias.default,
+        aten.clone.default,
     }
 )
 

@@ -3,7 +3,7 @@
     view(x, shape), _unsafe_view(x, shape), flatten, unflatten    ->    reshape(x, shape)
     split(x, n, dim)[i], split_with_sizes(x, sizes, dim)[i]        ->    slice(x, dim, start, end)
     slice(slice(x, d, a, b), d, c, e)                              ->    slice(x, d, a + c, a + e)
-    to(x, dtype) of a value that has that dtype; slices of a whole axis        ->    x
+    to(x, dtype) of a value that has that dtype, alias(x), clone(x), x[0:all]  ->    x
 
 Why: every later pattern is written once. A cast of a weight to the element type it is computed in
 also goes: ops widen weights themselves.
@@ -163,4 +163,15 @@ def _whole(match: Match, _context: Any) -> str | None:
 
 SLICES = Rewrite(name="drop_whole_slices", patterns=(_slice,), check=_whole, replacement=_itself)
 
-RULES = (VIEWS, SPLITS, CASTS, SLICES, NESTED)
+
+def _alias(x: Value) -> Value:
+    return aten.alias.default(x)
+
+
+def _clone(x: Value) -> Value:
+    return aten.clone.default(x)
+
+
+ALIASES = Rewrite(name="drop_aliases", patterns=(_alias, _clone), check=_fires, replacement=_itself)
+
+RULES = (VIEWS, SPLITS, CASTS, ALIASES, SLICES, NESTED)

@@ -18,7 +18,7 @@ from lingc.context import Context
 from lingc.graph import Value
 from lingc.plan import TensorType
 from lingc.plugins import expert_dispatch, experts
-from lingc.rewrite import Builder, Match, Rewrite
+from lingc.rewrite import NOT_MINE, Builder, Match, Rewrite
 
 aten = torch.ops.aten
 
@@ -64,7 +64,10 @@ def add_pattern(
     return aten.add.Tensor(routed, shared)
 
 
-def add_check(match: Match, _context: Any) -> str | None:
+def add_check(match: Match, context: Context) -> str | None:
+    # Where there is no shared expert, the add behind the routed ones is the residual's.
+    if match.outputs[0].meta["layer"] not in context.shared_layers:
+        return NOT_MINE
     x, shared = match.type("x"), match.type("shared")
     return None if x.shape == shared.shape else f"the add broadcasts {shared} to {x}"
 
