@@ -1,0 +1,190 @@
+"""How much two sides may differ: budgets are data, read from `budgets/*.json` or a user's file.
+
+    {
+      "name": "engine-vs-eager",
+      "summary": "one line",
+      "margin": 0.001,                        what counts as a clear winner, in logits
+      "mean_kl": 1e-6,                        over all tokens
+      "max_kl": null,                         of any token
+      "mean_abs": null, "max_abs": null,      of logits
+      "top1_disagreements_above_margin": 0,   tokens
+      "top1_agreement": null,                 least share of tokens, near ties included
+      "expert_gap": 1e-5                      of any token that goes to other experts
+    }
+
+A limit that is null or left out is not judged. A logit that is NaN or infinite fails any budget.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingc.errors import InputError
+from lingc.parity.compare import Summary
+
+_FOLDER = Path(__file__).parent / "budgets"
+_COUNTS = {"top1_disagreements_above_margin"}
+_NUMBERS = ("mean_kl", "max_kl", "mean_abs", "max_abs", "top1_agreement", "expert_gap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Limits; None is no limit. The module says what each means."""
+
+    name: str
+    summary: str = ""
+    margin: float = 1e-3
+    mean_kl: float | None = None
+    max_kl: float | None = None
+    mean_abs: float | None = None
+    max_abs: float | None = None
+    top1_disagreements_above_margin: int | None = None
+    top1_agreement: float | None = None
+    expert_gap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One limit held against what was found.
+
+    Attributes:
+        name: The key of the budget file, or `finite`.
+        limit: In words: `below 1e-06`.
+        found: In words.
+        ok: Whether it holds.
+    """
+
+    name: str
+    limit: str
+    found: str
+    ok: bool
+
+
+def built_in() -> tuple[str, ...]:
+    """Names of the budgets that come with lingc."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
+
+
+def load_budget(name_or_path: str | Path) -> Budget:
+    """Read a built-in budget by name, or a budget file by path.
+
+    Raises:
+        InputError: No such budget, or its file has problems; all are listed.
+    """
+    text = str(name_or_path)
+    if text in built_in():
+        return _read(_FOLDER / f"{text}.json")
+    path = Path(name_or_path)
+    if not path.exists() and "/" not in text and not text.endswith(".json"):
+        near = difflib.get_close_matches(text, built_in(), n=1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"no budget is called {text!r}",
+            hint=f"{meant}there are {', '.join(built_in())}; a file is given by its path",
+        )
+    return _read(path)
+
+
+def judge(summary: Summary, budget: Budget) -> tuple[Check, ...]:
+    """Hold a comparison against a budget; it is kept where every check is ok."""
+    return tuple(_checks(summary, budget))
+
+
+def _checks(summary: Summary, budget: Budget) -> Iterator[Check]:
+    yield Check(
+        name="finite",
+        limit="every logit",
+        found=f"{summary.not_finite} tokens have a logit that is NaN or infinite",
+        ok=summary.not_finite == 0,
+    )
+    for name in ("mean_kl", "max_kl", "mean_abs", "max_abs"):
+        limit = getattr(budget, name)
+        if limit is not None:
+            found = getattr(summary, name)
+            # A comparison with NaN is false, so a NaN is over any limit.
+            yield Check(name=name, limit=_below(limit), found=f"{found:.3g}", ok=found <= limit)
+    most = budget.top1_disagreements_above_margin
+    if most is not None:
+        count = summary.top1_above_margin
+        yield Check(
+            name="top1_disagreements_above_margin",
+            limit=f"at most {most}" if most else "none",
+            found=f"{count} of {summary.tokens} tokens, margin {budget.margin:g}",
+            ok=count <= most,
+        )
+    if budget.top1_agreement is not None:
+        yield Check(
+            name="top1_agreement",
+            limit=f"at least {budget.top1_agreement:g}",
+            found=f"{summary.top1_agreement:.5f}",
+            ok=summary.top1_agreement >= budget.top1_agreement,
+        )
+    if budget.expert_gap is not None:
+        yield _expert_check(summary, budget.expert_gap)
+
+
+def _expert_check(summary: Summary, limit: float) -> Check:
+    roots = [flip for flip in summary.flips if flip.is_root]
+    unknown = sum(flip.gap is None for flip in roots)
+    widest = max((flip.gap for flip in roots if flip.gap is not None), default=0.0)
+    if not summary.expert_layers:
+        found = "not compared: a side does not tell its experts"
+    elif not roots:
+        found = f"no difference in {len(summary.expert_layers)} layers"
+    else:
+        found = f"{len(roots)} differences, the widest {widest:.3g}"
+        found += f", {unknown} without scores" if unknown else ""
+    ok = widest <= limit and not unknown
+    return Check(name="expert_gap", limit=_below(limit), found=found, ok=ok)
+
+
+def _below(limit: float) -> str:
+    return f"at most {limit:.3g}"
+
+
+def _read(path: Path) -> Budget:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"budget {str(path)!r} cannot be read: {error.strerror or error}",
+            hint=f"give a file, or one of {', '.join(built_in())}",
+        ) from error
+    except ValueError as error:
+        raise InputError(f"budget {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"budget {str(path)!r} holds a {type(value).__name__}, not an object")
+    problems = list(_problems(value))
+    if problems:
+        listed = "".join(f"\n  - {line}" for line in problems)
+        raise InputError(
+            f"budget {str(path)!r} has problems:{listed}",
+            hint=f"its keys are {', '.join(Budget.__dataclass_fields__)}",
+        )
+    return Budget(**{"name": path.stem, **value})
+
+
+def _problems(value: dict[str, Any]) -> Iterator[str]:
+    known = Budget.__dataclass_fields__
+    for key, item in value.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            meant = f", did you mean {near[0]!r}?" if near else ""
+            yield f"{key!r} is not a key of a budget{meant}"
+        elif key in ("name", "summary"):
+            if not isinstance(item, str):
+                yield f"{key!r} is {item!r}, it must be text"
+        elif key in _COUNTS:
+            if item is not None and (not _is_number(item) or int(item) != item):
+                yield f"{key!r} is {item!r}, it must be a whole number, 0 or more"
+        elif not (_is_number(item) or (item is None and key in _NUMBERS)):
+            yield f"{key!r} is {item!r}, it must be a number, 0 or more"
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(float(value)) and float(value) >= 0  # type: ignore[arg-type]

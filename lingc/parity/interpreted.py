@@ -1,0 +1,52 @@
+"""An interpreted plan tells its experts: what it routes by is seen between its steps."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lingc.interpret import InterpreterBackend
+from lingc.parity.engine import ROUTER
+from lingc.parity.side import Choice
+from lingc.plan import Ref, Step
+from lingc.runtime.backend import Array
+
+
+class RouterWatch:
+    """Collects the experts of a run, layer by layer. Call it after each run to take them.
+
+    Args:
+        backend: Its `watch` is set to this.
+    """
+
+    def __init__(self, backend: InterpreterBackend) -> None:
+        self._backend = backend
+        self._inputs = {
+            arg.name
+            for program in backend.plan.programs.values()
+            for step in program.steps
+            if step.op == ROUTER and isinstance(arg := step.args[0], Ref)
+        }
+        self._values: dict[str, Tensor] = {}
+        self._found: dict[int, Choice] = {}
+        backend.watch = self._see
+
+    def __call__(self, _out: Mapping[str, Array]) -> Mapping[int, Choice]:
+        found, self._found = self._found, {}
+        self._values.clear()
+        return found
+
+    def _see(self, step: Step, results: tuple[Tensor, ...]) -> None:
+        for name, value in zip(step.outputs, results, strict=True):
+            if name in self._inputs:
+                self._values[name] = value
+        if step.op == ROUTER:
+            self._found[step.layer] = Choice(
+                ids=results[0].cpu().numpy(), biased=self._biased(step).cpu().numpy()
+            )
+
+    def _biased(self, step: Step) -> Tensor:
+        x, weight, bias = (arg.name for arg in step.args[:3] if isinstance(arg, Ref))
+        weights = self._backend.weights
+        logits = self._values[x].float() @ weights[weight].float().T
+        return torch.sigmoid(logits) + weights[bias].float()

@@ -1,0 +1,255 @@
+"""What the words of a command mean, and how a side is made of them.
+
+`tiny.ling` is an engine, run by the runtime; `interpret:tiny.ling` its plan and weights, run by the
+references; a checkpoint directory is eager, on the engine's weights where the other side has some.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from lingc.checkpoint import Checkpoint, open_checkpoint, validate
+from lingc.engine import Package, open_package, read_manifest
+from lingc.engine.bind import with_weights
+from lingc.errors import InputError, IntegrityError
+from lingc.model.config import ModelConfig
+from lingc.parity.engine import EngineSide, router_outputs, tap_outputs
+from lingc.parity.experts import Routing
+from lingc.parity.side import Side
+from lingc.parity.weights import RoundedWeights
+from lingc.plan import Plan
+from lingc.quantize.layouts import restore
+from lingc.runtime.backend import Limits
+from lingc.runtime.load import OpenedEngine, open_engine
+from lingc.runtime.tokenizer import FILES, Tokenizer
+from lingc.weights import open_weights
+
+INTERPRET = "interpret:"
+
+Kind = Literal["engine", "plan", "eager"]
+Weights = Literal["engine", "checkpoint"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a side is started with.
+
+    Attributes:
+        slots: Rows at once.
+        tokens: Room for each.
+        phases: The programs that will be run.
+        threads: For engines; their own choice where None.
+        rounding: The plan whose weights eager shall have; None leaves the checkpoint's.
+    """
+
+    slots: int
+    tokens: int
+    phases: tuple[str, ...]
+    threads: int | None = None
+    rounding: Plan | None = None
+
+    def limits(self, plan: Plan) -> Limits:
+        """As much state as that takes."""
+        return Limits.from_tokens(
+            slots=self.slots, tokens_per_sequence=self.tokens, page_size=plan.page_size
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One of the two that are compared, opened and checked but not started.
+
+    Attributes:
+        path: As given, without `interpret:`.
+        plan: None for a checkpoint.
+        identity: Of the checkpoint that the weights come from, where it is known.
+        facts: For the report: bundle id, precision, target.
+    """
+
+    kind: Kind
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    plan: Plan | None
+    identity: str | None
+    facts: Mapping[str, str]
+    opened: OpenedEngine | Package | Checkpoint
+
+    @property
+    def title(self) -> str:
+        """What it is called in reports."""
+        name = self.path.absolute().name
+        match self.kind:
+            case "engine":
+                kind, precision = self.facts["engine"], self.facts["precision"]
+                return f"engine {name} ({kind}, {precision}, {self.facts['target']})"
+            case "plan":
+                return f"interpreted plan of {name} ({self.facts['precision']})"
+            case "eager":
+                return f"eager {name}"
+
+    @property
+    def routing(self) -> Routing:
+        """How the model chooses experts."""
+        config = self.config
+        return Routing(
+            groups=config.n_group,
+            kept_groups=config.topk_group,
+            top_k=config.num_experts_per_tok,
+        )
+
+    def start(self, given: Start) -> Side:
+        """Load the weights, and be ready to score."""
+        match self.opened:
+            case OpenedEngine() as engine:
+                return _engine(engine, given, self.title)
+            case Package() as package:
+                return _interpreted(package, given, self.title)
+            case Checkpoint() as checkpoint:
+                return _eager(checkpoint, given, self.title)
+
+
+def open_pair(
+    a: str, b: str, *, cache_dir: Path, checkpoint: Path | None = None
+) -> tuple[Subject, Subject]:
+    """Open both; a package without weights gets those of `checkpoint`, or of the other side.
+
+    Raises:
+        InputError: One is neither a package nor a checkpoint, or weights are not to be found.
+        IntegrityError: A package is not what was written, or is of another checkpoint.
+    """
+    kinds = [_kind(word) for word in (a, b)]
+    given = [path for kind, path in kinds if kind == "eager"]
+    source = checkpoint or (given[0] if given else None)
+    first, second = (_open(kind, path, cache_dir, source) for kind, path in kinds)
+    return first, second
+
+
+def _kind(word: str) -> tuple[Kind, Path]:
+    if word.startswith(INTERPRET):
+        return "plan", Path(word.removeprefix(INTERPRET))
+    path = Path(word)
+    if (path / "manifest.json").exists():
+        return "engine", path
+    if (path / "config.json").exists():
+        return "eager", path
+    what = "has neither manifest.json nor config.json" if path.is_dir() else "is not a directory"
+    raise InputError(
+        f"{word!r} is neither a package nor a checkpoint: it {what}",
+        hint="give a .ling package, interpret:PACKAGE, or a checkpoint directory",
+    )
+
+
+def _open(kind: Kind, path: Path, cache_dir: Path, source: Path | None) -> Subject:
+    if kind == "eager":
+        return _open_checkpoint(path)
+    manifest = read_manifest(path)
+    if manifest.has_weights:
+        source = None
+    opened: OpenedEngine | Package
+    if kind == "engine":
+        opened = open_engine(path, checkpoint=source, cache_dir=cache_dir)
+        package, tokenizer = opened.package, opened.tokenizer
+    else:
+        package = opened = with_weights(
+            open_package(path, level="integrity"), cache_dir=cache_dir, checkpoint=source
+        )
+        tokenizer = _tokenizer(package)
+    bound = package.weights
+    return Subject(
+        kind=kind,
+        path=path,
+        config=ModelConfig.from_dict(package.plan.config),
+        tokenizer=tokenizer,
+        plan=package.plan,
+        identity=manifest.checkpoint_identity if bound is None else bound.checkpoint_identity,
+        facts={
+            "bundle_id": manifest.bundle_id,
+            "precision": manifest.precision,
+            "target": manifest.target,
+            "engine": manifest.variants[manifest.target].engine,
+        },
+        opened=opened,
+    )
+
+
+def _open_checkpoint(path: Path) -> Subject:
+    checkpoint = open_checkpoint(path)
+    validate(checkpoint)
+    return Subject(
+        kind="eager",
+        path=path,
+        config=checkpoint.config,
+        tokenizer=Tokenizer.from_directory(path),
+        plan=None,
+        identity=checkpoint.identity(),
+        facts={},
+        opened=checkpoint,
+    )
+
+
+def _tokenizer(package: Package) -> Tokenizer | None:
+    files = {name: data for name in FILES if (data := package.model_file(name)) is not None}
+    return Tokenizer(files) if "tokenizer.json" in files else None
+
+
+def _engine(engine: OpenedEngine, given: Start, title: str) -> Side:
+    limits = given.limits(engine.plan)
+    if engine.package.code().engine != "onnx":
+        return EngineSide(engine.start(limits, threads=given.threads), title)
+    # This kind of engine can tell its experts, if it is asked before it starts.
+    from lingc.runtime.onnx_backend import OnnxBackend  # noqa: PLC0415
+
+    backend = OnnxBackend(
+        engine.package,
+        open_weights(engine.package.shards()),
+        limits,
+        threads=given.threads,
+        taps=tuple(router_outputs(engine.plan)),
+    )
+    return EngineSide(backend, title, tap=tap_outputs(engine.plan))
+
+
+def _interpreted(package: Package, given: Start, title: str) -> Side:
+    # Here and below: what needs torch is imported when a side needs it.
+    from lingc.interpret import InterpreterBackend  # noqa: PLC0415
+    from lingc.parity.interpreted import RouterWatch  # noqa: PLC0415
+
+    plan = package.plan
+    backend = InterpreterBackend(plan, stored(package.plan, package.shards()), given.limits(plan))
+    return EngineSide(backend, title, tap=RouterWatch(backend))
+
+
+def stored(plan: Plan, shards: Iterable[Path]) -> dict[str, NDArray[Any]]:
+    """The weights in files, in the plan's order of rows."""
+    found = open_weights(shards)
+    return {name: restore(spec.layout, found[name]) for name, spec in plan.weights.items()}
+
+
+def _eager(checkpoint: Checkpoint, given: Start, title: str) -> Side:
+    from lingc.model.loading import from_source  # noqa: PLC0415
+    from lingc.parity.eager import EagerSide  # noqa: PLC0415
+
+    if given.rounding is None:
+        return EagerSide(from_source(checkpoint), title)
+    rounded = RoundedWeights(checkpoint, given.rounding, given.phases)
+    precision = given.rounding.precision
+    return EagerSide(from_source(rounded), f"{title} on the engine's weights ({precision})")
+
+
+def refuse_other_weights(eager: Subject, engine: Subject) -> None:
+    """Refuse to call the weights of two checkpoints the same.
+
+    Raises:
+        IntegrityError: The engine was not made from this checkpoint.
+    """
+    if None not in (eager.identity, engine.identity) and eager.identity != engine.identity:
+        raise IntegrityError(
+            f"{engine.title} has the weights of checkpoint {str(engine.identity)[:16]}, "
+            f"{eager.title} is checkpoint {str(eager.identity)[:16]}",
+            hint="give the checkpoint that the engine was built from, or --weights checkpoint "
+            "to see how far two different sets of weights are apart",
+        )
