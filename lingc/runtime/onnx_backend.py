@@ -149,7 +149,6 @@ class OnnxBackend:
             with_outputs(model, {name: program.types[name] for name in taps}) if taps else model,
             {name: self._values[name] for name in self._info["phases"][phase]},
             threads=self._threads,
-            fold=self._info["widen"] == "load",
             prepack=sum(array.nbytes for array in self._weights.values()) <= PREPACKED_BYTES,
         )
         binding = session.io_binding()

@@ -1,12 +1,15 @@
 """ONNX Runtime, set up for a model of ours: options, weights that it does not own, extra outputs."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
-from lingc.errors import IncompatibleError, LingcError, MissingExtraError
+from lingc.errors import IncompatibleError, MissingExtraError, ResourceError
 from lingc.plan import TensorType
-from lingc.runtime.backend import Array
+from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array
 
 try:
     import onnxruntime
@@ -19,6 +22,7 @@ except ImportError as error:
     ) from error
 
 Made = TypeVar("Made")
+
 
 ONNX_DTYPE: Mapping[str, int] = {
     "f32": 1, "u8": 2, "i32": 6, "i64": 7, "bool": 9, "f16": 10, "f64": 11, "bf16": 16,
@@ -37,40 +41,72 @@ _FAILURES = (
 )
 _ERRORS_ONLY = 3
 
+SMALL_BYTES = 64 << 10
+
+_SETTINGS: Mapping[str, str] = {
+    # What depends on weights alone is computed once, but no copy of a large weight is made.
+    "optimization.constant_folding_max_output_size_in_bytes": str(SMALL_BYTES),
+    # An FP16 weight and its scales are not a quantized model to be fused.
+    "session.disable_quant_qdq": "1",
+    # Phases take turns: threads of one must not spin while another computes.
+    "session.force_spinning_stop": "1",
+}
+
 
 def make_session(
-    model: bytes, weights: Mapping[str, OrtValue], *, threads: int | None, fold: bool, prepack: bool
+    model: bytes, weights: Mapping[str, OrtValue], *, threads: int | None, prepack: bool
 ) -> InferenceSession:
     """A session on the CPU.
 
     Args:
         model: The model; its initializers have no data.
-        weights: Every initializer.
+        weights: Every initializer. They must live as long as the session.
         threads: Threads of a step; as many as this process may use where None.
-        fold: Whether what depends on weights alone is computed once, here. Widening would be.
         prepack: Whether the session may copy weights into the order its kernels like best.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
-    # An FP8 or FP16 weight and its scales are not a quantized model to be fused.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Phases take turns: threads of one must not spin while another computes.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for key, value in _SETTINGS.items():
+        options.add_session_config_entry(key, value)
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_external_initializers(list(weights), list(weights.values()))
-    disabled = [] if fold else ["ConstantFolding"]
-    return guarded(
-        "the engine's code cannot be loaded",
-        lambda: InferenceSession(
-            model,
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=disabled,
-        ),
-    )
+    # Small ones are copied, and may be folded. Large ones stay where they are: all sessions share
+    # them, and no optimizer can read them.
+    small = {name: v for name, v in weights.items() if v.tensor_size_in_bytes() <= SMALL_BYTES}
+    options.add_external_initializers(list(small), list(small.values()))
+    for name in weights.keys() - small.keys():
+        options.add_initializer(name, weights[name])
+    with _external_data(options):
+        return guarded(
+            "the engine's code cannot be loaded",
+            lambda: InferenceSession(
+                model,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["FuseFp16InitializerToFp32NodeTransformer"],
+            ),
+        )
+
+
+@contextmanager
+def _external_data(options: onnxruntime.SessionOptions) -> Iterator[None]:
+    """An empty file where the model says that its initializers lie.
+
+    `add_initializer` lets all sessions share one, where `add_external_initializers` gives each its
+    own copy; but the location must exist. Reading it fails, so nothing can be computed from it.
+    """
+    key = "session.model_external_initializers_file_folder_path"
+    try:
+        with TemporaryDirectory(prefix="lingc-") as directory:
+            (Path(directory) / WEIGHTS_FILE).touch()
+            options.add_session_config_entry(key, directory)
+            yield
+    except OSError as error:
+        raise ResourceError(
+            f"no temporary file can be made: {error}", hint="TMPDIR may name another directory"
+        ) from error
 
 
 def value_of(array: Array, dtype: str) -> OrtValue:

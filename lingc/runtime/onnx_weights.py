@@ -17,6 +17,9 @@ from lingc.quantize.layouts import PLAIN, arrange
 
 Array = NDArray[Any]
 
+WEIGHTS_FILE = "weights.bin"
+"""Location of every initializer's data, as the models name it."""
+
 AS_STORED = "as_stored"
 AS_BYTES = "as_bytes"
 BF16_TO_F32 = "bf16_to_f32"

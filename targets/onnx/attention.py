@@ -41,12 +41,9 @@ def mla_latent_kv(
 
 def mla_query_rope(library: Standard, q: Value, cos: Value, sin: Value, heads: int) -> Value:
     width, rope = q.size(1) // heads, 2 * cos.size(1)
-    by_head = q.reshape(0, heads, width)
-    if rope == width:
-        return rotated(library, by_head, cos, sin, heads=heads, width=rope, interleaved=True)
-    nope, key = by_head.split(2, [width - rope, rope])
-    turned = rotated(library, key, cos, sin, heads=heads, width=rope, interleaved=True)
-    return library.body.concat([nope, turned], 2)
+    nope, key = q.reshape(0, heads, width).split(2, [width - rope, rope])
+    turned = _rope_pairs(library, key.reshape(0, 1, heads * rope), cos, sin, heads=heads)
+    return library.body.concat([nope, turned.reshape(0, heads, rope)], 2)
 
 
 def mla_attention(
@@ -66,7 +63,7 @@ def mla_attention(
     rope, value = cache.size(1) - latent_dim, kv_b.size(0) // heads - nope_dim
     keys = cache.gather(_rows(library.body, page_table, page_size).reshape(-1))  # [B L, c + r]
     latent, key = keys.split(1, [latent_dim, rope])
-    expanded = library.linear(latent, library.wide(kv_b)).reshape(0, heads, nope_dim + value)
+    expanded = library.linear(latent, library.wide(kv_b, latent)).reshape(0, heads, nope_dim + value)
     k_nope, v = expanded.split(2, [nope_dim, value])
     copies = library.body.ints([1, heads, 1])
     k = library.body.concat([k_nope, library.body.op("Expand", key.unsqueeze(1), copies)], 2)
@@ -91,7 +88,7 @@ def mla_absorbed_attention(
     value, width = w_v.size(1), cache.size(1)
     body = library.body
     q_nope, q_rope = q.split(2, [nope, width - latent_dim])
-    by_latent = library.by_head(q_nope, library.wide(w_k)).transpose(1, 0, 2)  # [T, H, c]
+    by_latent = library.by_head(q_nope, library.wide(w_k, q_nope)).transpose(1, 0, 2)  # [T, H, c]
     padding = Padding(body, offsets)
     spread = padding.spread(body.concat([by_latent, q_rope], 2))  # [B, n, H, c + r]
     sequences, tokens = page_table.length(0), spread.length(1)
@@ -103,7 +100,7 @@ def mla_absorbed_attention(
     # The rope part comes along: slicing it off the keys would copy the cache.
     mixed = weights.reshape(sequences, -1, keys.length(1)) @ keys
     latent = padding.gathered(mixed.reshape(-1, heads, width)).slice(2, 0, latent_dim)
-    return library.from_latent(latent, library.wide(w_v)).reshape(0, heads * value)
+    return library.from_latent(latent, library.wide(w_v, latent)).reshape(0, heads * value)
 
 
 def _cached(
@@ -117,17 +114,25 @@ def _cached(
     rows: Value,
     eps: float,
 ) -> Value:
-    rope = 2 * cos.size(1)
-    by_head = key.unsqueeze(1)
-    turned = rotated(library, by_head, cos, sin, heads=1, width=rope, interleaved=True).squeeze(1)
+    turned = _rope_pairs(library, key.unsqueeze(1), cos, sin, heads=1).squeeze(1)
     row = library.body.concat([library.rms_norm(latent, weight, eps), turned], 1)
     return library.body.op("ScatterND", cache, rows.cast("i64").unsqueeze(1), row)
 
 
+def _rope_pairs(library: Standard, x: Value, cos: Value, sin: Value, *, heads: int) -> Value:
+    """Adjacent channels of x [T, 1, heads * 2n], rotated by cos and sin [T, n]."""
+    pairs = cos.size(1)
+    angles = (cos.unsqueeze(1), sin.unsqueeze(1))
+    return rotated(
+        library, x, angles, heads=heads, width=2 * pairs, pairs=pairs, interleaved=True
+    )
+
+
 def _rows(body: Body, page_table: Value, page_size: int) -> Value:
     """Cache rows of positions 0, 1, … of each sequence, [B, L]."""
-    within = np.arange(page_size, dtype=np.int32)
-    first = body.op("Mul", page_table, np.array(page_size, np.int32)).unsqueeze(2)
+    # A range made there, not a constant: equal nodes of different layers are computed once.
+    within = body.count_to(body.ints([page_size])).cast("i32")
+    first = (page_table * np.array(page_size, np.int32)).unsqueeze(2)
     return (first + within).reshape(page_table.length(0), -1)
 
 

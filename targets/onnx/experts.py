@@ -23,7 +23,7 @@ def router(
 ) -> tuple[Value, Value]:
     body, experts = library.body, weight.size(0)
     each = experts // groups
-    scores = body.op("Sigmoid", library.linear(x, library.wide(weight)))
+    scores = body.op("Sigmoid", library.linear(x, library.wide(weight, x)))
     biased = scores + bias
     if topk_groups < groups:
         by_group = biased.reshape(-1, groups, each)

@@ -1,5 +1,6 @@
 """The maths of the functions with the ops of ONNX Runtime's CPU provider where they are faster."""
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ class Ort(Standard):
     def int4_linear(self, x: Value, packed: Value, scales: Value, group: int) -> Value:
         rows, width = packed.size(0), x.size(-1)
         if not block_is_supported(group) or width % group:
-            return super().int4_linear(x, packed.reshape(rows, -1), scales, group)
+            return super().int4_linear(x, self._flat(packed), scales, group)
         attrs = {
             "K": width,
             "N": rows,
@@ -50,6 +51,12 @@ class Ort(Standard):
             "accuracy_level": _FP32_ACTIVATIONS,
         }
         return self._contrib("MatMulNBits", x, packed, scales, **attrs)
+
+    def _flat(self, packed: Value) -> Value:
+        """Bytes [N, P], also where they lie by groups."""
+        rows, *rest = (packed.size(axis) for axis in range(len(packed.shape)))
+        made = packed.reshape(rows, prod(rest))
+        return Value(made.name, self.body, packed.dtype, (rows, prod(rest)))
 
     def by_head(self, x: Value, y: Value) -> Value:
         return self._product(x, y, transBatchA=1)
@@ -126,7 +133,7 @@ class Ort(Standard):
         routed = self._by_expert(ids, logits, gate_up.experts, elsewhere=_UNROUTED)
         mixed = self._contrib(
             "MoE",
-            *(x, routed, gate_up.whole(self), None, down.whole(self)),
+            *(x, routed, gate_up.whole(self, x), None, down.whole(self, x)),
             k=ids.size(1),
             normalize_routing_weights=1,
             **_SWIGLU,

@@ -48,12 +48,29 @@ class Standard:
             return blocked.reshape(*kept, width)
         return values * scales.gather(np.arange(width) // block, axis=rank - 1)
 
-    def wide(self, weight: Value, scales: Value | None = None) -> Value:
-        """A weight in f32: cast, and multiplied by its row scales where it has some."""
-        values = weight.cast("f32")
+    def wide(self, weight: Value, after: Value, scales: Value | None = None) -> Value:
+        """A weight in f32: cast, and multiplied by its row scales where it has some.
+
+        Not before `after` is there, with what the weight is to be multiplied.
+        """
+        values = self.waiting(weight, after).cast("f32")
         if scales is None:
             return values
         return self.by_blocks(values, scales, width=weight.size(-1), rank=len(weight.shape))
+
+    def waiting(self, weight: Value, after: Value) -> Value:
+        """A weight that must be widened, not before `after` is there.
+
+        Nothing else would keep an engine from widening the weights of all layers first, and so
+        from holding all of them at once. A weight is reshaped to the shape that it has, which is
+        no copy, by a shape that is computed from `after`.
+        """
+        if weight.dtype == "f32":
+            return weight
+        sizes = self.body.ints([weight.size(axis) for axis in range(len(weight.shape))])
+        one = self.body.op("Min", after.length(0), 1)
+        same = self.body.op("Reshape", weight, sizes * one)
+        return Value(same.name, self.body, weight.dtype, weight.shape)
 
     def nibbles(
         self, packed: Value, scales: Value, *, width: int, group: int, rank: int
@@ -75,7 +92,8 @@ class Standard:
     def int4_linear(self, x: Value, packed: Value, scales: Value, group: int) -> Value:
         """x [T, D] times a matrix of nibbles in bytes [N, P] transposed."""
         width = x.size(-1)
-        return self.linear(x, self.nibbles(packed, scales, width=width, group=group, rank=2))
+        codes = self.waiting(packed, x)
+        return self.linear(x, self.nibbles(codes, scales, width=width, group=group, rank=2))
 
     def by_head(self, x: Value, y: Value) -> Value:
         """x [T, H, a] times y [H, a, c], as [H, T, c]."""

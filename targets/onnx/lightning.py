@@ -4,14 +4,23 @@ State is read from a slot and written back as one row, which depends on what was
 that puts the new state where the old one lies cannot do so too early.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from lingc.targets.onnx.body import Body, Value
+from lingc.targets.onnx.body import LAST, Body, Value
 from lingc.targets.onnx.library_standard import Standard
 from lingc.targets.onnx.packing import Padding
-from lingc.targets.onnx.rows import normed_and_gated, normed_and_roped
+from lingc.targets.onnx.rows import normed_and_roped
 
 _ZERO = np.array(0, np.int32)
+
+_New = tuple[Value, Value, Value]
+"""q, k and v of the step's tokens, [B, n, ...], heads joined."""
+
+_Held = tuple[Value, Value, Value]
+"""The linear state, pending k and pending v of all slots."""
 
 
 def lightning_prefill(
@@ -58,27 +67,12 @@ def lightning_decode(
     accepted: Value,
     positions: Value,
 ) -> tuple[Value, Value]:
-    body = library.body
     heads, key, value = (state.size(axis) for axis in (1, 2, 3))
-    pending = pending_k.size(1)
-    live = _live(body, slots, positions)
-    start = _started(body, state, slots, live)
-    # The new token stands behind the pending ones and counts always.
-    counts = _accepted(body, accepted, live, [*range(pending), -1])
-    before = counts.slice(1, 0, pending).unsqueeze(2)
-    held_k = body.where(before, pending_k.gather(slots).reshape(0, 0, heads * key), 0.0)
-    held_v = body.where(before, pending_v.gather(slots).reshape(0, 0, heads * value), 0.0)
     new_q, new_k = (x.reshape(-1, 1, heads * key) for x in (q, k))
-    o, end = library.recur(
-        body.concat([held_k, new_q], 1),
-        body.concat([held_k, new_k], 1),
-        body.concat([held_v, v.reshape(-1, 1, heads * value)], 1),
-        decay,
-        start,
-        counts=counts.cast("f32"),
-    )
-    last = o.slice(1, -1).reshape(-1, heads, value)
-    return last, _stored(body, state, slots, end)
+    new = (new_q, new_k, v.reshape(-1, 1, heads * value))
+    held = (state, pending_k, pending_v)
+    o, after = _decoded(library, new, decay, held, slots, accepted, positions)
+    return o.reshape(-1, heads, value), after
 
 
 def lightning_verify(
@@ -95,28 +89,13 @@ def lightning_verify(
     offsets: Value,
     positions: Value,
 ) -> tuple[Value, Value, Value, Value]:
-    body = library.body
     heads, key, value = (state.size(axis) for axis in (1, 2, 3))
-    live = _live(body, slots, positions.gather(offsets.slice(0, 0, -1)))
-    start = _started(body, state, slots, live)
-    counts = _accepted(body, accepted, live, range(pending_k.size(1)))
-    old_k, old_v = pending_k.gather(slots), pending_v.gather(slots)
-    held_k = body.where(counts.unsqueeze(2), old_k.reshape(0, 0, heads * key), 0.0)
-    held_v = body.where(counts.unsqueeze(2), old_v.reshape(0, 0, heads * value), 0.0)
-    _, before = library.recur(
-        None, held_k, held_v, decay, start, counts=counts.cast("f32")
-    )
-    before = Value(before.name, body, shape=state.shape)
-    sequences = slots.length(0)
-    new_q, new_k = (x.reshape(sequences, -1, heads * key) for x in (q, k))
-    new_v = v.reshape(sequences, -1, heads * value)
-    o, _ = library.recur(new_q, new_k, new_v, decay, before)
-    return (
-        o.reshape(-1, heads, value),
-        _stored(body, state, slots, before),
-        _stored(body, pending_k, slots, _front(body, old_k, new_k, (heads, key))),
-        _stored(body, pending_v, slots, _front(body, old_v, new_v, (heads, value))),
-    )
+    count = slots.length(0)
+    new_q, new_k = (x.reshape(count, -1, heads * key) for x in (q, k))
+    new = (new_q, new_k, v.reshape(count, -1, heads * value))
+    held, first = (state, pending_k, pending_v), positions.gather(offsets.slice(0, 0, -1))
+    o, *after = _verified(library, new, decay, held, slots, accepted, first)
+    return (o.reshape(-1, heads, value), after[0], after[1], after[2])
 
 
 def decode_mixer(
@@ -138,10 +117,12 @@ def decode_mixer(
     groups: int,
     eps: float,
 ) -> tuple[Value, Value]:
-    q, k, v, gate = _mixed_inputs(library, qkvg, (q_weight, k_weight), (cos, sin), heads, eps)
+    weights, angles = (q_weight, k_weight), (cos, sin)
+    mixed = _Mixed(library=library, qkvg=qkvg, weights=weights, angles=angles, heads=heads)
+    new, gate = mixed.inputs(lambda x: x.unsqueeze(1), eps)
     held = (state, pending_k, pending_v)
-    o, after = lightning_decode(library, q, k, v, decay, *held, slots, accepted, positions)
-    return normed_and_gated(library, o, gate, norm_weight, groups, eps), after
+    o, after = _decoded(library, new, decay, held, slots, accepted, positions)
+    return mixed.output(o, gate, norm_weight, groups, eps), after
 
 
 def verify_mixer(
@@ -164,29 +145,116 @@ def verify_mixer(
     groups: int,
     eps: float,
 ) -> tuple[Value, Value, Value, Value]:
-    q, k, v, gate = _mixed_inputs(library, qkvg, (q_weight, k_weight), (cos, sin), heads, eps)
-    held = (state, pending_k, pending_v)
-    o, *after = lightning_verify(
-        library, q, k, v, decay, *held, slots, accepted, offsets, positions
-    )
-    y = normed_and_gated(library, o, gate, norm_weight, groups, eps)
-    return (y, after[0], after[1], after[2])
+    weights, angles = (q_weight, k_weight), (cos, sin)
+    mixed = _Mixed(library=library, qkvg=qkvg, weights=weights, angles=angles, heads=heads)
+    count = slots.length(0)
+    new, gate = mixed.inputs(lambda x: x.reshape(count, -1, x.size(1)), eps)
+    held, first = (state, pending_k, pending_v), positions.gather(offsets.slice(0, 0, -1))
+    o, *after = _verified(library, new, decay, held, slots, accepted, first)
+    return (mixed.output(o, gate, norm_weight, groups, eps), after[0], after[1], after[2])
 
 
-def _mixed_inputs(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mixed:
+    """What surrounds the recurrence in a mixer: norm and rope before it, norm and gate behind."""
+
+    library: Standard
+    qkvg: Value
+    weights: tuple[Value, Value]
+    angles: tuple[Value, Value]
+    heads: int
+
+    def inputs(self, by_sequence: Callable[[Value], Value], eps: float) -> tuple[_New, Value]:
+        """q and k normed and roped, v, and the gate's logits, as [B, n, ...].
+
+        Args:
+            by_sequence: Makes [B, n, ...] of [T, ...].
+            eps: Of the norm.
+        """
+        key, pairs = self.weights[0].size(0), self.angles[0].size(1)
+        width = self.heads * key
+        value = self.qkvg.size(1) // 2 - width
+        qk, v, gate = by_sequence(self.qkvg).split(2, [2 * width, value, value])
+        cos, sin = (by_sequence(x) for x in self.angles)
+        turned = normed_and_roped(
+            self.library, qk, self.weights, (cos, sin), pairs=pairs, heads=self.heads, eps=eps
+        )
+        q, k = turned.split(2, [width, width])
+        return (q, k, v), gate
+
+    def output(self, o: Value, gate: Value, weight: Value, groups: int, eps: float) -> Value:
+        """o [B, n, H V], normed by groups and gated, as [T, H V]."""
+        width = weight.size(0)
+        by_group = weight.reshape(groups, width // groups)
+        normed = self.library.rms_norm(o.reshape(0, 0, groups, width // groups), by_group, eps)
+        gated = normed.reshape(0, 0, width) * self.library.body.op("Sigmoid", gate)
+        return gated.reshape(-1, width)
+
+
+def _decoded(
     library: Standard,
-    qkvg: Value,
-    weights: tuple[Value, Value],
-    angles: tuple[Value, Value],
-    heads: int,
-    eps: float,
+    new: _New,
+    decay: Value,
+    held: _Held,
+    slots: Value,
+    accepted: Value,
+    positions: Value,
+) -> tuple[Value, Value]:
+    """One more token of each sequence behind its accepted ones: o [B, 1, H V], state."""
+    body, (state, pending_k, pending_v) = library.body, held
+    pending = pending_k.size(1)
+    live = _live(body, slots, positions)
+    # The new token stands behind the pending ones and counts always.
+    counts = _accepted(body, accepted, live, [*range(pending), -1])
+    before = counts.slice(1, 0, pending)
+    old_k, old_v = (_kept(body, before, x.gather(slots), x) for x in (pending_k, pending_v))
+    o, end = library.recur(
+        body.concat([old_k, new[0]], 1),
+        body.concat([old_k, new[1]], 1),
+        body.concat([old_v, new[2]], 1),
+        decay,
+        _started(body, state, slots, live),
+        counts=counts.cast("f32"),
+    )
+    return o.slice(1, -1), _stored(body, state, slots, end)
+
+
+def _verified(
+    library: Standard,
+    new: _New,
+    decay: Value,
+    held: _Held,
+    slots: Value,
+    accepted: Value,
+    first_positions: Value,
 ) -> tuple[Value, Value, Value, Value]:
-    """q, k [T, H, K] normed and roped, v and the gate's logits [T, H V]."""
-    key = weights[0].size(0)
-    value = (qkvg.size(1) - 2 * heads * key) // 2
-    qk, v, gate = qkvg.split(1, [2 * heads * key, value, value])
-    q, k = normed_and_roped(library, qk, *weights, *angles, heads, eps).split(1, [heads, heads])
-    return q, k, v, gate
+    """A few more tokens that stay pending: o [B, n, H V], state, pending k and v."""
+    body, (state, pending_k, pending_v) = library.body, held
+    live = _live(body, slots, first_positions)
+    counts = _accepted(body, accepted, live, range(pending_k.size(1)))
+    old_k, old_v = pending_k.gather(slots), pending_v.gather(slots)
+    _, before = library.recur(
+        None,
+        _kept(body, counts, old_k, pending_k),
+        _kept(body, counts, old_v, pending_v),
+        decay,
+        _started(body, state, slots, live),
+        counts=counts.cast("f32"),
+    )
+    before = Value(before.name, body, shape=state.shape)
+    o, _ = library.recur(*new, decay, before)
+    return (
+        o,
+        _stored(body, state, slots, before),
+        _stored(body, pending_k, slots, _front(body, old_k, new[1], pending_k)),
+        _stored(body, pending_v, slots, _front(body, old_v, new[2], pending_v)),
+    )
+
+
+def _kept(body: Body, counts: Value, rows: Value, like: Value) -> Value:
+    """Pending rows [B, M, H, K] as [B, M, H K], zero where they do not count."""
+    flat = rows.reshape(0, 0, like.size(2) * like.size(3))
+    return body.where(counts.unsqueeze(2), flat, 0.0)
 
 
 def _live(body: Body, slots: Value, first_positions: Value) -> Value:
@@ -205,16 +273,16 @@ def _started(body: Body, state: Value, slots: Value, live: Value) -> Value:
     return Value(start.name, body, shape=state.shape)
 
 
-def _accepted(body: Body, accepted: Value, live: Value, places: "range | list[int]") -> Value:
+def _accepted(body: Body, accepted: Value, live: Value, places: Sequence[int]) -> Value:
     """Which of the pending tokens count, [B, len(places)]."""
     count = body.where(live, accepted, _ZERO)
     return body.op("Less", np.asarray(places, np.int32), count.unsqueeze(1))
 
 
-def _front(body: Body, old: Value, new: Value, width: tuple[int, int]) -> Value:
-    """`new` [B, Q, …] before what `old` [B, M, …] has from place Q on."""
-    by_head = new.reshape(0, 0, *width)
-    rest = body.op("Slice", old, new.length(1), body.ints([1 << 62]), body.ints([1]))
+def _front(body: Body, old: Value, new: Value, like: Value) -> Value:
+    """`new` [B, n, H K] before what `old` [B, M, H, K] has from place n on."""
+    by_head = new.reshape(0, 0, like.size(2), like.size(3))
+    rest = body.op("Slice", old, new.length(1), body.ints([LAST]), body.ints([1]))
     return body.concat([by_head, rest], 1)
 
 

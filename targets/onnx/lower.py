@@ -13,7 +13,7 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
-from lingc.runtime.onnx_weights import Array, Initializer
+from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.errors import UnsupportedError, UsageError
 from lingc.plan import Plan
 from lingc.targets.onnx.body import LINGC, ONNX_DTYPE, OPSET
@@ -24,7 +24,6 @@ from lingc.targets.onnx.weights import EngineWeight, Weights, widening
 
 LIBRARIES: Mapping[str, type[Standard]] = {"ort": Ort, "standard": Standard}
 IR_VERSION = 11
-WEIGHTS_FILE = "weights.bin"
 ALIGNMENT = 64
 
 _ITEM_BYTES: Mapping[str, int] = {
@@ -79,7 +78,7 @@ def lower(plan: Plan, *, library: str = "ort", widen: str = "auto") -> OnnxEngin
         external = (_external(made, offsets[key]) for key, made in phase.initializers.items())
         graphs[name].initializer.extend(external)
     models = {
-        name: _model(graphs[name], phase, kind).SerializeToString(deterministic=True)
+        name: _bytes(_model(graphs[name], phase, kind))
         for name, phase in phases.items()
     }
     info = {
@@ -104,7 +103,7 @@ def embedded(model: bytes, initializers: Mapping[str, Array]) -> bytes:
         del tensor.external_data[:]
         tensor.data_location = TensorProto.DEFAULT
         tensor.raw_data = initializers[tensor.name].tobytes()
-    return made.SerializeToString(deterministic=True)
+    return _bytes(made)
 
 
 def _model(graph: GraphProto, phase: Phase, library: type[Standard]) -> ModelProto:
@@ -116,6 +115,11 @@ def _model(graph: GraphProto, phase: Phase, library: type[Standard]) -> ModelPro
         ir_version=IR_VERSION,
         producer_name=LINGC,
     )
+
+
+def _bytes(model: ModelProto) -> bytes:
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _offsets(initializers: Mapping[str, Initializer]) -> dict[str, int]:

@@ -59,11 +59,11 @@ class Phase:
         parameters = list(inspect.signature(FUNCTIONS[op]).parameters.values())[1:]
         given = {p.name: arg for p, arg in zip(parameters, step.args, strict=True)}
         tensors = [p.name for p in parameters if _is_tensor(p)]
-        values = given | self._tensors(op, {name: given[name] for name in tensors})
-        proto = self._function(op, values, tensors)
+        inputs = self._tensors(op, {name: given[name] for name in tensors})
+        proto = self._function(op, given | inputs, tensors)
         self._body.node(
             f"{LINGC}::{op}",
-            [values[name] for name in tensors],
+            list(inputs.values()),
             step.outputs,
             overload=proto.overload,
             attrs={n.lstrip("_"): arg for n, arg in given.items() if n not in tensors},

@@ -39,26 +39,26 @@ def fp8_linear(
     _dtype: str,
 ) -> Value:
     x = dequantized_rows(library, codes, scales)
-    return library.linear(x, library.wide(weight, weight_scale))
+    return library.linear(x, library.wide(weight, x, weight_scale))
 
 
 def fp8_linear_f32(
     library: Standard, codes: Value, scales: Value, weight: Value, weight_scale: Value | None
 ) -> Value:
     x = dequantized_rows(library, codes, scales)
-    return library.linear(x, library.wide(weight, weight_scale))
+    return library.linear(x, library.wide(weight, x, weight_scale))
 
 
 def fp8_weight_linear(
     library: Standard, x: Value, weight: Value, weight_scale: Value | None
 ) -> Value:
-    return library.linear(x, library.wide(weight, weight_scale))
+    return library.linear(x, library.wide(weight, x, weight_scale))
 
 
 def fp8_weight_linear_f32(
     library: Standard, x: Value, weight: Value, weight_scale: Value | None
 ) -> Value:
-    return library.linear(x, library.wide(weight, weight_scale))
+    return library.linear(x, library.wide(weight, x, weight_scale))
 
 
 def int4_weight_linear(

@@ -32,11 +32,11 @@ def add_rms_norm(
 
 
 def linear(library: Standard, x: Value, weight: Value) -> Value:
-    return library.linear(x, library.wide(weight))
+    return library.linear(x, library.wide(weight, x))
 
 
 def linear_f32(library: Standard, x: Value, weight: Value) -> Value:
-    return library.linear(x, library.wide(weight))
+    return library.linear(x, library.wide(weight, x))
 
 
 def qk_norm_rope(
@@ -49,65 +49,55 @@ def qk_norm_rope(
     heads: int,
     eps: float,
 ) -> tuple[Value, Value]:
-    width = 2 * heads * q_weight.size(0)
-    qk = qkv if qkv.size(1) == width else qkv.slice(1, 0, width)
-    q, k = normed_and_roped(library, qk, q_weight, k_weight, cos, sin, heads, eps).split(
-        1, [heads, heads]
+    key = q_weight.size(0)
+    qk = qkv if qkv.size(1) == 2 * heads * key else qkv.slice(1, 0, 2 * heads * key)
+    angles = (cos.unsqueeze(1), sin.unsqueeze(1))
+    turned = normed_and_roped(
+        library, qk.unsqueeze(1), (q_weight, k_weight), angles, pairs=cos.size(1), eps=eps, heads=heads
     )
+    q, k = turned.reshape(0, 2 * heads, key).split(1, [heads, heads])
     return q, k
 
 
 def normed_and_roped(
     library: Standard,
     qk: Value,
-    q_weight: Value,
-    k_weight: Value,
-    cos: Value,
-    sin: Value,
+    weights: tuple[Value, Value],
+    angles: tuple[Value, Value],
+    *,
+    pairs: int,
     heads: int,
     eps: float,
 ) -> Value:
-    """q and k heads [T, 2 H K], each normed and rotated by halves, as [T, 2H, K]."""
-    width = q_weight.size(0)
-    copies = library.body.ints([heads, width])
-    weight = library.body.concat(
-        [library.body.op("Expand", w, copies) for w in (q_weight, k_weight)], 0
-    )
-    by_head = library.rms_norm(qk.reshape(0, 2 * heads, width), weight, eps)
-    return rotated(library, by_head, cos, sin, heads=2 * heads, width=width, interleaved=False)
+    """q and k heads [B, n, 2 H K], each normed, and rotated by cos and sin [B, n, pairs]."""
+    key = weights[0].size(0)
+    copies = library.body.ints([heads, key])
+    weight = library.body.concat([library.body.op("Expand", w, copies) for w in weights], 0)
+    by_head = library.rms_norm(qk.reshape(0, 0, 2 * heads, key), weight, eps)
+    flat = by_head.reshape(0, 0, 2 * heads * key)
+    return rotated(library, flat, angles, heads=2 * heads, width=key, pairs=pairs)
 
 
 def rotated(
     library: Standard,
     x: Value,
-    cos: Value,
-    sin: Value,
+    angles: tuple[Value, Value],
     *,
     heads: int,
     width: int,
-    interleaved: bool,
+    pairs: int,
+    interleaved: bool = False,
 ) -> Value:
-    """The first 2n channels of x [T, heads, width], rotated by cos and sin [T, n]."""
-    pairs = cos.size(1)
+    """The first channels of each head of x [B, n, heads * width], rotated by [B, n, pairs]."""
     if pairs == 0:
         return x
     attrs = {"interleaved": int(interleaved), "num_heads": heads}
     if 2 * pairs < width:
         attrs["rotary_embedding_dim"] = 2 * pairs
-    flat = x.reshape(0, 1, heads * width)
-    turned = library.body.op(
-        "RotaryEmbedding", flat, cos.unsqueeze(1), sin.unsqueeze(1), attrs=attrs
-    )
-    return turned.reshape(0, heads, width)
+    return library.body.op("RotaryEmbedding", x, *angles, attrs=attrs)
 
 
 def group_norm_gate(
-    library: Standard, o: Value, gate: Value, weight: Value, groups: int, eps: float
-) -> Value:
-    return normed_and_gated(library, o, gate, weight, groups, eps)
-
-
-def normed_and_gated(
     library: Standard, o: Value, gate: Value, weight: Value, groups: int, eps: float
 ) -> Value:
     width = weight.size(0)

@@ -19,6 +19,8 @@ class Maths(Protocol):
         self, values: Value, scales: Value, *, width: int, rank: int, block: int = 128
     ) -> Value: ...
 
+    def waiting(self, weight: Value, after: Value) -> Value: ...
+
     def nibbles(
         self, packed: Value, scales: Value, *, width: int, group: int, rank: int
     ) -> Value: ...
@@ -50,9 +52,9 @@ class Stack:
     def rows(self) -> int:
         return self.values.size(1)
 
-    def whole(self, library: Maths) -> Value:
-        """All of it in f32, [E, rows, width]."""
-        return self._wide(library, self.values, self.scales, rank=3)
+    def whole(self, library: Maths, after: Value) -> Value:
+        """All of it in f32, [E, rows, width], not before `after` is there."""
+        return self._wide(library, library.waiting(self.values, after), self.scales, rank=3)
 
     def fetched(self, library: Maths, ids: Value) -> Value:
         """Those of the experts `ids` [T, k] in f32, [T, k, rows, width]."""
@@ -120,7 +122,7 @@ def grouped_experts(
     nobody = body.full(seats * experts, np.zeros(1, np.int64))
     seated = body.op("ScatterElements", nobody, seat, number, attrs={"axis": 0})
     by_expert = x.gather(seated).reshape(experts, -1, x.size(1))  # [E, c, D]
-    hidden = gate_up.whole(library) @ by_expert.transpose(0, 2, 1)  # [E, 2F, c]
+    hidden = gate_up.whole(library, x) @ by_expert.transpose(0, 2, 1)  # [E, 2F, c]
     if library.interleaved:
         pairs = hidden.reshape(experts, inner, 2, -1).split(2, [1, 1])
         gate, up = (half.squeeze(2) for half in pairs)
@@ -130,7 +132,7 @@ def grouped_experts(
     if rounding is not None:
         flat = rounding(library, inside.transpose(0, 2, 1).reshape(-1, inner), inner)
         inside = flat.reshape(experts, -1, inner).transpose(0, 2, 1)
-    each = down.whole(library) @ inside  # [E, D, c]
+    each = down.whole(library, inside) @ inside  # [E, D, c]
     by_seat = each.transpose(0, 2, 1).reshape(-1, down.rows)
     per_token = by_seat.gather(seat).reshape(-1, top_k, down.rows)
     return (per_token * weights.unsqueeze(2)).sum(1)
