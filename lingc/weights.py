@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lingc.checkpoint.convert import to_plain, to_quantized
 from lingc.checkpoint.source import Source
-from lingc.checkpoint.staging import scratch_directory, sync
 from lingc.checkpoint.tensorfile import (
     DTYPES,
     TAGS,
@@ -37,12 +37,10 @@ from lingc.model.config import ModelConfig
 from lingc.plan import WeightSpec
 from lingc.quantize.formats import (
     FP8_BLOCK,
-    Weight,
     quantize_fp8_block,
-    quantize_int4_group,
-    round_bf16,
 )
 from lingc.quantize.layouts import arrange
+from lingc.staging import Scratch, sync, writing
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -136,13 +134,14 @@ def _pieces(
 
 def _parts(spec: WeightSpec, names: Sequence[str], checkpoint: Source) -> dict[str, Array]:
     if spec.format == "plain":
-        joined = _join([_plain(checkpoint, name, spec.type.dtype) for name in names])
+        assert spec.type.dtype in ("f32", "bf16"), f"a plain weight is stored as {spec.type.dtype}"
+        joined = _join([to_plain(checkpoint, name, spec.type.dtype) for name in names])
         return {"values": joined if spec.take is None else _take(spec, joined)}
     if spec.format == "fp8_block" and not (spec.experts or _end_on_blocks(checkpoint, names)):
         dense = _join([checkpoint.dense(name) for name in names])
         pairs = [quantize_fp8_block(dense)]
     else:
-        pairs = [_quantized(checkpoint, name, spec) for name in names]
+        pairs = [to_quantized(checkpoint, name, spec.format, spec.group) for name in names]
     return {"codes": _join([a for a, _ in pairs]), "scales": _join([b for _, b in pairs])}
 
 
@@ -164,14 +163,6 @@ def _are_finite(values: Array) -> bool:
     return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
-def _plain(checkpoint: Source, name: str, dtype: str) -> Array:
-    assert dtype in ("f32", "bf16"), f"a plain weight is stored as {dtype}"
-    if dtype == "f32":
-        return checkpoint.dense(name)
-    weight = _weight(checkpoint, name)
-    return weight if weight.dtype == np.uint16 else round_bf16(weight.view(np.float32))
-
-
 def _take(spec: WeightSpec, kv_b: Array) -> Array:
     heads, nope, values = spec.split
     by_head = kv_b.reshape(heads, nope + values, -1)
@@ -181,25 +172,6 @@ def _take(spec: WeightSpec, kv_b: Array) -> Array:
 
 def _end_on_blocks(checkpoint: Source, names: Sequence[str]) -> bool:
     return all(checkpoint.shape(name)[0] % FP8_BLOCK == 0 for name in names[:-1])
-
-
-def _quantized(checkpoint: Source, name: str, spec: WeightSpec) -> tuple[Array, Array]:
-    if checkpoint.kind(name) == spec.format:
-        codes, scales, group = checkpoint.quantized(name)
-        # Any two groups that span the whole width are the same group.
-        one_group = min(group, spec.group) >= checkpoint.shape(name)[1]
-        if spec.format == "fp8_block" or group == spec.group or one_group:
-            return codes, scales
-    weight = _weight(checkpoint, name)
-    if spec.format == "fp8_block":
-        return quantize_fp8_block(weight)
-    return quantize_int4_group(weight, spec.group)
-
-
-def _weight(checkpoint: Source, name: str) -> Weight:
-    """BF16 bits where a tensor is stored so, else its values."""
-    plain = checkpoint.kind(name) == "plain"
-    return checkpoint.plain(name)[0] if plain else checkpoint.dense(name)
 
 
 def _join(parts: Sequence[Array]) -> Array:
@@ -250,8 +222,8 @@ def write_weights(
     ordered = sorted(specs, key=lambda spec: spec.name)
     shards = _cut(ordered, shard_bytes)
     total_bytes = sum(_spec_bytes(spec) for spec in ordered)
-    with scratch_directory(out_dir, needed_bytes=total_bytes) as folder:
-        paths = [folder / f"{number}.safetensors" for number in range(len(shards))]
+    with Scratch(out_dir, needed_bytes=total_bytes) as scratch, writing(out_dir):
+        paths = [scratch.content / f"{number}.safetensors" for number in range(len(shards))]
         with ExitStack() as stack:
             writers: dict[str, TensorWriter] = {}
             for path, shard in zip(paths, shards, strict=True):

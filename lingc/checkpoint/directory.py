@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lingc import strict_json
 from lingc.checkpoint.listing import of_tensors
-from lingc.checkpoint.tensorfile import Stored, loads_strictly, read_header
+from lingc.checkpoint.tensorfile import Stored, read_header
 from lingc.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -83,7 +84,7 @@ def _read_index(path: Path, problems: list[str]) -> Mapping[str, str]:
     if not path.exists():
         return {}
     try:
-        value: Any = loads_strictly(path.read_text(encoding="utf-8"))
+        value: Any = strict_json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(f"{INDEX!r} cannot be read: {error.strerror or error}")
         return {}

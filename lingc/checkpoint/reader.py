@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from lingc.checkpoint.convert import to_dense
 from lingc.checkpoint.directory import scan
 from lingc.checkpoint.expected import mtp_prefix
 from lingc.checkpoint.layout import PLAIN_DTYPES, Entry, assemble
@@ -19,9 +19,6 @@ from lingc.errors import CheckpointError
 from lingc.model.config import ModelConfig
 from lingc.quantize.formats import (
     F32,
-    dequantize_fp8_block,
-    dequantize_int4_group,
-    widen_bf16,
 )
 
 TOKENIZER_FILES = (
@@ -75,14 +72,7 @@ class Checkpoint:
 
     def dense(self, name: str) -> F32:
         """The values as f32, dequantized, in memory of their own."""
-        entry = self._entry(name)
-        if entry.kind == "plain":
-            values, dtype = self.plain(name)
-            return widen_bf16(values) if dtype == "bf16" else np.array(values)
-        codes, scales, group = self.quantized(name)
-        if entry.kind == "fp8_block":
-            return dequantize_fp8_block(codes, scales)
-        return dequantize_int4_group(codes, scales, group, entry.shape[1])
+        return to_dense(self, name)
 
     def plain(self, name: str) -> tuple[NDArray[Any], str]:
         """A plain tensor as stored, read-only, and `bf16` (uint16 bits) or `f32`."""

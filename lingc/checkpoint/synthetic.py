@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lingc.checkpoint.convert import to_dense
 from lingc.checkpoint.expected import expected_tensors
 from lingc.errors import CheckpointError
 from lingc.model.config import ModelConfig
@@ -26,8 +27,6 @@ from lingc.quantize.formats import (
     F32,
     FP8_BLOCK,
     U16,
-    dequantize_fp8_block,
-    dequantize_int4_group,
     quantize_fp8_block,
     quantize_int4_group,
     round_bf16,
@@ -84,13 +83,7 @@ class SyntheticCheckpoint:
 
     def dense(self, name: str) -> F32:
         """The values, dequantized."""
-        if self.kind(name) == "plain":
-            values, dtype = self.plain(name)
-            return widen_bf16(values) if dtype == "bf16" else values
-        codes, scales, group = self.quantized(name)
-        if self.kind(name) == "fp8_block":
-            return dequantize_fp8_block(codes, scales)
-        return dequantize_int4_group(codes, scales, group, self.shape(name)[1])
+        return to_dense(self, name)
 
     def plain(self, name: str) -> tuple[NDArray[Any], str]:
         """A plain tensor, and `bf16` (uint16 bits) or `f32`."""

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
@@ -22,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lingc import strict_json
 from lingc.errors import CheckpointError
 
 HEADER_LIMIT_BYTES = 100_000_000
@@ -82,10 +82,14 @@ def read_header(path: Path) -> dict[str, Stored]:
             length_bytes = _header_length(path, file.read(8), file_bytes)
             text = file.read(length_bytes)
     except OSError as error:
-        raise CheckpointError(f"{path.name!r} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     tensors = _parse(path, text)
     _check_cover(path, tensors, 8 + length_bytes, file_bytes)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path.name!r} cannot be read: {error.strerror or error}")
 
 
 def _header_length(path: Path, head: bytes, file_bytes: int) -> int:
@@ -111,7 +115,7 @@ def _parse(path: Path, text: bytes) -> list[Stored]:
     if not text.startswith(b"{"):
         raise CheckpointError(f"{path.name!r} has a broken header: it does not start with '{{'")
     try:
-        header = loads_strictly(text.decode("utf-8"))
+        header = strict_json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name!r} has a broken header: {error}") from error
     metadata = header.pop("__metadata__", {})
@@ -120,24 +124,6 @@ def _parse(path: Path, text: bytes) -> list[Stored]:
     base_bytes = 8 + len(text)
     tensors = [_tensor(path, base_bytes, name, entry) for name, entry in header.items()]
     return sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.length_bytes))
-
-
-def loads_strictly(text: str) -> Any:
-    """Parse JSON in which no object says a thing twice.
-
-    Raises:
-        ValueError: Not JSON, or a repeated key.
-        RecursionError: Nested too deeply.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} stands there twice")
-        return value
-
-    return json.loads(text, object_pairs_hook=unique)
 
 
 def _tensor(path: Path, base_bytes: int, name: str, entry: object) -> Stored:
@@ -200,10 +186,17 @@ class Maps:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, tensor: Stored) -> NDArray[Any]:
-        """A read-only view of a tensor; its bytes are read as they are touched."""
+        """A read-only view of a tensor; its bytes are read as they are touched.
+
+        Raises:
+            CheckpointError: The file is gone, or may not be read any more.
+        """
         if tensor.path not in self._maps:
-            with tensor.path.open("rb") as file:
-                self._maps[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                with tensor.path.open("rb") as file:
+                    self._maps[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                raise _unreadable(tensor.path, error) from error
         flat = np.frombuffer(
             self._maps[tensor.path],
             DTYPES[tensor.dtype],

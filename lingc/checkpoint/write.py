@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lingc.checkpoint.convert import to_plain, to_quantized
 from lingc.checkpoint.directory import INDEX, MTP_FILE
 from lingc.checkpoint.expected import Shape, mtp_prefix
 from lingc.checkpoint.layout import PACKED, SCALE, SCALE_INV, SHAPE
 from lingc.checkpoint.quantization import quantization_config
 from lingc.checkpoint.reader import GENERATION_CONFIG, Checkpoint, open_checkpoint
 from lingc.checkpoint.source import Source
-from lingc.checkpoint.staging import staged_directory, write_file
 from lingc.checkpoint.tensorfile import TensorWriter, tensor_bytes
 from lingc.errors import CheckpointError, InputError, UsageError
 from lingc.quantize.formats import (
     NIBBLES,
-    Weight,
     blocks,
-    quantize_fp8_block,
-    quantize_int4_group,
-    round_bf16,
 )
 from lingc.quantize.recipes import PLAIN, Format, Recipe, load_recipe
+from lingc.staging import Staging, is_empty, writing
 
 LAYOUTS = ("bf16", "fp8", "int4")
 SHARD_BYTES = 8 << 30
@@ -91,8 +88,13 @@ def write_checkpoint(
     shards = _cut(main, shard_bytes)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     total_bytes = sum(item.length_bytes for item in [*main, *mtp])
+    texts = {path.name: path.read_bytes() for path in source.tokenizer_files()}
     target = Path(out_dir)
-    with staged_directory(target, needed_bytes=total_bytes) as folder:
+    with (
+        Staging(target, replaceable=is_empty, needed_bytes=total_bytes) as staging,
+        writing(target),
+    ):
+        folder = staging.content
         written_bytes = 0
         weight_map: dict[str, str] = {}
         for file, shard in zip([*files, MTP_FILE], [*shards, mtp], strict=True):
@@ -106,8 +108,9 @@ def write_checkpoint(
         _write_json(folder / "config.json", _config(source, layout, [*main, *mtp]))
         if generation := source.generation_config():
             _write_json(folder / GENERATION_CONFIG, generation)
-        for path in source.tokenizer_files():
-            write_file(folder / path.name, path.read_bytes())
+        for name, text in texts.items():
+            (folder / name).write_bytes(text)
+        staging.publish()
     return target
 
 
@@ -163,27 +166,12 @@ def _plain_dtype(name: str) -> str:
 def _values(source: Source, item: _Item) -> tuple[NDArray[Any], ...]:
     """Values of the pieces, in their order."""
     name, chosen = item.name, item.format
-    kind = source.kind(name)
     if chosen.kind == "plain":
-        if _plain_dtype(name) == "F32":
-            return (source.dense(name),)
-        weight = _weight(source, name)
-        return (weight if weight.dtype == np.uint16 else round_bf16(weight.view(np.float32)),)
+        return (to_plain(source, name, "f32" if _plain_dtype(name) == "F32" else "bf16"),)
+    pair = to_quantized(source, name, chosen.kind, chosen.group)
     if chosen.kind == "fp8_block":
-        if kind == "fp8_block":
-            return source.quantized(name)[:2]
-        return quantize_fp8_block(_weight(source, name))
-    shape = np.array(source.shape(name), np.int64)
-    if kind == "int4_group":
-        packed, scales, group = source.quantized(name)
-        if group == chosen.group:
-            return packed, scales, shape
-    return *quantize_int4_group(_weight(source, name), chosen.group), shape
-
-
-def _weight(source: Source, name: str) -> Weight:
-    """BF16 bits where a tensor is stored so, else its values."""
-    return source.plain(name)[0] if source.kind(name) == "plain" else source.dense(name)
+        return pair
+    return *pair, np.array(source.shape(name), np.int64)
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -232,4 +220,4 @@ def _config(source: Source, layout: str, items: Sequence[_Item]) -> dict[str, An
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

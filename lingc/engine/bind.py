@@ -10,9 +10,9 @@ from lingc.engine import canonical, tree
 from lingc.engine.bound import INDEX, BoundWeights, bind_dir, choose, index_value, open_bound
 from lingc.engine.manifest import Manifest
 from lingc.engine.package import Package
-from lingc.engine.staging import Staging, writing
 from lingc.errors import CheckpointError, IntegrityError, UsageError
 from lingc.model.config import ModelConfig
+from lingc.staging import Staging, writing
 from lingc.weights import Progress, write_weights
 
 

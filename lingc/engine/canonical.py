@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lingc.strict_json import unique
+
 
 def encode(value: Any) -> bytes:
     r"""Sorted keys, no white space, ASCII, a final newline.
@@ -29,7 +31,7 @@ def decode(data: bytes, *, max_nesting: int) -> Any:
         ValueError: Not JSON, not finite, a key given twice, or nested too deep.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data, object_pairs_hook=unique, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {max_nesting} levels") from None
     _bound_nesting(value, max_nesting)
@@ -90,15 +92,6 @@ def plain(value: Any, *, where: str) -> Any:
         case list() | tuple():
             return [plain(item, where=f"{where}[{i}]") for i, item in enumerate(value)]
     raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot say")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
-    return value
 
 
 def _no_constant(name: str) -> None:

@@ -4,14 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lingc.checkpoint.tensorfile import read_header
+from lingc.checkpoint.tensorfile import TAGS, read_header
 from lingc.errors import CheckpointError
 from lingc.plan import WeightSpec
-
-_STORED: Mapping[str, str] = {
-    "f64": "F64", "f32": "F32", "bf16": "BF16", "f8e4m3": "F8_E4M3",
-    "i64": "I64", "i32": "I32", "u8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +51,4 @@ def disagreements(
 
 
 def _expected(spec: WeightSpec) -> str:
-    return f"{_STORED[spec.type.dtype]} {list(spec.type.shape)}"
+    return f"{TAGS[spec.type.dtype]} {list(spec.type.shape)}"

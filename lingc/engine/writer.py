@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Self
 
 import lingc
@@ -13,8 +13,8 @@ from lingc.engine import canonical, summary, tree
 from lingc.engine.layout import FORMAT, MANIFEST, PLAN, TOP_NAMES, VARIANT_INFO, role_of
 from lingc.engine.manifest import MAY_IGNORE, Manifest, bundle_id, faults, from_value
 from lingc.engine.shards import disagreements
-from lingc.engine.staging import Staging, writing
 from lingc.errors import StageError
+from lingc.staging import Staging, is_empty, writing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +99,8 @@ class PackageWriter:
         self._staging.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._staging.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._staging.__exit__()
 
     def commit(self, contents: Contents) -> Manifest:
         """Write everything else, and let the package appear."""
@@ -144,7 +139,7 @@ class PackageWriter:
 
     def _drop_unused_weights_dir(self) -> None:
         directory = self._staging.content / "weights"
-        if directory.is_dir() and not any(directory.iterdir()):
+        if directory.is_dir() and is_empty(directory):
             directory.rmdir()
 
 

@@ -299,7 +299,7 @@ def test_an_index_cannot_lead_out_of_the_directory(name: str, written: Write) ->
         ("{", "is not sound JSON"),
         ("[]", "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "has no weight_map"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' stands there twice"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "'a' is given twice"),
     ],
 )
 def test_a_broken_index_is_refused(text: str, problem: str, written: Write) -> None:

@@ -93,7 +93,7 @@ BAD_HEADERS: Mapping[str, tuple[str | bytes, str]] = {
     "not UTF-8": (b'{"\xff": 1}', "broken header"),
     "nested without end": ("{" + '"a":[' * 5000, "broken header"),
     "number without end": ('{"a": ' + "9" * 5000 + "}", "broken header"),
-    "key twice": ('{"a": 1, "b": 2, "a": 3}', "'a' stands there twice"),
+    "key twice": ('{"a": 1, "b": 2, "a": 3}', "'a' is given twice"),
     "metadata not text": (_changed(__metadata__={"n": 1}), "__metadata__"),
     "metadata a list": (_changed(__metadata__=[]), "__metadata__"),
     "entry not an object": (_changed(a=7), "'a'.*broken header entry"),
@@ -200,6 +200,15 @@ def test_a_damaged_header_is_refused_or_read_but_never_crashes(
 
     maps = Maps()
     assert sum(maps.read(tensor).nbytes for tensor in tensors.values()) == len(DATA)
+
+
+def test_a_file_that_went_away_after_its_header_was_read_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path / "x", _bytes(json.dumps(GOOD)))
+    tensor = read_header(path)["a"]
+    path.unlink()
+
+    with pytest.raises(CheckpointError, match="'x' cannot be read: No such file"):
+        Maps().read(tensor)
 
 
 # ---------------------------------------------------------------------------------------- writing

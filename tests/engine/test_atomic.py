@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from lingc.engine import Contents, PackageWriter, read_manifest, staging, verify, write_package
+from lingc import staging
+from lingc.engine import Contents, PackageWriter, read_manifest, verify, write_package
 from lingc.engine.machine import Machine
 from lingc.errors import LingcError, ResourceError, StageError, UsageError
 

@@ -15,12 +15,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-from lingc.engine import tree
 from lingc.errors import IntegrityError, ResourceError, UsageError
 
 _LOG = logging.getLogger(__name__)
@@ -47,23 +46,21 @@ _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-class Staging:
-    """Fills `content` and publishes it as `final`.
+class Scratch:
+    """A directory to fill, beside its final place; removed with all that is left in it.
 
     Args:
-        final: Where the directory shall be.
-        replaceable: Says of a directory at `final` whether it may be replaced; None where nothing
-            may be.
+        final: What it is for.
+        needed_bytes: About how much will be written, to refuse at once what cannot fit.
 
     Raises:
-        UsageError: There is something at `final` that may not be replaced.
-        ResourceError: The place cannot be written to.
+        ResourceError: The place cannot be written to, or has no room.
     """
 
-    def __init__(self, final: Path, *, replaceable: Callable[[Path], bool] | None = None) -> None:
+    def __init__(self, final: Path, *, needed_bytes: int = 0) -> None:
         # Only the parent is resolved: a link at `final` itself is refused, not followed.
         self.final = final.absolute().parent.resolve() / final.absolute().name
-        self._replaceable = replaceable
+        self._needed_bytes = needed_bytes
         self._directory: Path | None = None
         self._lock: int | None = None
 
@@ -74,31 +71,59 @@ class Staging:
         return self._directory / "content"
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
         with writing(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             clean_stale(self.final)
+            _refuse_no_room(self.final, self._needed_bytes)
             self._directory, self._lock = _create(self.final)
-            self.content.mkdir()
+            try:
+                self.content.mkdir()
+            except OSError:
+                self.__exit__()
+                raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._directory is not None and self._lock is not None:
             _remove(self._directory)
             os.close(self._lock)
         self._directory = self._lock = None
+
+
+class Staging(Scratch):
+    """Fills `content` and publishes it as `final`.
+
+    Args:
+        final: Where the directory shall be.
+        replaceable: Says of a directory at `final` whether it may be replaced; None where nothing
+            may be.
+        needed_bytes: As for `Scratch`.
+
+    Raises:
+        UsageError: There is something at `final` that may not be replaced.
+        ResourceError: The place cannot be written to, or has no room.
+    """
+
+    def __init__(
+        self,
+        final: Path,
+        *,
+        replaceable: Callable[[Path], bool] | None = None,
+        needed_bytes: int = 0,
+    ) -> None:
+        super().__init__(final, needed_bytes=needed_bytes)
+        self._replaceable = replaceable
+
+    def __enter__(self) -> Self:
+        self._refuse_existing()
+        return super().__enter__()
 
     def publish(self) -> None:
         """Make every byte durable, then give the directory its name."""
         with writing(self.final):
             _seal(self.content)
             self._rename()
-            _sync(self.final.parent)
+            sync(self.final.parent)
 
     def _refuse_existing(self) -> None:
         if self.final.name in ("", ".."):
@@ -112,12 +137,13 @@ class Staging:
             )
         if self.final.is_symlink() or not self.final.is_dir():
             raise UsageError(
-                f"{str(self.final)!r} is not a directory, so it is not replaced",
+                f"{str(self.final)!r} exists already and is not a directory, so it is not replaced",
                 hint="choose another output, or remove it first",
             )
         if not self._replaceable(self.final):
             raise UsageError(
-                f"{str(self.final)!r} holds other things than what would replace it",
+                f"{str(self.final)!r} exists already and holds other things than what would "
+                f"replace it",
                 hint="choose another output, or remove it first",
             )
 
@@ -146,11 +172,27 @@ def writing(path: Path) -> Iterator[None]:
     """Say what could not be written, why, and what helps."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # whoever was told of the progress is gone; no file says so
     except OSError as error:
         raise ResourceError(
             f"{str(path)!r} cannot be written: {error.strerror or error}",
             hint=_HINTS.get(error.errno or 0, "check the file system of that path"),
         ) from error
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether replacing a directory loses nobody anything."""
+    return not any(directory.iterdir())
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def clean_stale(final: Path) -> None:
@@ -173,6 +215,16 @@ def _remove_if_dead(directory: Path) -> None:
     _LOG.info("removing %s, left by a process that is gone", directory)
     _remove(directory)
     os.close(lock)
+
+
+def _refuse_no_room(final: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(final.parent).free
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            f"{str(final)!r} needs {needed_bytes / 1e9:.2f} GB, the disk has "
+            f"{free_bytes / 1e9:.2f} GB free",
+            hint=_HINTS[errno.ENOSPC],
+        )
 
 
 def _create(final: Path) -> tuple[Path, int]:
@@ -224,27 +276,17 @@ def _remove(directory: Path) -> None:
 
 def _seal(root: Path) -> None:
     """Set every mode, whatever the umask, and force every file and directory to disk."""
-    directories = [root]
-    for node in tree.walk(root):
-        path = root / node.path
-        if node.kind == "directory":
-            directories.append(path)
-        elif node.kind == "file":
+    for path in root.iterdir():
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            _seal(path)
+        elif stat.S_ISREG(mode):
             path.chmod(FILE_MODE)
-            _sync(path)
+            sync(path)
         else:
-            raise IntegrityError(f"{str(path)!r} is a {node.kind}; only files can be shipped")
-    for directory in reversed(directories):
-        directory.chmod(DIRECTORY_MODE)
-        _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            raise IntegrityError(f"{str(path)!r} is neither a file nor a directory")
+    root.chmod(DIRECTORY_MODE)
+    sync(root)
 
 
 def _rename_new(source: Path, target: Path) -> None:

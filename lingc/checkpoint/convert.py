@@ -1,0 +1,63 @@
+"""Tensors in the format that is wanted.
+
+What is stored in that format is taken as it is. Any other is rounded to nearest from its
+(dequantized) values.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lingc.checkpoint.source import Source
+from lingc.quantize.formats import (
+    F32,
+    Weight,
+    dequantize_fp8_block,
+    dequantize_int4_group,
+    quantize_fp8_block,
+    quantize_int4_group,
+    round_bf16,
+    widen_bf16,
+)
+
+Array = NDArray[Any]
+
+
+def to_dense(source: Source, name: str) -> F32:
+    """The values, dequantized, in memory of their own."""
+    kind = source.kind(name)
+    if kind == "plain":
+        values, dtype = source.plain(name)
+        return widen_bf16(values) if dtype == "bf16" else np.array(values)
+    codes, scales, group = source.quantized(name)
+    if kind == "fp8_block":
+        return dequantize_fp8_block(codes, scales)
+    return dequantize_int4_group(codes, scales, group, source.shape(name)[1])
+
+
+def to_plain(source: Source, name: str, dtype: str) -> Array:
+    """The values as `f32`, or as the bits of `bf16`."""
+    if dtype == "f32":
+        return source.dense(name)
+    weight = _weight(source, name)
+    return weight if weight.dtype == np.uint16 else round_bf16(weight.view(np.float32))
+
+
+def to_quantized(source: Source, name: str, kind: str, group: int) -> tuple[Array, Array]:
+    """Codes and scales of a matrix in the format `kind`; `group` is that of `int4_group`."""
+    if source.kind(name) == kind:
+        codes, scales, stored_group = source.quantized(name)
+        # Any two groups that span the whole width are the same group.
+        one_group = min(stored_group, group) >= source.shape(name)[1]
+        if kind == "fp8_block" or stored_group == group or one_group:
+            return codes, scales
+    weight = _weight(source, name)
+    if kind == "fp8_block":
+        return quantize_fp8_block(weight)
+    return quantize_int4_group(weight, group)
+
+
+def _weight(source: Source, name: str) -> Weight:
+    """BF16 bits where a tensor is stored so, else its values."""
+    return source.plain(name)[0] if source.kind(name) == "plain" else source.dense(name)
