@@ -36,7 +36,7 @@ def command(out: Output, package: Path, checkpoint: Path, cache_dir: Path | None
     from lingc.engine import open_package
     from lingc.engine.bind import bind
 
-    opened = open_package(package)
+    opened = open_package(package, level="integrity")  # it shall be bound, not run
     total = sum(spec.type.bytes() for spec in opened.plan.weights.values())
     with out.stage("pack weights", total=total, unit="B") as advance:
         seen = 0

@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint
+from lingc.cli import main
 from lingc.engine import Contents, Package, open_package, verify, write_package
 from lingc.engine.bind import bind, find_bound, with_weights
 from lingc.engine.bound import bind_dir
+from lingc.engine.machine import Machine
 from lingc.errors import CheckpointError, InputError, IntegrityError, ResourceError, UsageError
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan, TensorType, WeightSpec, dumps
@@ -73,6 +75,20 @@ def test_bound_weights_are_those_of_the_plan(make: Make, cache: Path) -> None:
     expected = open_checkpoint(CHECKPOINT).dense("model.norm.weight")
     np.testing.assert_array_equal(values["norm.weight"], expected)
     assert told[-1] == (1032, 1032)
+
+
+def test_the_command_binds_where_the_engine_could_not_run(
+    make: Make, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make(IDENTITY)
+    bare = Machine(os="linux", arch="riscv64", version_of=lambda _: None)
+    monkeypatch.setattr("lingc.engine.examine.this_machine", lambda: bare)
+    words = ("--checkpoint", CHECKPOINT, "--cache-dir", cache, "--progress", "none")
+
+    code = main(["bind", *map(str, (package.root, *words))])
+
+    assert (code, capsys.readouterr().err) == (0, "")
+    assert find_bound(package, cache_dir=cache) is not None
 
 
 def test_what_was_bound_is_found_and_not_packed_again(
