@@ -1,7 +1,6 @@
 """Golden data, the models they belong to, and random models of any config."""
 
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import lingc.model
 from lingc.model import LingModel, ModelConfig
+from tests.model.odd import write_odd
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -66,10 +66,8 @@ def tiny() -> Golden:
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Golden:
-    folder = tmp_path_factory.mktemp("odd")
-    with tarfile.open(GOLDEN / "odd" / "checkpoint.tar.xz") as packed:
-        packed.extractall(folder, filter="data")
-    return Golden(GOLDEN / "odd", folder / "checkpoint")
+    folder = GOLDEN / "odd"
+    return Golden(folder, write_odd(folder / "checkpoint", tmp_path_factory.mktemp("odd") / "x"))
 
 
 @pytest.fixture(scope="session")
