@@ -4,12 +4,10 @@
 references; a checkpoint directory is eager, on the engine's weights where the other side has some.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from numpy.typing import NDArray
+from typing import Literal
 
 from lingc.checkpoint import Checkpoint, open_checkpoint, validate
 from lingc.engine import Package, open_package, read_manifest
@@ -21,7 +19,6 @@ from lingc.parity.experts import Routing
 from lingc.parity.side import Side
 from lingc.parity.weights import RoundedWeights
 from lingc.plan import Plan
-from lingc.quantize.layouts import restore
 from lingc.runtime.backend import Limits
 from lingc.runtime.load import OpenedEngine, open_engine
 from lingc.runtime.tokenizer import FILES, Tokenizer
@@ -219,14 +216,8 @@ def _interpreted(package: Package, given: Start, title: str) -> Side:
     from lingc.parity.interpreted import RouterWatch  # noqa: PLC0415
 
     plan = package.plan
-    backend = InterpreterBackend(plan, stored(package.plan, package.shards()), given.limits(plan))
+    backend = InterpreterBackend(plan, open_weights(package.shards()), given.limits(plan))
     return EngineSide(backend, title, tap=RouterWatch(backend))
-
-
-def stored(plan: Plan, shards: Iterable[Path]) -> dict[str, NDArray[Any]]:
-    """The weights in files, in the plan's order of rows."""
-    found = open_weights(shards)
-    return {name: restore(spec.layout, found[name]) for name, spec in plan.weights.items()}
 
 
 def _eager(checkpoint: Checkpoint, given: Start, title: str) -> Side:

@@ -1,6 +1,5 @@
 """A comparison as one HTML page that loads nothing, for a screen, a phone or paper."""
 
-import os
 import platform
 import secrets
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import jinja2
 
 from lingc import __version__
-from lingc.errors import ResourceError
 from lingc.parity import plots, report
 from lingc.parity.run import ModeResult, Result
+from lingc.staging import sync, writing
 
 _TEMPLATE = Path(__file__).parent / "page.html"
 _MOST_FLIPS = 500
@@ -46,19 +45,21 @@ def write(result: Result, path: Path) -> None:
     Raises:
         ResourceError: It cannot be written there.
     """
-    text = render(result)
+    write_whole(path, render(result))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under its name when all of it is on the disk.
+
+    Raises:
+        ResourceError: It cannot be written there.
+    """
     staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        with staged.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise ResourceError(
-            f"the report {str(path)!r} cannot be written: {error.strerror or error}",
-            hint="choose a file in a directory that exists and that you may write to",
-        ) from error
+        with writing(path):
+            staged.write_text(text, encoding="utf-8")
+            sync(staged)
+            staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
 

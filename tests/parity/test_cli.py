@@ -9,15 +9,14 @@ import torch
 
 from lingc.checkpoint import open_checkpoint, write_checkpoint
 from lingc.cli import main
+from tests.parity.packages import checkpoint
 
-TINY = Path(__file__).parents[2] / "artifacts" / "checkpoints" / "ling-tiny"
-
-ROWS = [{"input_ids": [(11 * t + 5 * i) % 4096 for t in range(12 + i)]} for i in range(3)]
+ROWS = [{"input_ids": [(11 * t + 5 * i) % 96 for t in range(12 + i)]} for i in range(3)]
 
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LINGC_CACHE", str(tmp_path / "cache"))
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -27,8 +26,8 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint with its experts in INT4."""
-    path = tmp_path_factory.mktemp("twin") / "tiny-int4"
-    return write_checkpoint(open_checkpoint(TINY), path, layout="int4")
+    path = tmp_path_factory.mktemp("twin") / "small-int4"
+    return write_checkpoint(open_checkpoint(checkpoint()), path, layout="int4")
 
 
 def parity(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -41,7 +40,7 @@ def test_a_checkpoint_against_itself_is_within_the_strictest_budget(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, out, _ = parity(
-        capsys, TINY, TINY, "--data", "rows.jsonl", "--budget", "engine-vs-eager",
+        capsys, checkpoint(), checkpoint(), "--data", "rows.jsonl", "--budget", "engine-vs-eager",
         "--mode", "prefill", "--mode", "draft",
     )  # fmt: skip
 
@@ -55,7 +54,7 @@ def test_the_loss_of_a_precision_is_reported_and_not_judged(
     capsys: pytest.CaptureFixture[str], twin: Path
 ) -> None:
     code, out, err = parity(
-        capsys, TINY, twin, "--data", "rows.jsonl", "--json", "--report", "report.html"
+        capsys, checkpoint(), twin, "--data", "rows.jsonl", "--json", "--report", "report.html"
     )
 
     value = json.loads(out)
@@ -68,13 +67,13 @@ def test_the_loss_of_a_precision_is_reported_and_not_judged(
     assert mode["flips"], "INT4 experts move some tokens"
     assert {flip["is_root"] for flip in mode["flips"]} == {True, False}
     assert "report: report.html" in err
-    assert "tiny-int4" in Path("report.html").read_text(encoding="utf-8")
+    assert "small-int4" in Path("report.html").read_text(encoding="utf-8")
 
 
 def test_over_budget_exits_with_5_after_the_whole_result(
     capsys: pytest.CaptureFixture[str], twin: Path
 ) -> None:
-    words = (TINY, twin, "--data", "rows.jsonl", "--budget", "engine-vs-eager")
+    words = (checkpoint(), twin, "--data", "rows.jsonl", "--budget", "engine-vs-eager")
 
     code, out, err = parity(capsys, *words)
     as_json, document, _ = parity(capsys, *words, "--json")
@@ -91,22 +90,28 @@ def test_over_budget_exits_with_5_after_the_whole_result(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("none", TINY), 3, "'none' is neither a package nor a checkpoint: it is not a directory"),
-        ((".", TINY), 3, "it has neither manifest.json nor config.json"),
-        ((f"interpret:{TINY}", TINY), 3, "it looks like a checkpoint"),
-        ((TINY, TINY, "--budget", "strict"), 3, "no budget is called 'strict'"),
-        ((TINY, TINY, "--data", "none.jsonl"), 3, "'none.jsonl' cannot be read"),
-        ((TINY, TINY, "--data", "bad.jsonl"), 3, "line 2: it is not JSON"),
-        ((TINY, TINY, "--mode", "sideways"), 2, "'sideways' is not one of"),
-        ((TINY, TINY, "--samples", "0"), 2, "0 is not in the range"),
+        (
+            ("none", "SMALL"),
+            3,
+            "'none' is neither a package nor a checkpoint: it is not a directory",
+        ),
+        ((".", "SMALL"), 3, "it has neither manifest.json nor config.json"),
+        (("interpret:SMALL", "SMALL"), 3, "it looks like a checkpoint"),
+        (("SMALL", "SMALL", "--budget", "strict"), 3, "no budget is called 'strict'"),
+        (("SMALL", "SMALL", "--data", "none.jsonl"), 3, "'none.jsonl' cannot be read"),
+        (("SMALL", "SMALL", "--data", "bad.jsonl"), 3, "line 2: it is not JSON"),
+        (("SMALL", "SMALL", "--mode", "sideways"), 2, "'sideways' is not one of"),
+        (("SMALL", "SMALL", "--samples", "0"), 2, "0 is not in the range"),
     ],
 )
 def test_what_cannot_be_compared_is_answered(
-    capsys: pytest.CaptureFixture[str], words: tuple[object, ...], code: int, message: str
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, message: str
 ) -> None:
     Path("bad.jsonl").write_text('{"input_ids": [1]}\n{\n', encoding="utf-8")
 
-    found, out, err = parity(capsys, *words)
+    given = [word.replace("SMALL", str(checkpoint())) for word in words]
+
+    found, out, err = parity(capsys, *given)
 
     assert (found, out) == (code, "")
     assert message in err

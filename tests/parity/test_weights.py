@@ -110,7 +110,7 @@ def test_a_tensor_that_is_released_in_the_engines_format_is_taken_unchanged(
 
 
 def test_eager_takes_the_rounded_weights_and_tells_its_experts(checkpoint: Checkpoint) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     plan = made_plan(prefill=[spec("dense", DENSE, format="int4_group", group=32)])
     rows = [[5, 6, 7, 8, 9], [3, 2]]
 
