@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 from lingc.engine import Package
 from lingc.errors import InputError, UsageError
 from lingc.plan import Plan, Program, TensorType
 from lingc.runtime.backend import Array, Limits, SlotState
-from lingc.runtime.onnx_session import guarded, make_session, value_of, with_outputs
+from lingc.runtime.onnx_session import (
+    InferenceSession,
+    IOBinding,
+    OrtValue,
+    guarded,
+    make_session,
+    value_of,
+    with_outputs,
+)
 from lingc.runtime.onnx_weights import initializer_from_json, load
 
 PREPACKED_BYTES = 256 << 20
@@ -107,7 +114,7 @@ class OnnxBackend:
         for role, name in program.outputs.items():
             shape = program.types[name].bind(sizes)
             made[role] = np.empty(shape, NUMPY_DTYPE[program.types[name].dtype])
-            binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(made[role]))
+            binding.bind_ortvalue_output(name, value_of(made[role], program.types[name].dtype))
         taps = self._taps[phase]
         for name in taps:
             binding.bind_output(name)
@@ -219,11 +226,21 @@ def _checked(
     dtype = NUMPY_DTYPE[wanted.dtype]
     fits = array.dtype == dtype and array.ndim == len(wanted.shape)
     for size, found in zip(wanted.shape, array.shape, strict=False):
-        fits = fits and found == (sizes.setdefault(size, found) if isinstance(size, str) else size)
+        fits = fits and found == _noted(size, found, sizes)
     if not fits:
-        known = [sizes.get(s, s) if isinstance(s, str) else s for s in wanted.shape]
+        known = [_noted(size, None, sizes) for size in wanted.shape]
         raise InputError(
             f"input {name!r} of phase {phase!r} is {array.dtype} {list(array.shape)}, "
             f"not {wanted.dtype} {known}"
         )
     return np.ascontiguousarray(array)
+
+
+def _noted(size: int | str, found: int | None, sizes: dict[str, int]) -> int | str:
+    """What a size must be; an open one, `B` or `B+1`, is what it is found to be first."""
+    if isinstance(size, int):
+        return size
+    name, _, more = size.partition("+")
+    if found is not None:
+        sizes.setdefault(name, found - int(more or 0))
+    return sizes[name] + int(more or 0) if name in sizes else size

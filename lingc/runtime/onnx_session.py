@@ -1,4 +1,4 @@
-"""ONNX Runtime, set up for a model of ours: options, weights that it does not own, extra outputs."""
+"""ONNX Runtime set up for an engine: options, weights that it does not own, extra outputs."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +13,23 @@ from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array
 
 try:
     import onnxruntime
-    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
     from onnxruntime.capi import onnxruntime_pybind11_state as _native
 except ImportError as error:
     raise MissingExtraError(
         "running an ONNX engine needs the package 'onnxruntime', which is not installed",
         hint="pip install 'lingc[onnx]'",
     ) from error
+
+__all__ = [
+    "IOBinding",
+    "InferenceSession",
+    "OrtValue",
+    "guarded",
+    "make_session",
+    "value_of",
+    "with_outputs",
+]
 
 Made = TypeVar("Made")
 
@@ -38,6 +48,7 @@ _FAILURES = (
     _native.InvalidProtobuf,
     _native.NotImplemented,
     _native.RuntimeException,
+    RuntimeError,  # from a run with bound inputs, whatever went wrong
 )
 _ERRORS_ONLY = 3
 

@@ -91,7 +91,9 @@ def load(made: Initializer, weights: Mapping[str, Array]) -> Array:
     try:
         return LOADERS[made.load](made, *given).reshape(made.shape)
     except ValueError as error:
-        shapes = ", ".join(f"{n!r} {list(a.shape)}" for n, a in zip(made.weights, given))
+        shapes = ", ".join(
+            f"{n!r} {list(a.shape)}" for n, a in zip(made.weights, given, strict=True)
+        )
         raise InputError(
             f"initializer {made.name!r} of shape {list(made.shape)} cannot be made of {shapes}",
             hint="the weights are another engine's; bind this engine to its checkpoint again",

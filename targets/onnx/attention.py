@@ -1,5 +1,7 @@
 """MLA: the latent cache's rows, and attention over them, plain and absorbed."""
 
+# ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
+
 import numpy as np
 
 from lingc.targets.onnx.body import Body, Value
@@ -63,7 +65,9 @@ def mla_attention(
     rope, value = cache.size(1) - latent_dim, kv_b.size(0) // heads - nope_dim
     keys = cache.gather(_rows(library.body, page_table, page_size).reshape(-1))  # [B L, c + r]
     latent, key = keys.split(1, [latent_dim, rope])
-    expanded = library.linear(latent, library.wide(kv_b, latent)).reshape(0, heads, nope_dim + value)
+    expanded = library.linear(latent, library.wide(kv_b, latent)).reshape(
+        0, heads, nope_dim + value
+    )
     k_nope, v = expanded.split(2, [nope_dim, value])
     copies = library.body.ints([1, heads, 1])
     k = library.body.concat([k_nope, library.body.op("Expand", key.unsqueeze(1), copies)], 2)
@@ -123,9 +127,7 @@ def _rope_pairs(library: Standard, x: Value, cos: Value, sin: Value, *, heads: i
     """Adjacent channels of x [T, 1, heads * 2n], rotated by cos and sin [T, n]."""
     pairs = cos.size(1)
     angles = (cos.unsqueeze(1), sin.unsqueeze(1))
-    return rotated(
-        library, x, angles, heads=heads, width=2 * pairs, pairs=pairs, interleaved=True
-    )
+    return rotated(library, x, angles, heads=heads, width=2 * pairs, pairs=pairs, interleaved=True)
 
 
 def _rows(body: Body, page_table: Value, page_size: int) -> Value:

@@ -12,16 +12,9 @@ from typing import Any, Union
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
-from lingc.errors import MissingExtraError, UnsupportedError
-
-try:
-    from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
-except ImportError as error:
-    raise MissingExtraError(
-        "writing an ONNX engine needs the package 'onnx', which is not installed",
-        hint="pip install 'lingc[onnx]'",
-    ) from error
+from lingc.errors import UnsupportedError
 
 OPSET = 23
 CONTRIB = "com.microsoft"

@@ -115,18 +115,14 @@ class Ort(Standard):
 
     # ------------------------------------------------------------------------------------- experts
 
-    def experts(
-        self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack
-    ) -> Value:
+    def experts(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         if self._has_4_bit_op(gate_up) and self._has_4_bit_op(down):
             return self._mixture_4_bit(x, ids, weights, gate_up, down)
         if self.few_tokens and gate_up.values.dtype != "f32":
             return few_experts(self, x, ids, weights, gate_up, down)
         return self._mixture(x, ids, weights, gate_up, down)
 
-    def _mixture(
-        self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack
-    ) -> Value:
+    def _mixture(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         # The op takes a softmax of the chosen logits: the logarithms of the weights give the
         # weights back, divided by their sum.
         logits = self.body.op("Log", self.body.op("Max", weights, _LEAST_WEIGHT))

@@ -72,47 +72,43 @@ class Standard:
         same = self.body.op("Reshape", weight, sizes * one)
         return Value(same.name, self.body, weight.dtype, weight.shape)
 
-    def nibbles(
-        self, packed: Value, scales: Value, *, width: int, group: int, rank: int
-    ) -> Value:
+    def nibbles(self, packed: Value, scales: Value, *, width: int, group: int, rank: int) -> Value:
         """Values [..., width] of bytes of two nibbles, the low one first, and their scales."""
         low = self.body.op("BitwiseAnd", packed, np.array(15, np.uint8))
         shift = np.array(4, np.uint8)
         high = self.body.op("BitShift", packed, shift, attrs={"direction": "RIGHT"})
         pairs = self.body.concat([low.unsqueeze(rank), high.unsqueeze(rank)], rank)
         codes = pairs.reshape(*[0] * (rank - 1), -1).slice(rank - 1, 0, width)
-        return self.by_blocks(
-            codes.cast("f32") - 8.0, scales, width=width, rank=rank, block=group
-        )
+        return self.by_blocks(codes.cast("f32") - 8.0, scales, width=width, rank=rank, block=group)
 
     def linear(self, x: Value, weight: Value) -> Value:
-        """x [T, D] times weight [N, D] transposed."""
+        """Rows x [T, D] times weight [N, D] transposed."""
         return self.body.op("Gemm", x, weight, attrs={"transB": 1})
 
     def int4_linear(self, x: Value, packed: Value, scales: Value, group: int) -> Value:
-        """x [T, D] times a matrix of nibbles in bytes [N, P] transposed."""
+        """Rows x [T, D] times a matrix of nibbles in bytes [N, P] transposed."""
         width = x.size(-1)
         codes = self.waiting(packed, x)
         return self.linear(x, self.nibbles(codes, scales, width=width, group=group, rank=2))
 
     def by_head(self, x: Value, y: Value) -> Value:
-        """x [T, H, a] times y [H, a, c], as [H, T, c]."""
+        """Product of x [T, H, a] and y [H, a, c], as [H, T, c]."""
         return x.transpose(1, 0, 2) @ y
 
     def scores(self, q: Value, k: Value, scale: float) -> Value:
-        """q [T, H, a] times k [S, H, a] transposed, as [H, T, S]."""
+        """Product of q [T, H, a] and k [S, H, a] transposed, as [H, T, S]."""
         return (q.transpose(1, 0, 2) @ k.transpose(1, 2, 0)) * scale
 
     def mixed(self, p: Value, v: Value) -> Value:
-        """p [H, T, S] times v [S, H, a], as [H, T, a]."""
+        """Product of p [H, T, S] and v [S, H, a], as [H, T, a]."""
         return p @ v.transpose(1, 0, 2)
 
     def shared_scores(self, q: Value, k: Value, scale: float) -> Value:
-        """q [B, n, a] times k [B, S, a] transposed."""
+        """Product of q [B, n, a] and k [B, S, a] transposed."""
         return (q @ k.transpose(0, 2, 1)) * scale
 
     def from_latent(self, o: Value, w_v: Value) -> Value:
-        """o [T, H, c] times w_v [H, V, c] transposed, as [T, H, V]."""
+        """Product of o [T, H, c] and w_v [H, V, c] transposed, as [T, H, V]."""
         # The weight stays as it is: folding its transpose would make a copy of it.
         return (w_v @ o.transpose(1, 2, 0)).transpose(2, 0, 1)
 
@@ -183,9 +179,7 @@ class Standard:
 
     # ------------------------------------------------------------------------------------- experts
 
-    def experts(
-        self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack
-    ) -> Value:
+    def experts(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         """Weighted sum of the chosen experts of each token, [T, D]."""
         run = few_experts if self.few_tokens else grouped_experts
         return run(self, x, ids, weights, gate_up, down)

@@ -4,6 +4,8 @@ State is read from a slot and written back as one row, which depends on what was
 that puts the new state where the old one lies cannot do so too early.
 """
 
+# ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -165,7 +167,7 @@ class _Mixed:
     heads: int
 
     def inputs(self, by_sequence: Callable[[Value], Value], eps: float) -> tuple[_New, Value]:
-        """q and k normed and roped, v, and the gate's logits, as [B, n, ...].
+        """Normed and roped q and k, v, and the gate's logits, as [B, n, ...].
 
         Args:
             by_sequence: Makes [B, n, ...] of [T, ...].
@@ -183,7 +185,7 @@ class _Mixed:
         return (q, k, v), gate
 
     def output(self, o: Value, gate: Value, weight: Value, groups: int, eps: float) -> Value:
-        """o [B, n, H V], normed by groups and gated, as [T, H V]."""
+        """Normed by groups and gated o [B, n, H V], as [T, H V]."""
         width = weight.size(0)
         by_group = weight.reshape(groups, width // groups)
         normed = self.library.rms_norm(o.reshape(0, 0, groups, width // groups), by_group, eps)

@@ -13,9 +13,9 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
-from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.errors import UnsupportedError, UsageError
-from lingc.plan import Plan
+from lingc.plan import PHASES, Plan
+from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.targets.onnx.body import LINGC, ONNX_DTYPE, OPSET
 from lingc.targets.onnx.library_ort import Ort
 from lingc.targets.onnx.library_standard import Standard
@@ -71,16 +71,14 @@ def lower(plan: Plan, *, library: str = "ort", widen: str = "auto") -> OnnxEngin
     kind = LIBRARIES[library]
     types = {name: spec.type for name, spec in plan.weights.items()}
     weights = Weights(types, widen=policy == "load", interleaved=kind.interleaved)
-    phases = {name: Phase(name, prog, kind, weights) for name, prog in plan.programs.items()}
+    ordered = [name for name in PHASES if name in plan.programs]
+    phases = {name: Phase(name, plan.programs[name], kind, weights) for name in ordered}
     graphs = {name: phase.graph() for name, phase in phases.items()}
     offsets = _offsets(weights.initializers)
     for name, phase in phases.items():
         external = (_external(made, offsets[key]) for key, made in phase.initializers.items())
         graphs[name].initializer.extend(external)
-    models = {
-        name: _bytes(_model(graphs[name], phase, kind))
-        for name, phase in phases.items()
-    }
+    models = {name: _bytes(_model(graphs[name], phase, kind)) for name, phase in phases.items()}
     info = {
         "library": library,
         "widen": policy,

@@ -6,9 +6,9 @@ from typing import Any, get_args
 
 from onnx import FunctionProto, GraphProto, ValueInfoProto, helper
 
-from lingc.runtime.onnx_weights import Initializer
 from lingc.errors import UnsupportedError
 from lingc.plan import Arg, Program, Ref, Size, Step, TensorType
+from lingc.runtime.onnx_weights import Initializer
 from lingc.targets.onnx.body import LAST, LINGC, ONNX_DTYPE, Body, Value
 from lingc.targets.onnx.functions import FUNCTIONS
 from lingc.targets.onnx.library_standard import Standard
@@ -35,16 +35,27 @@ class Phase:
         self._library = library
         self._weights = weights
         self._body = Body(prefix=f"{LINGC}.")
+        self._views: Mapping[str, Callable[..., Value]] = {
+            "aten.slice.Tensor": self._slice,
+            "aten.cat.default": self._cat,
+            "aten.index_select.default": self._index_select,
+            "aten.add.Tensor": self._add,
+            "aten.reshape.default": self._reshape,
+        }
 
     def graph(self) -> GraphProto:
         """The graph, without its initializers."""
         program = self._program
         for step in program.steps:
-            if step.op in _ATEN:
-                self._body.publish(_ATEN[step.op](self, *step.args), step.outputs[0])
+            view = self._views.get(step.op)
+            if view is not None:
+                self._body.publish(view(*step.args), step.outputs[0])
             else:
                 self._fused(step)
-        named = list(dict.fromkeys((*program.outputs.values(), *program.updates.values())))
+        # In the order of their keys, which survives JSON.
+        returned = [program.outputs[role] for role in sorted(program.outputs)]
+        updated = [program.updates[state] for state in sorted(program.updates)]
+        named = list(dict.fromkeys((*returned, *updated)))
         inputs = [_value_info(n, program.types[n]) for n in (*program.inputs, *program.states)]
         outputs = [_value_info(n, program.types[n]) for n in named]
         return helper.make_graph(self._body.needed(named), self._name, inputs, outputs)
@@ -159,15 +170,6 @@ class Phase:
             if symbol in shape:
                 return self._computed(name).length(shape.index(symbol))
         raise UnsupportedError(f"no input has the size {symbol!r} that a reshape asks for")
-
-
-_ATEN: Mapping[str, Callable[..., Value]] = {
-    "aten.slice.Tensor": Phase._slice,
-    "aten.cat.default": Phase._cat,
-    "aten.index_select.default": Phase._index_select,
-    "aten.add.Tensor": Phase._add,
-    "aten.reshape.default": Phase._reshape,
-}
 
 
 def _is_tensor(parameter: inspect.Parameter) -> bool:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lingc.quantize.formats import FP8_BLOCK, E4M3_MAX
+from lingc.quantize.formats import E4M3_MAX, FP8_BLOCK
 from lingc.targets.onnx.body import Value
 from lingc.targets.onnx.library_standard import Standard
 from lingc.targets.onnx.rows import add_rms_norm, rms_norm, silu_mul

@@ -53,7 +53,13 @@ def qk_norm_rope(
     qk = qkv if qkv.size(1) == 2 * heads * key else qkv.slice(1, 0, 2 * heads * key)
     angles = (cos.unsqueeze(1), sin.unsqueeze(1))
     turned = normed_and_roped(
-        library, qk.unsqueeze(1), (q_weight, k_weight), angles, pairs=cos.size(1), eps=eps, heads=heads
+        library,
+        qk.unsqueeze(1),
+        (q_weight, k_weight),
+        angles,
+        pairs=cos.size(1),
+        eps=eps,
+        heads=heads,
     )
     q, k = turned.reshape(0, 2 * heads, key).split(1, [heads, heads])
     return q, k
@@ -69,7 +75,7 @@ def normed_and_roped(
     heads: int,
     eps: float,
 ) -> Value:
-    """q and k heads [B, n, 2 H K], each normed, and rotated by cos and sin [B, n, pairs]."""
+    """Heads of q and k [B, n, 2 H K], each normed, and rotated by cos and sin [B, n, pairs]."""
     key = weights[0].size(0)
     copies = library.body.ints([heads, key])
     weight = library.body.concat([library.body.op("Expand", w, copies) for w in weights], 0)

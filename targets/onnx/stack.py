@@ -66,9 +66,7 @@ class Stack:
         if scales is None:
             return values.cast("f32")
         if self.group:
-            return library.nibbles(
-                values, scales, width=self.width, group=self.group, rank=rank
-            )
+            return library.nibbles(values, scales, width=self.width, group=self.group, rank=rank)
         return library.by_blocks(values.cast("f32"), scales, width=self.width, rank=rank)
 
 

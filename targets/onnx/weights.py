@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from lingc.errors import StageError, UsageError
+from lingc.plan import Plan, TensorType
+from lingc.quantize.formats import FP8_BLOCK
+from lingc.quantize.layouts import INTERLEAVED, PLAIN
 from lingc.runtime.onnx_weights import (
     AS_BYTES,
     AS_STORED,
@@ -13,10 +17,6 @@ from lingc.runtime.onnx_weights import (
     SCALES_TO_ROWS,
     Initializer,
 )
-from lingc.errors import StageError, UsageError
-from lingc.plan import Plan, TensorType
-from lingc.quantize.formats import FP8_BLOCK
-from lingc.quantize.layouts import INTERLEAVED, PLAIN
 
 WIDEN = ("auto", "load", "step")
 LARGEST_WIDENED_BYTES = 1 << 30
@@ -131,9 +131,7 @@ class Weights:
         interleaved: Whether the weights lie as ONNX Runtime's own ops want them.
     """
 
-    def __init__(
-        self, types: Mapping[str, TensorType], *, widen: bool, interleaved: bool
-    ) -> None:
+    def __init__(self, types: Mapping[str, TensorType], *, widen: bool, interleaved: bool) -> None:
         self.initializers: dict[str, Initializer] = {}
         self.packed: dict[str, EngineWeight] = {}
         self._types = types
