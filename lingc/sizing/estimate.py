@@ -1,7 +1,7 @@
 """Memory, traffic and what fits, for one model, recipe and target."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lingc.errors import UsageError
@@ -196,19 +196,19 @@ class Sizing:
         )
 
     def _workspace(self, batch: int, context: int) -> int:
+        """The widest step's; all phases' on a CPU, where each session keeps what it had."""
         queries = 1 + (self.max_draft if self.has_mtp else 0)
         chunk = min(PREFILL_TOKENS, batch * context)
-        steps = (
-            Step(
-                tokens=chunk,
-                sequences=1,
-                context=context,
-                logits=min(batch, chunk),
-                is_absorbed=False,
-            ),
-            Step(tokens=batch * queries, sequences=batch, context=context, logits=batch * queries),
+        wanted = min(batch, chunk)
+        first = Step(tokens=chunk, sequences=1, context=context, logits=wanted, is_absorbed=False)
+        next_ = Step(
+            tokens=batch * queries, sequences=batch, context=context, logits=batch * queries
         )
-        return max(self._step_workspace(step) for step in steps)
+        steps = [first, next_]
+        if self.has_mtp:  # the prompt goes through the MTP layer too
+            steps.append(replace(first, is_absorbed=True))
+        found = [self._step_workspace(step) for step in steps]
+        return max(found) if self.widening is None else sum(found)
 
     def _step_workspace(self, step: Step) -> int:
         live = memory.workspace_bytes(self.config, self.target, step, self.ranks)
@@ -217,7 +217,7 @@ class Sizing:
         if self.widening == "step":
             return live + memory.widened_in_step(self.config, self.specs, step)
         held = sum(form.total for form in self.forms.values())
-        return live + (len(self.phases) * held if held <= PREPACKED_LIMIT_BYTES else 0)
+        return live + (held if held <= PREPACKED_LIMIT_BYTES else 0)
 
     # --------------------------------------------------------------------------------- traffic
 

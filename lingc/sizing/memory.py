@@ -119,8 +119,9 @@ def _attention(config: ModelConfig, target: Target, step: Step, heads: int) -> i
     row, rank = config.latent_dim, config.kv_lora_rank
     inside = step.tokens * heads * (row + rank) if step.is_absorbed else 0
     if target.default_engine == "onnx":
+        # Scores, masked scores and shares are three nodes' results.
         positions = step.sequences * step.context
-        inside += positions * row + 2 * step.tokens * heads * step.context
+        inside += positions * row + step.tokens * step.context * (3 * heads + 1)
         if not step.is_absorbed:
             inside += positions * heads * (config.qk_head_dim + 2 * config.v_head_dim)
     return 4 * inside
