@@ -11,7 +11,6 @@ from lingc import pipeline
 from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import Checkpoint, Source, matrix_modules, open_checkpoint, validate
 from lingc.context import Context
-from lingc.engine.staging import writing
 from lingc.errors import IncompatibleError, UsageError
 from lingc.graph import Captured, Fused, text
 from lingc.lower import lower
@@ -19,6 +18,7 @@ from lingc.model.config import ModelConfig
 from lingc.pipeline import Report
 from lingc.plan import PHASES, Plan
 from lingc.quantize.recipes import Recipe
+from lingc.staging import writing
 from lingc.targets.spec import EngineKind, Target
 
 

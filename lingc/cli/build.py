@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lingc.cli import output
+from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text, seconds_text
 
 
@@ -99,9 +100,10 @@ def command(
     """  # noqa: D301 click's mark for a block that is not rewrapped
     import time
 
-    from lingc import build as builder
-    from lingc.capture import Sizes
-    from lingc.compile import Request
+    with held():
+        from lingc import build as builder
+        from lingc.capture import Sizes
+        from lingc.compile import Request
 
     started = time.perf_counter()
     request = Request(

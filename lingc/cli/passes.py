@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lingc.cli import output
+from lingc.cli.interrupts import held
 from lingc.cli.output import Output
 
 
@@ -41,8 +42,9 @@ def command(
     """  # noqa: D301 click's mark for a block that is not rewrapped
     from dataclasses import asdict
 
-    from lingc import compile as compiler
-    from lingc import pipeline, targets
+    with held():
+        from lingc import compile as compiler
+        from lingc import pipeline, targets
     from lingc.model.config import ModelConfig
     from lingc.quantize.recipes import load_recipe
 
