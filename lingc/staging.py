@@ -39,6 +39,8 @@ _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
+_HIDDEN = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
+
 # renameat2, flags of <linux/fs.h>: never replace; swap the two names.
 _NOREPLACE, _EXCHANGE = 1, 2
 _AT_FDCWD = -100
@@ -220,9 +222,13 @@ def _remove_if_dead(directory: Path) -> None:
 def _refuse_no_room(final: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(final.parent).free
     if needed_bytes > free_bytes:
+        # What is written inside of another staging directory is there under no name yet.
+        hidden = (path for path in final.parents if _HIDDEN.match(path.name))
+        place = next(hidden, final).parent
+        scale, unit = (1e9, "GB") if needed_bytes >= 1e9 else (1e6, "MB")
         raise ResourceError(
-            f"{str(final)!r} needs {needed_bytes / 1e9:.2f} GB, the disk has "
-            f"{free_bytes / 1e9:.2f} GB free",
+            f"{final.name!r} needs {needed_bytes / scale:.2f} {unit}, the disk of {str(place)!r} "
+            f"has {free_bytes / scale:.2f} {unit} free",
             hint=_HINTS[errno.ENOSPC],
         )
 
