@@ -71,16 +71,20 @@ def _as_slice(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:
     size, index = match["size"], match["index"]
     axis = _axis(match["dim"], match.type("x"))
     if isinstance(size, int):
-        start, end = size * index, size * (index + 1)
+        whole = match.type("x").shape[axis]
+        assert isinstance(whole, int), "checked above"
+        start, end = size * index, min(size * (index + 1), whole)
     else:
         start, end = sum(size[:index]), sum(size[: index + 1])
     return (build.slice(match["x"], axis, start, end),)
 
 
 def _sizes_known(match: Match, _context: Any) -> str | None:
-    size = match["size"]
+    size, kind = match["size"], match.type("x")
     known = all(isinstance(s, int) for s in (size if isinstance(size, list) else [size]))
-    return None if known else "a split of symbolic size"
+    # The last of equal parts may be shorter, which shows where the whole is known.
+    equal = isinstance(size, int) and isinstance(kind.shape[_axis(match["dim"], kind)], str)
+    return "a split of symbolic size" if equal or not known else None
 
 
 SPLITS = Rewrite(
@@ -98,7 +102,7 @@ def _nested(x: Value, dim: Value, a: Value, b: Value, dim2: Value, c: Value, e: 
 
 def _nests(match: Match, _context: Any) -> str | None:
     kind = match.type("x")
-    numbers = all(isinstance(match[name], int) for name in ("a", "b", "c", "e"))
+    numbers = all(isinstance(match[n], int) and match[n] >= 0 for n in ("a", "b", "c", "e"))
     same = _axis(match["dim"], kind) == _axis(match["dim2"], kind)
     known = isinstance(kind.shape[_axis(match["dim"], kind)], int)
     return None if numbers and same and known else NOT_MINE

@@ -26,7 +26,9 @@ def pattern(x: Value, dims: Value, weight: Value, eps: Value) -> Value:
 def check(match: Match, _context: Any) -> str | None:
     if not match.is_weight("weight"):
         return "the norm has no weight"
-    return None if len(match["dims"]) == 1 else "the norm runs over several axes"
+    if len(match["dims"]) != 1:
+        return f"the norm runs over {len(match['dims'])} axes, not the last one"
+    return None
 
 
 def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...]:

@@ -17,6 +17,7 @@ from lingc.quantize.recipes import load_recipe
 from lingc.rewrite import Outcome, Rewrite, apply, sweep
 
 SIZES = Sizes(page_size=4, max_draft=3)
+RULES = tuple((stage, rule) for stage in pipeline.PIPELINE for rule in stage.rules)
 
 TINY: dict[str, Any] = {
     "architectures": ["BailingMoeV2_5ForCausalLM"],
@@ -193,11 +194,11 @@ def fire(
 ) -> Fired:
     """Apply a rule to what the rules before it made of a model's phase."""
     given = context(model, phase, precision, target)
-    before = _before(rule, model, phase, precision, target)
-    after = copy(before)
+    program = _after(_place(rule), model, phase, precision, target)
+    after = copy(program)
     outcome = apply(after, rule, given)
     return Fired(
-        before=before,
+        before=program,
         after=after,
         outcome=outcome,
         again=apply(copy(after), rule, given),
@@ -209,22 +210,26 @@ def before(
     rule: Rewrite, model: str, phase: str, precision: str = "bf16", target: str = "cpu"
 ) -> Program:
     """The program that the rules before a rule leave; the caller may edit it."""
-    return copy(_before(rule, model, phase, precision, target))
+    return copy(_after(_place(rule), model, phase, precision, target))
+
+
+def _place(rule: Rewrite) -> int:
+    return next(i for i, (_, other) in enumerate(RULES) if other is rule)
 
 
 @cache
-def _before(rule: Rewrite, model: str, phase: str, precision: str, target: str) -> Program:
-    program: Program = captured(model, phase)
-    given = context(model, phase, precision, target)
-    for stage in pipeline.PIPELINE:
-        for earlier in stage.rules:
-            if earlier is rule:
-                return program
-            apply(program, earlier, given)
+def _after(count: int, model: str, phase: str, precision: str, target: str) -> Program:
+    """The program after the first `count` rules of the pipeline."""
+    if count == 0:
+        return captured(model, phase)
+    stage, rule = RULES[count - 1]
+    program = copy(_after(count - 1, model, phase, precision, target))
+    apply(program, rule, context(model, phase, precision, target))
+    if rule is stage.rules[-1]:
         sweep(program)
         if stage.ensures == "fused":
-            stages.retype(program, given.target.activations)
-    raise AssertionError(f"{rule.name} is not in the pipeline")
+            stages.retype(program, targets.get(target).activations)
+    return program
 
 
 def names(program: Program) -> list[str]:
@@ -232,6 +237,6 @@ def names(program: Program) -> list[str]:
     return [target_name(node) for node in program.calls()]
 
 
-def calls(program: Program, name: str) -> list[fx.Node]:
-    """The calls of one op."""
+def calls(program: Program, name: str) -> list[Any]:
+    """The calls of one op, as nodes; any, because their arguments may be anything."""
     return [node for node in program.calls() if target_name(node) == name]
