@@ -108,6 +108,7 @@ def test_a_run_measures_everything_on_both_sides_and_records_it(tmp_path: Path) 
     assert len(value["engine"]["bundle_id"]) == 64
     assert value["engine"]["checkpoint"] == value["baseline"]["checkpoint"]
     assert value["machine"]["cpu"]
+    assert value["machine"]["other_cores"] >= 0
     assert value["machine"]["threads"] == 1
     assert str(engine().parent) not in json.dumps(value)
     assert told[0] == "check that it is right"

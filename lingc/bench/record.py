@@ -111,6 +111,7 @@ class Record:
         baseline: The same of the other side.
         measures: None where the gate is red.
         acceptance: Accepted share of the drafts, by place in the round.
+        other_cores: Cores that other processes kept busy meanwhile; None where nobody tells.
     """
 
     engine: Mapping[str, Any]
@@ -120,6 +121,7 @@ class Record:
     gate: tuple[GateRow, ...]
     measures: tuple[Measure, ...]
     acceptance: tuple[float | None, ...] = ()
+    other_cores: float | None = None
 
     @property
     def is_right(self) -> bool:
@@ -153,7 +155,11 @@ def document(record: Record, versions: Mapping[str, str | None]) -> dict[str, An
         "lingc": __version__,
         "commit": commit(),
         "versions": dict(versions),
-        "machine": {**machine(), "threads": settings.cores},
+        "machine": {
+            **machine(),
+            "threads": settings.cores,
+            "other_cores": record.other_cores,
+        },
         "engine": dict(record.engine),
         "baseline": dict(record.baseline),
         "settings": {
@@ -168,6 +174,34 @@ def document(record: Record, versions: Mapping[str, str | None]) -> dict[str, An
         "measures": [_measure(one) for one in record.measures],
         "acceptance": list(record.acceptance),
     }
+
+
+class OtherLoad:
+    """Counts, from its making on, what other processes do with the machine's cores."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """How many cores they kept busy on average."""
+        now = self._now()
+        if now is None or self._start is None:
+            return None
+        wall, others = (b - a for a, b in zip(self._start, now, strict=True))
+        return max(others, 0.0) / max(wall, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float] | None:
+        """Seconds passed, and seconds that cores worked for others."""
+        try:
+            line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, *_ = map(int, line.split()[1:])
+        busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        used = own.user + own.system + own.children_user + own.children_system
+        return own.elapsed, busy - used
 
 
 def machine() -> dict[str, Any]:

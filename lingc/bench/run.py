@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lingc.bench.contenders import Contender, Eager, Engine, Tokens
-from lingc.bench.record import GateRow, Measure, Record, Settings, measure
+from lingc.bench.record import GateRow, Measure, OtherLoad, Record, Settings, measure
 from lingc.bench.starting import Started, start_eager, start_engine
 from lingc.checkpoint import Checkpoint
 from lingc.errors import UsageError
@@ -55,6 +55,7 @@ def run(settings: Settings, tell: Progress = lambda _: None) -> Record:
     tell("check that it is right")
     gate = tuple(_gate(settings, pair, prompts))
     measures: tuple[Measure, ...] = ()
+    load = OtherLoad()
     timing = _Timing(settings=settings, pair=pair, prompts=prompts)
     if all(row.ok for row in gate):
         measures = tuple(timing.measures(tell))
@@ -66,6 +67,7 @@ def run(settings: Settings, tell: Progress = lambda _: None) -> Record:
         gate=gate,
         measures=measures,
         acceptance=timing.acceptance,
+        other_cores=load.cores(),
     )
 
 

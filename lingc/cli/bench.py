@@ -14,6 +14,9 @@ from lingc.errors import GateError, UsageError
 if TYPE_CHECKING:
     from lingc.bench.record import Measure, Record, Spread
 
+_QUIET_CORES = 0.2
+"""What others may use of the machine while it is measured."""
+
 
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
@@ -159,7 +162,12 @@ def _show(out: Output, record: "Record") -> None:
     if record.acceptance:
         shares = ", ".join("never" if r is None else f"{r:.3f}" for r in record.acceptance)
         out.line(f"accepted drafts by place in the round: {shares}")
-    out.line("A ratio above 1: the engine is so many times faster, or smaller. On this machine.")
+    out.line("A ratio above 1: the engine is so many times faster, or smaller, on this machine.")
+    if record.other_cores is not None and record.other_cores > _QUIET_CORES:
+        out.note(
+            f"warning: other processes kept {record.other_cores:.1f} cores busy meanwhile, so these"
+            " numbers are worth little; run it again on a quiet machine"
+        )
 
 
 def _row(measure: "Measure") -> tuple[object, ...]:
