@@ -164,8 +164,8 @@ def _show(out: Output, record: "Record") -> None:
         out.line(f"accepted drafts by place in the round: {shares}")
     out.line("A ratio above 1: the engine is so many times faster, or smaller, on this machine.")
     if record.other_cores is not None and record.other_cores > _QUIET_CORES:
-        out.note(
-            f"warning: other processes kept {record.other_cores:.1f} cores busy meanwhile, so these"
+        out.line(
+            f"But other processes kept {record.other_cores:.1f} cores busy meanwhile, so these"
             " numbers are worth little; run it again on a quiet machine"
         )
 
