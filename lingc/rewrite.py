@@ -208,6 +208,7 @@ class _Matcher:
     def __init__(self) -> None:
         self.miss_depth = 0
         self.miss = ""
+        self.within: fx.Node | None = None  # the call whose arguments are being matched
 
     def value(self, pattern: Value, value: Value, match: Match) -> Match | None:
         """`match` extended so that `pattern` stands for `value`, or None."""
@@ -227,7 +228,7 @@ class _Matcher:
         """Note what stood in the way, if no attempt came further."""
         if len(match.nodes) > self.miss_depth:
             self.miss_depth = len(match.nodes)
-            self.miss = f"{what}; in {where(max(match.nodes.values()))}"
+            self.miss = f"{what}; in {where(self.within or max(match.nodes.values()))}"
 
     def _sequence(
         self, patterns: Sequence[Value], values: Sequence[Value], match: Match
@@ -256,10 +257,12 @@ class _Matcher:
             return None
         extended = Match(match.bound, {**match.nodes, pattern: value})
         wanted, given = full_args(pattern), full_args(value)
+        outer, self.within = self.within, value
         found = self._sequence(wanted, given, extended)
         if found is None and pattern.target in COMMUTATIVE:
             swapped = (given[1], given[0], *given[2:])
             found = self._sequence(wanted, swapped, extended)
+        self.within = outer
         return found
 
     def _bind(self, name: str, value: Value, match: Match) -> Match | None:

@@ -32,12 +32,12 @@ def evaluate(program: Program, model: str, *, layout: str = "bf16") -> dict[str,
         model: Name of its config.
         layout: Recipe by which the made-up checkpoint's values are rounded.
     """
-    given = _inputs(model, program.phase)
+    start = given(model, program.phase)
     values: dict[fx.Node, Any] = {}
     with torch.inference_mode():
         for node in program.graph.nodes:
             if node.op == "placeholder":
-                values[node] = _placeholder(node, given, model, layout)
+                values[node] = _placeholder(node, start, model, layout)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = _call(node, args, kwargs)
@@ -78,13 +78,13 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
     return node.target(*args, **kwargs)
 
 
-def _placeholder(node: fx.Node, given: Mapping[str, Tensor], model: str, layout: str) -> Tensor:
+def _placeholder(node: fx.Node, start: Mapping[str, Tensor], model: str, layout: str) -> Tensor:
     role, name, kind = (node.meta[key] for key in ("role", "name", "type"))
     if role == "constant":
         return torch.tensor(node.meta["values"], dtype=torch.float32)
     if role == "weight":
         return _weight(node.meta["weight"], model, layout)
-    return given[name].to(TORCH_DTYPE[kind.dtype])
+    return start[name].to(TORCH_DTYPE[kind.dtype])
 
 
 @cache
@@ -92,17 +92,18 @@ def _weight(spec: WeightSpec, model: str, layout: str) -> Tensor:
     """A weight as stored; plain ones with all the digits that the checkpoint's layout has."""
     plain = spec.format in ("plain", "decay")
     made = replace(spec, type=TensorType("f32", spec.type.shape)) if plain else spec
-    checkpoint = _checkpoint(model, layout)
+    checkpoint = synthetic(model, layout)
     return stored_tensor(materialize(made, checkpoint, checkpoint.config), made.type)
 
 
 @cache
-def _checkpoint(model: str, layout: str) -> SyntheticCheckpoint:
+def synthetic(model: str, layout: str) -> SyntheticCheckpoint:
+    """The checkpoint that weights are made of."""
     return SyntheticCheckpoint(config(model), seed=3, layout=layout)
 
 
 @cache
-def _inputs(name: str, phase: str) -> Mapping[str, Tensor]:
+def given(name: str, phase: str) -> Mapping[str, Tensor]:
     """Inputs and states of every name; a phase takes those that it has."""
     model, some = config(name), Samples(dtype="f32", device="cpu", seed=5)
     lengths, page_size = LENGTHS[phase], SIZES.page_size
@@ -113,7 +114,7 @@ def _inputs(name: str, phase: str) -> Mapping[str, Tensor]:
     place = positions.long()
     cache_rows = pages[sequence, place // page_size] * page_size + place % page_size
     cache_rows[sequence == len(lengths) - 1] = -1
-    given = {
+    values = {
         "token_ids": some.below(model.vocab_size, tokens),
         "hidden": some.normal(tokens, model.hidden_size),
         "positions": positions,
@@ -126,8 +127,8 @@ def _inputs(name: str, phase: str) -> Mapping[str, Tensor]:
     }
     slots_held, kept = len(lengths) + 1, SIZES.max_draft + 1
     for layer in range(model.num_hidden_layers + 1):
-        given[f"linear_state.{layer}"] = some.state(slots_held, heads, dim, dim)
-        given[f"pending_k.{layer}"] = some.state(slots_held, kept, heads, dim)
-        given[f"pending_v.{layer}"] = some.state(slots_held, kept, heads, dim)
-        given[f"latent_cache.{layer}"] = some.state(rows, model.latent_dim)
-    return given
+        values[f"linear_state.{layer}"] = some.state(slots_held, heads, dim, dim)
+        values[f"pending_k.{layer}"] = some.state(slots_held, kept, heads, dim)
+        values[f"pending_v.{layer}"] = some.state(slots_held, kept, heads, dim)
+        values[f"latent_cache.{layer}"] = some.state(rows, model.latent_dim)
+    return values

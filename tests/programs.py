@@ -240,3 +240,8 @@ def names(program: Program) -> list[str]:
 def calls(program: Program, name: str) -> list[Any]:
     """The calls of one op, as nodes; any, because their arguments may be anything."""
     return [node for node in program.calls() if target_name(node) == name]
+
+
+def output(program: Program) -> Any:
+    """The node that holds the results."""
+    return next(iter(program.graph.find_nodes(op="output")))

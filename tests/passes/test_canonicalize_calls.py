@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from torch import fx
 
-from lingc.graph import Program
 from lingc.passes import canonicalize_calls
 from lingc.plan import TensorType
 from lingc.rewrite import Builder, Rewrite, apply
 from tests.evaluate import assert_same
-from tests.programs import before, calls, context, copy, fire, names
+from tests.programs import before, calls, context, copy, fire, names, output
 
 aten = torch.ops.aten
 RULES = canonicalize_calls.RULES
@@ -90,10 +88,10 @@ def test_drops_a_slice_of_everything_and_an_alias() -> None:
     hidden = program.results()[1]
     kind = hidden.meta["type"]
     build = Builder(program, hidden)
-    with program.graph.inserting_before(_output(program)):
+    with program.graph.inserting_before(output(program)):
         alias = build.call(aten.alias.default, hidden, type=kind)
         whole = build.call(aten.slice.Tensor, alias, 1, 0, 2**63 - 1, type=kind)
-    _output(program).args = ((program.results()[0], whole, *program.results()[2:]),)
+    output(program).args = ((program.results()[0], whole, *program.results()[2:]),)
     changed = copy(program)
 
     for rule in (canonicalize_calls.ALIASES, canonicalize_calls.SLICES):
@@ -107,9 +105,9 @@ def test_folds_slices_of_slices_down_to_one() -> None:
     program = before(canonicalize_calls.NESTED, "tiny", "prefill")
     linear = calls(program, "aten.linear.default")[0]
     build, tokens = Builder(program, linear), linear.meta["type"].shape[0]
-    with program.graph.inserting_before(_output(program)):
+    with program.graph.inserting_before(output(program)):
         outer = build.slice(build.slice(build.slice(linear, 1, 8, 100), 1, 4, 64), -1, 2, 40)
-    _output(program).args = ((outer, *program.results()[1:]),)
+    output(program).args = ((outer, *program.results()[1:]),)
 
     outcome = apply(program, canonicalize_calls.NESTED, context("tiny", "prefill"))
 
@@ -122,16 +120,11 @@ def test_does_nothing_to_a_slice_that_counts_from_the_end() -> None:
     program = before(canonicalize_calls.NESTED, "tiny", "prefill")
     linear = calls(program, "aten.linear.default")[0]
     build = Builder(program, linear)
-    with program.graph.inserting_before(_output(program)):
+    with program.graph.inserting_before(output(program)):
         inner = build.slice(linear, 1, 8, 100)
         outer = build.call(aten.slice.Tensor, inner, 1, -4, 92, type=linear.meta["type"])
-    _output(program).args = ((outer, *program.results()[1:]),)
+    output(program).args = ((outer, *program.results()[1:]),)
 
     outcome = apply(program, canonicalize_calls.NESTED, context("tiny", "prefill"))
 
     assert (outcome.found, outcome.refused) == (0, [])
-
-
-def _output(program: Program) -> fx.Node:
-    node: fx.Node = next(iter(program.graph.find_nodes(op="output")))
-    return node
