@@ -13,10 +13,11 @@ scratch: what is written there is never read. An engine may skip such writes.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from lingc.errors import InputError
 
@@ -28,7 +29,7 @@ PHASES = ("prefill", "decode", "verify", "draft")
 Dim = int | str
 """A size: a number, or the name of a symbolic axis (`"T"`)."""
 
-DTYPE_BYTES: Mapping[str, float] = {
+DTYPE_BYTES: Mapping[str, int] = {
     "f64": 8, "f32": 4, "bf16": 2, "f8e4m3": 1, "i64": 8, "i32": 4, "u8": 1, "bool": 1,
 }  # fmt: skip
 
@@ -50,6 +51,10 @@ class TensorType:
     def bind(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every symbolic size replaced by its value in `dims`."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
+    def bytes(self, dims: Mapping[str, int] | None = None) -> int:
+        """Bytes of a value, with symbolic sizes from `dims`."""
+        return math.prod(self.bind(dims or {})) * DTYPE_BYTES[self.dtype]
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -208,8 +213,8 @@ def loads(text: str) -> Plan:
         InputError: The text is not a plan of a known format.
     """
     try:
-        return from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return from_json(json.loads(text, parse_constant=_no_number))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the plan cannot be read: {error}") from error
 
 
@@ -221,16 +226,16 @@ def from_json(value: Mapping[str, Any]) -> Plan:
             hint="update lingc, or rebuild the engine with this version",
         )
     return Plan(
-        format=value["format"],
-        config=value["config"],
-        precision=value["precision"],
-        target=value["target"],
-        activation=value["activation"],
-        page_size=value["page_size"],
-        max_draft=value["max_draft"],
-        states={name: _type(text) for name, text in value["states"].items()},
-        weights={name: _weight(item) for name, item in value["weights"].items()},
-        programs={name: _program(item) for name, item in value["programs"].items()},
+        format=_whole(value["format"]),
+        config=_table(value["config"], lambda item: item),
+        precision=_text(value["precision"]),
+        target=_text(value["target"]),
+        activation=_text(value["activation"]),
+        page_size=_whole(value["page_size"], least=1),
+        max_draft=_whole(value["max_draft"], least=0),
+        states=_table(value["states"], _type),
+        weights=_table(value["weights"], _weight),
+        programs=_table(value["programs"], _program),
     )
 
 
@@ -252,10 +257,42 @@ def _encode(value: Any) -> Any:
             return value
 
 
+T = TypeVar("T")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a text")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r:.80} is not a list of texts")
+    return tuple(map(_text, values))
+
+
+def _whole(value: Any, *, least: int = -(1 << 63)) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
+        raise ValueError(f"{value!r:.80} is not a whole number that can stand there")
+    return value
+
+
+def _table(value: Any, read: Callable[[Any], T]) -> dict[str, T]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.80} is not an object")
+    return {name: read(item) for name, item in value.items()}
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is not a number that a plan can hold")
+
+
 _TYPE = re.compile(r"(\w+)\[(.*)\]")
 
 
-def _type(text: str) -> TensorType:
+def _type(value: Any) -> TensorType:
+    text = _text(value)
     found = _TYPE.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is not a tensor type")
@@ -277,28 +314,38 @@ def _arg(value: Any) -> Arg:
 
 
 def _weight(item: Mapping[str, Any]) -> WeightSpec:
-    given = dict(item)
-    given["type"] = _type(given["type"])
-    given["sources"] = tuple(given["sources"])
-    given["split"] = tuple(given["split"])
-    return WeightSpec(**given)
+    take, axis = item["take"], item["shard_axis"]
+    return WeightSpec(
+        name=_text(item["name"]),
+        type=_type(item["type"]),
+        sources=_texts(item["sources"]),
+        experts=_whole(item["experts"], least=0),
+        format=_text(item["format"]),
+        part=_text(item["part"]),
+        group=_whole(item["group"], least=0),
+        take=None if take is None else _text(take),
+        split=tuple(map(_whole, item["split"])),
+        layer=_whole(item["layer"]),
+        shard_axis=None if axis is None else _whole(axis),
+        layout=_text(item["layout"]),
+    )
 
 
 def _program(item: Mapping[str, Any]) -> Program:
     return Program(
-        inputs=tuple(item["inputs"]),
-        states=tuple(item["states"]),
-        outputs=dict(item["outputs"]),
-        updates=dict(item["updates"]),
-        weights=tuple(item["weights"]),
-        types={name: _type(text) for name, text in item["types"].items()},
+        inputs=_texts(item["inputs"]),
+        states=_texts(item["states"]),
+        outputs=_table(item["outputs"], _text),
+        updates=_table(item["updates"], _text),
+        weights=_texts(item["weights"]),
+        types=_table(item["types"], _type),
         steps=tuple(
             Step(
-                op=step["op"],
+                op=_text(step["op"]),
                 args=tuple(_arg(value) for value in step["args"]),
-                outputs=tuple(step["outputs"]),
-                layer=step["layer"],
-                source=step["source"],
+                outputs=_texts(step["outputs"]),
+                layer=_whole(step["layer"]),
+                source=_text(step["source"]),
             )
             for step in item["steps"]
         ),
