@@ -30,6 +30,9 @@ PREPACKED_BYTES = 256 << 20
 """Up to here each session may keep its own copy of the weights, in the order its kernels like best:
 steps of many tokens are up to twice as fast, steps of one token the same."""
 
+SETTLED = "decode_settled"
+"""The model for decode steps in which no slot has accepted tokens to commit."""
+
 NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
     "f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32,
 }  # fmt: skip
@@ -105,7 +108,7 @@ class OnnxBackend:
         if program is None:
             known = ", ".join(self._plan.programs)
             raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
-        session, binding = self._session(phase)
+        session, binding = self._session(phase, self._model(phase, inputs))
         sizes: dict[str, int] = {}
         for name in program.inputs:
             array = _checked(phase, name, program.types[name], inputs, sizes)
@@ -147,23 +150,31 @@ class OnnxBackend:
         self._state_values.clear()
         self._states.clear()
 
-    def _session(self, phase: str) -> tuple[InferenceSession, IOBinding]:
-        if phase in self._sessions:
-            return self._sessions[phase]
+    def _model(self, phase: str, inputs: Mapping[str, Array]) -> str:
+        """Which model runs the phase with these inputs."""
+        if phase != "decode" or SETTLED not in self._models:
+            return phase
+        accepted = inputs.get("accepted")
+        return phase if accepted is None or np.any(accepted) else SETTLED
+
+    def _session(self, phase: str, name: str) -> tuple[InferenceSession, IOBinding]:
+        """The session of one model, whose inputs and outputs are those of the phase."""
+        if name in self._sessions:
+            return self._sessions[name]
         program, taps = self._plan.programs[phase], self._taps[phase]
-        model = self._models[phase]
+        model = self._models[name]
         session = make_session(
-            with_outputs(model, {name: program.types[name] for name in taps}) if taps else model,
-            {name: self._values[name] for name in self._info["phases"][phase]},
+            with_outputs(model, {tap: program.types[tap] for tap in taps}) if taps else model,
+            {key: self._values[key] for key in self._info["phases"][name]},
             threads=self._threads,
             prepack=sum(array.nbytes for array in self._weights.values()) <= PREPACKED_BYTES,
         )
         binding = session.io_binding()
-        for name in program.states:
-            binding.bind_ortvalue_input(name, self._state_values[name])
-        for name, updated in program.updates.items():
-            binding.bind_ortvalue_output(updated, self._state_values[name])
-        self._sessions[phase] = session, binding
+        for state in program.states:
+            binding.bind_ortvalue_input(state, self._state_values[state])
+        for state, updated in program.updates.items():
+            binding.bind_ortvalue_output(updated, self._state_values[state])
+        self._sessions[name] = session, binding
         return session, binding
 
     def _slot_states(self, slot: int) -> list[str]:
@@ -175,8 +186,7 @@ class OnnxBackend:
 def _models(package: Package) -> OnnxModels:
     code = package.code()
     models = {
-        phase: package.read(f"variants/{code.target}/{phase}.onnx")
-        for phase in package.plan.programs
+        name: package.read(f"variants/{code.target}/{name}.onnx") for name in code.info["phases"]
     }
     return OnnxModels(plan=package.plan, models=models, info=code.info)
 

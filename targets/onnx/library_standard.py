@@ -25,6 +25,8 @@ class Standard:
         body: Where the nodes go.
         few_tokens: Whether the phase has a token or a few for each sequence, so that experts are
             better fetched for each token than tokens for each expert.
+        settled: Whether no slot of the step has accepted tokens to commit, so that pending ones
+            need not be read.
     """
 
     interleaved = False
@@ -32,9 +34,10 @@ class Standard:
 
     domains: Sequence[tuple[str, int]] = (("", OPSET),)
 
-    def __init__(self, body: Body, *, few_tokens: bool) -> None:
+    def __init__(self, body: Body, *, few_tokens: bool, settled: bool = False) -> None:
         self.body = body
         self.few_tokens = few_tokens
+        self.settled = settled
 
     # ----------------------------------------------------------------------------------- matrices
 

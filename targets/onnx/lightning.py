@@ -206,6 +206,9 @@ def _decoded(
     body, (state, pending_k, pending_v) = library.body, held
     pending = pending_k.size(1)
     live = _live(body, slots, positions)
+    if library.settled:
+        o, end = library.recur(*new, decay, _started(body, state, slots, live))
+        return o, _stored(body, state, slots, end)
     # The new token stands behind the pending ones and counts always.
     counts = _accepted(body, accepted, live, [*range(pending), -1])
     before = counts.slice(1, 0, pending)

@@ -19,7 +19,7 @@ from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.targets.onnx.body import LINGC, ONNX_DTYPE, OPSET
 from lingc.targets.onnx.library_ort import Ort
 from lingc.targets.onnx.library_standard import Standard
-from lingc.targets.onnx.phase import Phase
+from lingc.targets.onnx.phase import SETTLED, Phase
 from lingc.targets.onnx.weights import EngineWeight, Weights, widening
 
 LIBRARIES: Mapping[str, type[Standard]] = {"ort": Ort, "standard": Standard}
@@ -36,7 +36,7 @@ class OnnxEngine:
     """What a plan was lowered to.
 
     Attributes:
-        models: phase -> serialized model, without weights.
+        models: phase, or `decode_settled`, -> serialized model, without weights.
         weights: The weights that an engine of these models is packed with.
         info: What a backend must know beside the models and the plan, as plain JSON values:
             `library`, `widen`, `opset`, `initializers` and, by phase, the names of those it reads.
@@ -73,6 +73,8 @@ def lower(plan: Plan, *, library: str = "ort", widen: str = "auto") -> OnnxEngin
     weights = Weights(types, widen=policy == "load", interleaved=kind.interleaved)
     ordered = [name for name in PHASES if name in plan.programs]
     phases = {name: Phase(name, plan.programs[name], kind, weights) for name in ordered}
+    if "decode" in phases:
+        phases[SETTLED] = Phase(SETTLED, plan.programs["decode"], kind, weights)
     graphs = {name: phase.graph() for name, phase in phases.items()}
     offsets = _offsets(weights.initializers)
     for name, phase in phases.items():

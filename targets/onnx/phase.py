@@ -16,6 +16,10 @@ from lingc.targets.onnx.weights import Weights
 
 FEW_TOKENS = frozenset({"decode", "verify"})
 
+SETTLED = "decode_settled"
+"""Decode for steps in which no slot has accepted tokens to commit: what decoding without drafts
+always is. The same program in fewer nodes."""
+
 
 class Phase:
     """A phase in the making.
@@ -33,6 +37,7 @@ class Phase:
         self._name = name
         self._program = program
         self._library = library
+        self._settled = name == SETTLED
         self._weights = weights
         self._body = Body(prefix=f"{LINGC}.")
         self._views: Mapping[str, Callable[..., Value]] = {
@@ -88,7 +93,8 @@ class Phase:
         if key in self.functions:
             return self.functions[key]
         body = Body()
-        library = self._library(body, few_tokens=self._name in FEW_TOKENS)
+        few = self._settled or self._name in FEW_TOKENS
+        library = self._library(body, few_tokens=few, settled=self._settled)
         formal = (
             Value(name, body, value.dtype, value.shape) if isinstance(value, Value) else value
             for name, value in values.items()

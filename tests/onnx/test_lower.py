@@ -246,3 +246,15 @@ def test_views_and_copies_become_standard_nodes() -> None:
     joined = np.concatenate((given[:, 2:], given), -1).reshape(2, 2, 5)
     np.testing.assert_array_equal(got, 2 * joined[[1, 0, 1]])
     assert not made.functions
+
+
+def test_decode_without_accepted_tokens_reads_no_pending_ones() -> None:
+    engine = lower(compiled("tiny"))
+
+    def reads(name: str) -> set[str]:
+        functions = [f for f in model(engine, name).functions if f.name == "decode_mixer"]
+        assert functions
+        return {read for f in functions for node in f.node for read in node.input}
+
+    assert {"pending_k", "pending_v", "accepted"} <= reads("decode")
+    assert not {"pending_k", "pending_v", "accepted"} & reads("decode_settled")
