@@ -97,8 +97,8 @@ class _Lowering:
         return f"{stem}.{seen}" if seen else stem
 
     def _step(self, node: fx.Node) -> Step | None:
-        if node.target is operator.getitem:
-            return None
+        if node.target is operator.getitem or isinstance(node.meta["type"], str):
+            return None  # a part of a result, or the size of an axis
         if node.kwargs:
             raise StageError(f"{where(node)} has keyword arguments, a step has none")
         return Step(
