@@ -93,13 +93,14 @@ class Ort(Standard):
         start: Value,
         *,
         counts: Value | None = None,
+        span: Value | None = None,
     ) -> tuple[Value, Value]:
         heads = start.size(1)
-        if counts is None:
-            shape = self.body.sizes([k.length(0), k.length(1), heads])
-            decay = self.body.op("Expand", -rate, shape)
-        else:
+        if counts is not None:
             decay = counts.unsqueeze(2) * -rate
+        else:
+            assert span is not None, "all tokens count, of an unknown number"
+            decay = self.body.op("Expand", -rate, self.body.sizes([span, heads]))
         made = self.body.ops(
             f"{CONTRIB}::LinearAttention",
             2,

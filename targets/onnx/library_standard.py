@@ -142,6 +142,7 @@ class Standard:
         start: Value,
         *,
         counts: Value | None = None,
+        span: Value | None = None,
     ) -> tuple[Value, Value]:
         """Lightning attention of n tokens of each sequence, and the states after them.
 
@@ -153,7 +154,9 @@ class Standard:
             start: States [B, H, K, V], with H, K and V as numbers.
             counts: f32 [B, n]: 1 for tokens that count, 0 for those that must leave no trace.
                 None where all do.
+            span: The shape B, n, for a library that needs it where all count.
         """
+        del span
         body = self.body
         heads, key, value = (start.size(axis) for axis in (1, 2, 3))
         ks = k.reshape(0, 0, heads, key).transpose(0, 2, 1, 3)

@@ -95,8 +95,8 @@ def lightning_verify(
     count = slots.length(0)
     new_q, new_k = (x.reshape(count, -1, heads * key) for x in (q, k))
     new = (new_q, new_k, v.reshape(count, -1, heads * value))
-    held, first = (state, pending_k, pending_v), positions.gather(offsets.slice(0, 0, -1))
-    o, *after = _verified(library, new, decay, held, slots, accepted, first)
+    held = (state, pending_k, pending_v)
+    o, *after = _verified(library, new, decay, held, slots, accepted, offsets, positions)
     return (o.reshape(-1, heads, value), after[0], after[1], after[2])
 
 
@@ -151,8 +151,8 @@ def verify_mixer(
     mixed = _Mixed(library=library, qkvg=qkvg, weights=weights, angles=angles, heads=heads)
     count = slots.length(0)
     new, gate = mixed.inputs(lambda x: x.reshape(count, -1, x.size(1)), eps)
-    held, first = (state, pending_k, pending_v), positions.gather(offsets.slice(0, 0, -1))
-    o, *after = _verified(library, new, decay, held, slots, accepted, first)
+    held = (state, pending_k, pending_v)
+    o, *after = _verified(library, new, decay, held, slots, accepted, offsets, positions)
     return (mixed.output(o, gate, norm_weight, groups, eps), after[0], after[1], after[2])
 
 
@@ -207,7 +207,8 @@ def _decoded(
     pending = pending_k.size(1)
     live = _live(body, slots, positions)
     if library.settled:
-        o, end = library.recur(*new, decay, _started(body, state, slots, live))
+        span = body.sizes([slots.length(0), 1])
+        o, end = library.recur(*new, decay, _started(body, state, slots, live), span=span)
         return o, _stored(body, state, slots, end)
     # The new token stands behind the pending ones and counts always.
     counts = _accepted(body, accepted, live, [*range(pending), -1])
@@ -231,11 +232,15 @@ def _verified(
     held: _Held,
     slots: Value,
     accepted: Value,
-    first_positions: Value,
+    offsets: Value,
+    positions: Value,
 ) -> tuple[Value, Value, Value, Value]:
     """A few more tokens that stay pending: o [B, n, H V], state, pending k and v."""
     body, (state, pending_k, pending_v) = library.body, held
-    live = _live(body, slots, first_positions)
+    live = _live(body, slots, positions.gather(offsets.slice(0, 0, -1)))
+    # From what all layers share, so that it is computed once.
+    sequences = slots.length(0)
+    span = body.sizes([sequences, positions.length(0) / sequences])
     counts = _accepted(body, accepted, live, range(pending_k.size(1)))
     old_k, old_v = pending_k.gather(slots), pending_v.gather(slots)
     _, before = library.recur(
@@ -247,7 +252,7 @@ def _verified(
         counts=counts.cast("f32"),
     )
     before = Value(before.name, body, shape=state.shape)
-    o, _ = library.recur(*new, decay, before)
+    o, _ = library.recur(*new, decay, before, span=span)
     return (
         o,
         _stored(body, state, slots, before),

@@ -17,15 +17,17 @@ from tests.programs import compiled
 
 VARIANTS = [
     ("tiny", "bf16", "ort", "load"),
-    ("tiny", "bf16", "standard", "load"),
-    ("odd", "bf16", "ort", "step"),
-    ("whole-head-rope", "bf16", "ort", "load"),
-    ("whole-blocks", "fp8", "ort", "load"),
-    ("whole-blocks", "fp8", "ort", "step"),
-    ("odd", "fp8", "standard", "step"),
+    ("tiny", "bf16", "standard", "step"),
+    ("odd", "fp8", "ort", "step"),
+    ("odd", "fp8", "standard", "load"),
     ("whole-blocks", "int4", "ort", "load"),
-    ("odd", "int4", "ort", "step"),
-    ("tiny", "int4", "standard", "load"),
+    ("whole-blocks", "int4", "standard", "step"),
+]
+MORE_VARIANTS = [
+    (model, precision, library, widen)
+    for model in ("odd", "whole-head-rope", "one-head", "groups-of-two", "whole-blocks")
+    for precision in ("bf16", "fp8", "int4")
+    for library, widen in (("ort", "load"), ("ort", "step"), ("standard", "load"))
 ]
 
 
@@ -53,7 +55,10 @@ def assert_same_states(got: Backend, want: Backend) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * largest, err_msg=name)
 
 
-@pytest.mark.parametrize(("model", "precision", "library", "widen"), VARIANTS)
+@pytest.mark.parametrize(
+    ("model", "precision", "library", "widen"),
+    [*VARIANTS, *(pytest.param(*v, marks=pytest.mark.long) for v in MORE_VARIANTS)],
+)
 def test_every_phase_equals_the_interpreter(
     model: str, precision: str, library: str, widen: str
 ) -> None:
