@@ -59,7 +59,7 @@ class InterpreterBackend:
         """Run one phase; state is updated in place.
 
         Returns:
-            Outputs by role, f32.
+            Outputs by role, at least f32.
 
         Raises:
             StageError: The plan has no such phase, or a step fails.
@@ -85,10 +85,7 @@ class InterpreterBackend:
                 del values[name]
         for state, name in program.updates.items():
             self.states[state] = values[name]
-        return {
-            role: values[name].to(torch.float32).cpu().numpy()
-            for role, name in program.outputs.items()
-        }
+        return {role: _wide_array(values[name]) for role, name in program.outputs.items()}
 
     def _step(
         self, step: Step, values: Mapping[str, Tensor], sizes: Mapping[str, int]
@@ -103,8 +100,8 @@ class InterpreterBackend:
         return result if isinstance(result, tuple) else (result,)
 
     def state(self, name: str) -> Array:
-        """A copy of a state tensor, f32."""
-        return self.states[name].to(torch.float32).cpu().numpy()
+        """A copy of a state tensor, at least f32."""
+        return _wide_array(self.states[name])
 
     def save_slot(self, slot: int) -> dict[str, Array]:
         """Linear state and pending tokens of one slot."""
@@ -135,6 +132,13 @@ def stored_tensor(array: Array, kind: TensorType) -> Tensor:
     if kind.dtype == "f8e4m3":
         return torch.from_numpy(array.view(np.uint8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(array)
+
+
+def _wide_array(tensor: Tensor) -> Array:
+    """A copy in f32, or in f64 where that is what it has."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    array: Array = tensor.to("cpu", dtype, copy=True).numpy()
+    return array
 
 
 def _stored_array(tensor: Tensor) -> Array:

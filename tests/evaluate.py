@@ -1,6 +1,7 @@
 """Run a program's graph, in any stage, on tensors: what a rewrite must leave as it was."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -34,7 +35,7 @@ def evaluate(program: Program, model: str, *, layout: str = "bf16") -> dict[str,
     """
     start = given(model, program.phase)
     values: dict[fx.Node, Any] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = _placeholder(node, start, model, layout)
@@ -43,6 +44,15 @@ def evaluate(program: Program, model: str, *, layout: str = "bf16") -> dict[str,
                 values[node] = _call(node, args, kwargs)
     results = (values[node] for node in program.results())
     return dict(zip((*program.outputs, *program.updates), results, strict=True))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensors this small take longer to hand to a second thread than to compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_same(
