@@ -122,6 +122,7 @@ def compile_plan(
     _check_waived(request.waive)
     phases = [phase for phase in PHASES if phase != "draft" or has_mtp]
     capturer, report = capturer or Capturer(config, request.sizes), Report()
+    assert (capturer.config, capturer.sizes) == (config, request.sizes), "it captures another model"
     context = Context(config=config, phase=phases[0], target=target, recipe=recipe)
     fused: dict[str, Fused] = {}
     with stage("capture and fuse", total=len(phases), unit="phases") as advance:

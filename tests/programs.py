@@ -132,13 +132,14 @@ def context(model: str, phase: str, precision: str = "bf16", target: str = "cpu"
 
 
 @cache
-def _capturer(model: str) -> Capturer:
+def capturer(model: str) -> Capturer:
+    """With what it captured so far for others."""
     return Capturer(config(model), SIZES)
 
 
 @cache
 def _captured(model: str, phase: str) -> Captured:
-    return _capturer(model).capture(phase)
+    return capturer(model).capture(phase)
 
 
 def captured(model: str, phase: str) -> Captured:
