@@ -30,6 +30,10 @@ PREPACKED_BYTES = 256 << 20
 """Up to here each session may keep its own copy of the weights, in the order its kernels like best:
 steps of many tokens are up to twice as fast, steps of one token the same."""
 
+PREPACKED_4_BIT_BYTES = 2 << 30
+"""The same for an engine that widens in every step: there only 4-bit weights are copied, and
+without the copy ONNX Runtime dequantizes whole matrices, which is several times slower."""
+
 SETTLED = "decode_settled"
 """The model for decode steps in which no slot has accepted tokens to commit."""
 
@@ -167,7 +171,7 @@ class OnnxBackend:
             with_outputs(model, {tap: program.types[tap] for tap in taps}) if taps else model,
             {key: self._values[key] for key in self._info["phases"][name]},
             threads=self._threads,
-            prepack=sum(array.nbytes for array in self._weights.values()) <= PREPACKED_BYTES,
+            prepack=self._prepacks(),
         )
         binding = session.io_binding()
         for state in program.states:
@@ -176,6 +180,14 @@ class OnnxBackend:
             binding.bind_ortvalue_output(updated, self._state_values[state])
         self._sessions[name] = session, binding
         return session, binding
+
+    def _prepacks(self) -> bool:
+        """Whether every session may copy the weights that its kernels read as they are."""
+        total_bytes = sum(array.nbytes for array in self._weights.values())
+        if total_bytes <= PREPACKED_BYTES:
+            return True
+        four_bit_bytes = sum(a.nbytes for a in self._weights.values() if a.dtype == np.uint8)
+        return self._info["widen"] == "step" and 0 < four_bit_bytes <= PREPACKED_4_BIT_BYTES
 
     def _slot_states(self, slot: int) -> list[str]:
         if not 0 <= slot < self._limits.slots:
