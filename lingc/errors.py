@@ -82,7 +82,9 @@ class CheckpointError(InputError):
 
     id = "LINGC-E0302"
 
-    def __init__(self, problem: str, *, problems: tuple[str, ...] = (), hint: str | None = None):
+    def __init__(
+        self, problem: str, *, problems: tuple[str, ...] = (), hint: str | None = None
+    ) -> None:
         listed = "".join(f"\n  - {line}" for line in problems)
         super().__init__(problem + listed, hint=hint)
         self.problems = problems
