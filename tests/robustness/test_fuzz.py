@@ -236,7 +236,35 @@ def test_a_mutated_plan_is_read_or_refused(data: st.DataObject, plan_value: Any)
     assert loads(dumps(plan)) == plan
 
 
-@given(text=st.text(max_size=40) | JSON.map(json.dumps))
+KINDS: dict[str, tuple[list[object], object]] = {
+    "an op that is a list": (["programs", "draft", "steps", 0, "op"], []),
+    "a page of text": (["page_size"], "64"),
+    "a page of nothing": (["page_size"], 0),
+    "a format that is true": (["format"], True),
+    "a config that is a list": (["config"], []),
+    "a target that is an object": (["target"], {}),
+    "weights that are a list": (["weights"], []),
+    "inputs that are a text": (["programs", "draft", "inputs"], "abc"),
+    "a layer between layers": (["programs", "draft", "steps", 0, "layer"], 0.5),
+    "an argument that is no number": (["programs", "draft", "steps", 0, "args"], [float("nan")]),
+    "a type without a shape": (["states", "latent_cache.4"], "f32"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_plan_with_a_value_of_another_kind_is_refused(name: str, plan_value: Any) -> None:
+    (*way, last), value = KINDS[name]
+    changed = copy.deepcopy(plan_value)
+    inner = changed
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+
+    with pytest.raises(InputError, match="the plan cannot be read"):
+        loads(json.dumps(changed))
+
+
+@given(text=st.text(max_size=40) | JSON.map(json.dumps) | st.just("[" * 100_000))
 def test_any_text_for_a_plan_is_refused_on_purpose(text: str) -> None:
     with pytest.raises(InputError):
         loads(text)
