@@ -109,8 +109,8 @@ def drive(data: st.DataObject, run: InterpreterBackend, want: Array, held: Seque
     return worst
 
 
-def in_one_pass(model: str, held: Sequence[Held]) -> Array:
-    rows = [eager(model)(torch.tensor([h.tokens]))[0] for h in held]
+def in_one_pass(model: str, held: Sequence[Held], dtype: torch.dtype) -> Array:
+    rows = [eager(model, dtype=dtype)(torch.tensor([h.tokens]))[0] for h in held]
     return torch.cat(rows).numpy()
 
 
@@ -120,9 +120,12 @@ def in_one_pass(model: str, held: Sequence[Held]) -> Array:
 def test_steps_of_any_kind_agree_with_one_pass_of_eager(model: str, data: st.DataObject) -> None:
     held = draw_sequences(data, config(model).vocab_size)
 
-    worst = drive(data, backend(model), in_one_pass(model, held), held)
+    want, exact = (in_one_pass(model, held, dtype) for dtype in (torch.float32, torch.float64))
 
-    assert worst < 1e-4
+    worst = drive(data, backend(model), want, held)
+
+    # A group norm over one channel is nearly a sign: there eager itself is off by more in f32.
+    assert worst < max(1e-4, 4 * float(np.abs(want - exact).max()))
 
 
 @pytest.mark.parametrize("model", EVERY_MODEL)

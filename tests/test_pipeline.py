@@ -1,9 +1,12 @@
 """The ordered pipeline: every rule fires as often as the config says, or the build says why not."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lingc import pipeline
 from lingc.errors import FusionError, StageError
@@ -12,7 +15,7 @@ from lingc.pipeline import Line, Report, sentence
 from lingc.quantize.recipes import built_in
 from lingc.rewrite import Builder, Refusal
 from tests.evaluate import assert_same
-from tests.programs import CHANGES, EVERYDAY, calls, captured, context, names, output, phases
+from tests.programs import CHANGES, EVERYDAY, YARN, calls, captured, context, names, output, phases
 
 aten = torch.ops.aten
 
@@ -32,8 +35,8 @@ def test_every_rule_fires_as_the_config_says(model: str, target: str, precision:
     report = Report()
 
     for phase in phases(model):
-        given = context(model, phase, precision, target)
-        pipeline.run(captured(model, phase), given, report, check=True)
+        about = context(model, phase, precision, target)
+        pipeline.run(captured(model, phase), about, report, check=True)
 
     assert [line for line in report.lines if line.missed] == []
     assert len(report.lines) == len(phases(model)) * sum(len(s.rules) for s in pipeline.PIPELINE)
@@ -43,10 +46,68 @@ def test_every_rule_fires_as_the_config_says(model: str, target: str, precision:
 @pytest.mark.parametrize("model", EVERY_MODEL)
 def test_all_rules_together_keep_the_numbers(model: str, precision: str) -> None:
     for phase in phases(model):
-        given = context(model, phase, precision)
-        fused = pipeline.run(captured(model, phase), given, Report())
+        about = context(model, phase, precision)
+        fused = pipeline.run(captured(model, phase), about, Report())
 
         assert_same(fused, captured(model, phase), model, layout=precision)
+
+
+@st.composite
+def legal_changes(draw: st.DrawFn) -> dict[str, Any]:
+    """Sizes that a config may have together; many are not a power of two, or 1."""
+    heads = draw(st.integers(1, 5))
+    head_dim = draw(st.sampled_from([2, 4, 6, 10, 16, 64]))
+    rotary = draw(st.sampled_from(range(2, head_dim + 1, 2)))
+    groups, in_group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    kept = draw(st.integers(1, groups))
+    layers = draw(st.integers(1, 4))
+    width = heads * head_dim
+    return {
+        "hidden_size": draw(st.sampled_from([1, 8, 36, 128, 130])),
+        "num_hidden_layers": layers,
+        "layer_group_size": draw(st.integers(1, 5)),
+        "first_k_dense_replace": draw(st.integers(0, layers)),
+        "num_nextn_predict_layers": draw(st.integers(0, 1)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotary / head_dim,
+        "group_norm_size": draw(
+            st.sampled_from([n for n in range(1, width + 1) if width % n == 0])
+        ),
+        "q_lora_rank": draw(st.sampled_from([None, 1, 24, 128])),
+        "kv_lora_rank": draw(st.sampled_from([1, 16, 128])),
+        "qk_nope_head_dim": draw(st.sampled_from([1, 6, 16])),
+        "qk_rope_head_dim": draw(st.sampled_from([2, 4, 8])),
+        "v_head_dim": draw(st.sampled_from([1, 5, 16])),
+        "rope_scaling": draw(st.sampled_from([None, YARN])),
+        "intermediate_size": draw(st.sampled_from([1, 50, 128])),
+        "num_experts": groups * in_group,
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": draw(st.integers(1, kept * in_group)),
+        "moe_intermediate_size": draw(st.sampled_from([1, 9, 128])),
+        "num_shared_experts": draw(st.integers(0, 2)),
+        "moe_shared_expert_intermediate_size": draw(st.sampled_from([1, 40, 128])),
+        "norm_topk_prob": draw(st.booleans()),
+    }
+
+
+@pytest.mark.long
+@settings(max_examples=8)
+@given(changes=legal_changes(), target=st.sampled_from(["cpu", "h20"]), data=st.data())
+def test_any_legal_model_goes_through_with_its_numbers(
+    changes: dict[str, Any], target: str, data: st.DataObject
+) -> None:
+    model = f"drawn {json.dumps(changes, sort_keys=True)}"
+    CHANGES[model] = changes
+    precision = data.draw(st.sampled_from(built_in()))
+
+    for phase in phases(model):
+        about = context(model, phase, precision, target)
+        fused = pipeline.run(captured(model, phase), about, Report(), check=True)
+        if target == "cpu":
+            assert_same(fused, captured(model, phase), model, layout=precision)
 
 
 def run(program: Program, **options: Any) -> Report:
@@ -195,8 +256,8 @@ def test_a_contract_is_checked_after_every_rule_on_request() -> None:
 )
 def test_says_in_a_sentence_why_a_rule_fell_short(changes: dict[str, Any], said: str) -> None:
     refusal = Refusal(rule="fuse_x", reason="too wide", place="n = op (m.py:1)")
-    given = {**changes, "refused": (refusal,) * changes.get("refused", 0)}
-    line = Line(phase="prefill", stage="fuse", name="fuse_x", expected=3, found=1, **given)
+    more = {**changes, "refused": (refusal,) * changes.get("refused", 0)}
+    line = Line(phase="prefill", stage="fuse", name="fuse_x", expected=3, found=1, **more)
 
     assert sentence(line) == said.format("fuse_x: expected 3, found 1")
 
