@@ -201,9 +201,9 @@ def _check_left_over(program: Captured, stage: Stage, waived: list[Line]) -> Non
         if not waived:
             raise
         raise StageError(
-            f"{error.problem}\nthese were waived, but nothing lowers what they left:"
-            + _listed(waived),
-            hint="waive only what has a slower form; `lingc passes` shows why they did not fire",
+            f"nothing lowers what these leave where they did not fire:{_listed(waived)}\n"
+            + error.problem,
+            hint="waive only what has a slower form",
         ) from error
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from lingc.capture import blocks
 from lingc.errors import StageError
 from lingc.model import linear_attention, mla, moe, rope
 from lingc.model import norm as model_norm
@@ -55,14 +56,14 @@ def _dynamic(kind: TensorType) -> dict[int, Any]:
 
 
 def _keep_model_lines() -> None:
-    """Have torch record the model's own lines, also those of methods other than `forward`.
+    """Have torch record the model's and the blocks' lines, not only those of `forward`.
 
     Only for messages: where this torch has no such registration, the line is that of `forward`.
     """
     register = getattr(torch.fx.proxy, "_register_stack_trace_anchor", None)
     if register is None:
         return
-    for module in (linear_attention, mla, model_norm, moe, rope):
+    for module in (blocks, linear_attention, mla, model_norm, moe, rope):
         for thing in vars(module).values():
             if inspect.isfunction(thing):
                 register(thing)
