@@ -1,6 +1,7 @@
 """Capture: each phase of any legal model as a flat program with named axes and explicit state."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,16 @@ def test_names_what_an_axis_is_computed_from() -> None:
     (cat,) = (node for node in piece.graph.nodes if node.op == "call_function")
     assert isinstance(cat, fx.Node)
     assert str(cat.meta["type"]) == "f32[2*T, 2]"
+
+
+def test_a_program_reads_as_text() -> None:
+    lines = list(text(captured("tiny", "draft")))
+
+    assert lines[0] == "input    token_ids: i32[T]"
+    assert "state    latent_cache_4: f32[R, 20]" in lines
+    assert "constant inv_freq_4: f32[2]" in lines
+    (sigmoid,) = (line for line in lines if "= aten.sigmoid.default(" in line)
+    assert re.fullmatch(
+        r"sigmoid: f32\[T, 16\] = aten\.sigmoid\.default\(linear_\d+\)  # 4 moe\.py:\d+", sigmoid
+    )
+    assert lines[-1].startswith("output   latent_cache.4: index_put")
