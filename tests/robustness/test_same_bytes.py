@@ -44,6 +44,7 @@ THERE = {
     "LC_ALL": "C.UTF-8",
     "USER": "two",
     "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
     "PYTHONUTF8": "1",
