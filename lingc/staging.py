@@ -39,7 +39,7 @@ _HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-_HIDDEN = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")
+_HIDDEN = re.compile(r"\.(.+)\.tmp-\d+-[0-9a-f]{8}")
 
 # renameat2, flags of <linux/fs.h>: never replace; swap the two names.
 _NOREPLACE, _EXCHANGE = 1, 2
@@ -178,7 +178,7 @@ def writing(path: Path) -> Iterator[None]:
         raise  # whoever was told of the progress is gone; no file says so
     except OSError as error:
         raise ResourceError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}",
+            f"{str(_known(path))!r} cannot be written: {error.strerror or error}",
             hint=_HINTS.get(error.errno or 0, "check the file system of that path"),
         ) from error
 
@@ -219,16 +219,21 @@ def _remove_if_dead(directory: Path) -> None:
     os.close(lock)
 
 
+def _known(path: Path) -> Path:
+    """A path as the user knows it: what is staged inside is a part of what it is for."""
+    for directory in (path, *path.parents):
+        if found := _HIDDEN.fullmatch(directory.name):
+            return directory.with_name(found[1])
+    return path
+
+
 def _refuse_no_room(final: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(final.parent).free
     if needed_bytes > free_bytes:
-        # What is written inside of another staging directory is there under no name yet.
-        hidden = (path for path in final.parents if _HIDDEN.match(path.name))
-        place = next(hidden, final).parent
         scale, unit = (1e9, "GB") if needed_bytes >= 1e9 else (1e6, "MB")
         raise ResourceError(
-            f"{final.name!r} needs {needed_bytes / scale:.2f} {unit}, the disk of {str(place)!r} "
-            f"has {free_bytes / scale:.2f} {unit} free",
+            f"{str(_known(final))!r} needs {needed_bytes / scale:.2f} {unit}, the disk has "
+            f"{free_bytes / scale:.2f} {unit} free",
             hint=_HINTS[errno.ENOSPC],
         )
 

@@ -151,7 +151,10 @@ def _refuse_wild(parts: Mapping[str, Array]) -> None:
         flat = values.reshape(-1)
         starts = range(0, flat.size, _RUN)
         if not all(_are_finite(flat[start : start + _RUN]) for start in starts):
-            raise InputError(f"there are {part} that are NaN or infinite")
+            raise InputError(
+                f"there are {part} that are NaN or infinite",
+                hint="the checkpoint is damaged or was exported wrongly; fetch it again",
+            )
 
 
 def _are_finite(values: Array) -> bool:

@@ -118,7 +118,10 @@ class ModelConfig:
                 hint="give a checkpoint directory with a config.json in it",
             ) from error
         except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{str(file)!r} is not JSON: {error}") from error
+            raise ConfigError(
+                f"{str(file)!r} is not JSON: {error}",
+                hint="fetch the config.json that the checkpoint was published with",
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"{str(file)!r} holds a {type(values).__name__}, not an object")
         return cls.from_dict(values, source=str(file))

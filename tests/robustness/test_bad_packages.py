@@ -1,5 +1,6 @@
 """A package that is not what was written, or not for this version, is never used."""
 
+import hashlib
 import json
 import random
 import re
@@ -113,15 +114,23 @@ def test_a_newer_format_is_told_from_damage(
     assert re.search(r"format.*\nhint: update lingc|1 of \d+ checks failed: format", answer.err)
 
 
-def test_a_package_for_another_machine_says_what_it_needs(package: Path, lingc: "Lingc") -> None:
-    variants = json.loads((package / "manifest.json").read_text())["variants"]
-    variants[0]["runs_on"]["arch"] = ["riscv64"]
-    rewrite_manifest(package, variants=variants)
+def test_a_package_for_another_machine_says_what_it_needs(
+    package: Path, refuses: "Refuses"
+) -> None:
+    path = package / "variants" / "cpu" / "variant.json"
+    info = json.loads(path.read_text())
+    value = json.loads((package / "manifest.json").read_text())
+    for said in (info, value["variants"][0]):
+        said["runs_on"]["arch"] = ["riscv64"]
+    path.write_bytes(canonical.encode(info))
+    (entry,) = (file for file in value["files"] if file["path"] == "variants/cpu/variant.json")
+    entry["size"] = path.stat().st_size
+    entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    rewrite_manifest(package, variants=value["variants"], files=value["files"])
 
-    answer = lingc("run", package, "--ids", "1", "-q")
+    said = refuses(4, "run", package, "--ids", "1", "-q")
 
-    assert answer.code in (4, 6)
-    assert re.search(r"arch: cpu expected riscv64", answer.err)
+    assert re.search(r"arch: cpu expected riscv64, found \w+.*\nhint: run it on riscv64", said)
 
 
 def test_a_missing_file_is_named(package: Path, refuses: "Refuses") -> None:

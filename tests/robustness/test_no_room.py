@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("captured")
 
-FULL = r"cannot be written: No space left on device.*\nhint: free space on that file system"
+FULL = r"/(x|package)\.ling' cannot be written: No space left on device.*\nhint: free space on that"
 
 
 def full(*_: Any, **__: Any) -> NoReturn:
@@ -99,7 +99,7 @@ def test_a_full_cache_is_told_and_nothing_is_left(
     words = ("bind", built_external, "--checkpoint", small, "-q")
     said = refuses(7, *words, "--cache-dir", tmp_path)
 
-    assert re.search(FULL, said, re.DOTALL)
+    assert re.search(r"weights/[-0-9a-f]+' cannot be written: No space left on device", said)
 
 
 def forbidden(path: Path) -> Callable[..., Any]:
@@ -138,6 +138,4 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_written(
 
     said = refuses(7, "build", small, "-o", tmp_path / "x.ling", "-q")
 
-    assert re.search(
-        rf"'weights' needs 0\.4\d MB, the disk of '{tmp_path}' has 0\.00 MB free", said
-    )
+    assert re.search(rf"'{tmp_path}/x\.ling' needs 0\.4\d MB, the disk has 0\.00 MB free", said)
