@@ -86,3 +86,12 @@ def test_leaves_other_readers_of_one_input_apart() -> None:
         names = {f"layers.{layer}.attention.{n}.weight" for n in ("q_proj", "kv_a_proj_with_mqa")}
         assert names <= fired.after.weights.keys()
     assert fired.outcome.refused == []
+
+
+def test_leaves_a_matrix_alone_that_is_not_a_weight() -> None:
+    program = before(RULE, "tiny", "draft")
+    program.weights["layers.4.attention.q_a_proj.weight"].meta["role"] = "input"
+
+    outcome = apply(program, RULE, context("tiny", "draft"))
+
+    assert (outcome.found, outcome.refused) == (1, [])
