@@ -8,6 +8,7 @@ import click
 
 from lingc.cli import output
 from lingc.cli.failure import cache_dir, versions
+from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text, seconds_text
 from lingc.errors import GateError, UsageError
 
@@ -86,9 +87,10 @@ def command(
       lingc bench tiny.ling --checkpoint artifacts/checkpoints/ling-tiny --mtp 1 -o record.json
       lingc bench int4.ling --against bf16.ling --batch 1
     """  # noqa: D301 click's mark for a block that is not rewrapped
-    from lingc.bench.record import Settings, document
-    from lingc.bench.run import run
-    from lingc.parity.page import write_whole
+    with held():
+        from lingc.bench.record import Settings, document
+        from lingc.bench.run import run
+        from lingc.parity.page import write_whole
 
     settings = Settings(
         engine=engine,

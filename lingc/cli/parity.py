@@ -7,6 +7,7 @@ import click
 
 from lingc.cli import output
 from lingc.cli.failure import cache_dir
+from lingc.cli.interrupts import held
 from lingc.cli.output import Output
 from lingc.errors import GateError
 
@@ -97,11 +98,12 @@ def command(
 
     The exit code is 5 where the budget is not kept.
     """  # noqa: D301 click's mark for a block that is not rewrapped
-    from lingc.parity import data as rows
-    from lingc.parity import page, side
-    from lingc.parity import run as parity
-    from lingc.parity.opening import Weights
-    from lingc.parity.report import document, verdict
+    with held():
+        from lingc.parity import data as rows
+        from lingc.parity import page, side
+        from lingc.parity import run as parity
+        from lingc.parity.opening import Weights
+        from lingc.parity.report import document, verdict
 
     assert set(side.MODES) | {"all"} == set(_MODES), "the choices are the modes"
     (chosen_weights,) = (one for one in get_args(Weights) if one == weights)
