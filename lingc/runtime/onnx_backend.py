@@ -35,7 +35,8 @@ PREPACKED_4_BIT_BYTES = 2 << 30
 without the copy ONNX Runtime dequantizes whole matrices, which is several times slower."""
 
 SETTLED = "decode_settled"
-"""The model for decode steps in which no slot has accepted tokens to commit."""
+"""The model for decode steps of neighbouring slots in which every sequence goes on and none has
+accepted tokens to commit."""
 
 NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
     "f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32,
@@ -92,6 +93,7 @@ class OnnxBackend:
             for name, array in self._states.items()
         }
         self._sessions: dict[str, tuple[InferenceSession, IOBinding]] = {}
+        self._bound_slots: range | None = None
 
     @property
     def plan(self) -> Plan:
@@ -112,10 +114,16 @@ class OnnxBackend:
         if program is None:
             known = ", ".join(self._plan.programs)
             raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
-        session, binding = self._session(phase, self._model(phase, inputs))
         sizes: dict[str, int] = {}
-        for name in program.inputs:
-            array = _checked(phase, name, program.types[name], inputs, sizes)
+        arrays = {
+            name: _checked(phase, name, program.types[name], inputs, sizes)
+            for name in program.inputs
+        }
+        settled = self._settled_slots(phase, arrays)
+        session, binding = self._session(phase, SETTLED if settled else phase)
+        if settled and self._bound_slots != settled:
+            self._bind_slots(program, binding, settled)
+        for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         made = {}
         for role, name in program.outputs.items():
@@ -154,12 +162,26 @@ class OnnxBackend:
         self._state_values.clear()
         self._states.clear()
 
-    def _model(self, phase: str, inputs: Mapping[str, Array]) -> str:
-        """Which model runs the phase with these inputs."""
-        if phase != "decode" or SETTLED not in self._models:
-            return phase
-        accepted = inputs.get("accepted")
-        return phase if accepted is None or np.any(accepted) else SETTLED
+    def _settled_slots(self, phase: str, arrays: Mapping[str, Array]) -> range | None:
+        """The slots of a decode step that the model for settled ones can run, else None."""
+        if phase != "decode" or SETTLED not in self._models or not len(arrays.get("slots", ())):
+            return None
+        slots, first = arrays["slots"], int(arrays["slots"][0])
+        found = range(first, first + len(slots))
+        goes_on = arrays["positions"].min() > 0 and not arrays["accepted"].any()
+        if not goes_on or first < 0 or found.stop > self._limits.slots:
+            return None
+        return found if len(slots) == 1 or np.array_equal(slots, found) else None
+
+    def _bind_slots(self, program: Program, binding: IOBinding, slots: range) -> None:
+        """Give the model for settled steps the linear states of these slots alone, in place."""
+        for name, updated in program.updates.items():
+            if self._plan.states[name].shape[0] == "S":
+                part = self._states[name][slots.start : slots.stop]
+                value = value_of(part, self._plan.states[name].dtype)
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(updated, value)
+        self._bound_slots = slots
 
     def _session(self, phase: str, name: str) -> tuple[InferenceSession, IOBinding]:
         """The session of one model, whose inputs and outputs are those of the phase."""

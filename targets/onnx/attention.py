@@ -6,7 +6,7 @@ import numpy as np
 
 from lingc.targets.onnx.body import Body, Value
 from lingc.targets.onnx.library_standard import FAR, Standard
-from lingc.targets.onnx.packing import Padding
+from lingc.targets.onnx.packing import Padding, Singles
 from lingc.targets.onnx.rows import rotated
 
 
@@ -93,7 +93,7 @@ def mla_absorbed_attention(
     body = library.body
     q_nope, q_rope = q.split(2, [nope, width - latent_dim])
     by_latent = library.by_head(q_nope, library.wide(w_k, q_nope)).transpose(1, 0, 2)  # [T, H, c]
-    padding = Padding(body, offsets)
+    padding = Singles() if library.single else Padding(body, offsets)
     spread = padding.spread(body.concat([by_latent, q_rope], 2))  # [B, n, H, c + r]
     sequences, tokens = page_table.length(0), spread.length(1)
     keys = cache.gather(_rows(body, page_table, page_size))  # [B, L, c + r]

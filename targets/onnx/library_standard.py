@@ -25,8 +25,9 @@ class Standard:
         body: Where the nodes go.
         few_tokens: Whether the phase has a token or a few for each sequence, so that experts are
             better fetched for each token than tokens for each expert.
-        settled: Whether no slot of the step has accepted tokens to commit, so that pending ones
-            need not be read.
+        single: Whether every sequence has one token.
+        settled: Whether the linear states are given as those of the sequences, in their order,
+            all of which go on and have no accepted tokens to commit.
     """
 
     interleaved = False
@@ -34,9 +35,12 @@ class Standard:
 
     domains: Sequence[tuple[str, int]] = (("", OPSET),)
 
-    def __init__(self, body: Body, *, few_tokens: bool, settled: bool = False) -> None:
+    def __init__(
+        self, body: Body, *, few_tokens: bool, single: bool = False, settled: bool = False
+    ) -> None:
         self.body = body
         self.few_tokens = few_tokens
+        self.single = single
         self.settled = settled
 
     # ----------------------------------------------------------------------------------- matrices

@@ -204,12 +204,10 @@ def _decoded(
 ) -> tuple[Value, Value]:
     """One more token of each sequence behind its accepted ones: o [B, 1, H V], state."""
     body, (state, pending_k, pending_v) = library.body, held
+    if library.settled:
+        return library.recur(*new, decay, state, span=body.sizes([slots.length(0), 1]))
     pending = pending_k.size(1)
     live = _live(body, slots, positions)
-    if library.settled:
-        span = body.sizes([slots.length(0), 1])
-        o, end = library.recur(*new, decay, _started(body, state, slots, live), span=span)
-        return o, _stored(body, state, slots, end)
     # The new token stands behind the pending ones and counts always.
     counts = _accepted(body, accepted, live, [*range(pending), -1])
     before = counts.slice(1, 0, pending)

@@ -30,3 +30,15 @@ class Padding:
         """Rows [B n, ...] of the table as [T, ...]."""
         held = self._body.op("NonZero", self.counts.reshape(-1)).squeeze(0)
         return places.gather(held)
+
+
+class Singles:
+    """One token of each sequence: a table of one column."""
+
+    def spread(self, tokens: Value) -> Value:
+        """Rows [B, ...] as [B, 1, ...]."""
+        return tokens.unsqueeze(1)
+
+    def gathered(self, places: Value) -> Value:
+        """Rows [B, ...] as they are."""
+        return places

@@ -1,7 +1,7 @@
 """One program of a plan as a graph of own-domain nodes, with the functions that define them."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from onnx import FunctionProto, GraphProto, ValueInfoProto, helper
@@ -14,11 +14,13 @@ from lingc.targets.onnx.functions import FUNCTIONS
 from lingc.targets.onnx.library_standard import Standard
 from lingc.targets.onnx.weights import Weights
 
-FEW_TOKENS = frozenset({"decode", "verify"})
-
 SETTLED = "decode_settled"
-"""Decode for steps in which no slot has accepted tokens to commit: what decoding without drafts
-always is. The same program in fewer nodes."""
+"""Decode for steps in which every sequence goes on and none has accepted tokens to commit: what
+decoding without drafts always is. The same program in fewer nodes: it is given the linear states of
+the sequences alone, in their order, and updates them as a whole."""
+
+SINGLE_TOKEN = frozenset({"decode", SETTLED})
+FEW_TOKENS = SINGLE_TOKEN | {"verify"}
 
 
 class Phase:
@@ -37,7 +39,6 @@ class Phase:
         self._name = name
         self._program = program
         self._library = library
-        self._settled = name == SETTLED
         self._weights = weights
         self._body = Body(prefix=f"{LINGC}.")
         self._views: Mapping[str, Callable[..., Value]] = {
@@ -61,9 +62,15 @@ class Phase:
         returned = [program.outputs[role] for role in sorted(program.outputs)]
         updated = [program.updates[state] for state in sorted(program.updates)]
         named = list(dict.fromkeys((*returned, *updated)))
-        inputs = [_value_info(n, program.types[n]) for n in (*program.inputs, *program.states)]
-        outputs = [_value_info(n, program.types[n]) for n in named]
+        inputs = [self._declared(n) for n in (*program.inputs, *program.states)]
+        outputs = [self._declared(n) for n in named]
         return helper.make_graph(self._body.needed(named), self._name, inputs, outputs)
+
+    def _declared(self, name: str) -> ValueInfoProto:
+        found = self._program.types[name]
+        if self._name == SETTLED and name in {*_slot_states(self._program)}:
+            found = TensorType(found.dtype, ("B", *found.shape[1:]))
+        return helper.make_tensor_value_info(name, ONNX_DTYPE[found.dtype], found.shape)
 
     def _fused(self, step: Step) -> None:
         op = step.op.removeprefix(f"{LINGC}.")
@@ -93,8 +100,12 @@ class Phase:
         if key in self.functions:
             return self.functions[key]
         body = Body()
-        few = self._settled or self._name in FEW_TOKENS
-        library = self._library(body, few_tokens=few, settled=self._settled)
+        library = self._library(
+            body,
+            few_tokens=self._name in FEW_TOKENS,
+            single=self._name in SINGLE_TOKEN,
+            settled=self._name == SETTLED,
+        )
         formal = (
             Value(name, body, value.dtype, value.shape) if isinstance(value, Value) else value
             for name, value in values.items()
@@ -187,5 +198,8 @@ def _kind(value: Any) -> Any:
     return (value.dtype, value.shape) if isinstance(value, Value) else value
 
 
-def _value_info(name: str, found: TensorType) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, ONNX_DTYPE[found.dtype], found.shape)
+def _slot_states(program: Program) -> Iterator[str]:
+    """States of slots that the program updates, and what they are updated to."""
+    for state, updated in program.updates.items():
+        if program.types[state].shape[0] == "S":
+            yield from (state, updated)

@@ -42,6 +42,11 @@ def steps(batch: Batch) -> Iterator[tuple[str, dict[str, Array]]]:
     yield "prefill", batch.step("prefill", [(1, 0, 5), (0, 14, 2)])
     yield "prefill", batch.step("prefill", [(1, 5, 6)])
     yield "decode", batch.step("decode", [(2, 0, 1)], **accepted(0))
+    # Neighbouring slots that go on with nothing to commit: in place, one and several of them.
+    yield "decode", batch.step("decode", [(1, 11, 1)], **accepted(0))
+    yield "decode", batch.step("decode", [(1, 12, 1), (2, 1, 1)], **accepted(0, 0))
+    yield "decode", batch.step("decode", [(0, 16, 1), (1, 13, 1), (2, 2, 1)], **accepted(0, 0, 0))
+    yield "decode", batch.step("decode", [(2, 3, 1), (1, 14, 1)], **accepted(0, 0))
     if "draft" in batch.plan.programs:
         hidden = batch.random.standard_normal((6, batch.plan.config["hidden_size"]))
         more = {"hidden": hidden.astype(np.float32)}
@@ -88,6 +93,21 @@ def test_state_stays_where_it_is() -> None:
     assert state[1].any()
     assert not state[0].any()
     assert not state[2].any()
+
+
+def test_settled_decoding_writes_its_own_slots_alone() -> None:
+    runs = backend("tiny")
+    batch = Batch(runs.plan)
+    runs.run("prefill", batch.step("prefill", [(0, 0, 5), (1, 0, 5), (2, 0, 5)]))
+    before = {name: runs.state(name).copy() for name in runs.plan.states}
+
+    runs.run("decode", batch.step("decode", [(1, 5, 1)], **accepted(0)))
+
+    assert "decode_settled" in runs._sessions
+    assert "decode" not in runs._sessions
+    for name in ("linear_state.0", "linear_state.2"):
+        changed = [bool((runs.state(name)[s] != before[name][s]).any()) for s in range(4)]
+        assert changed == [False, True, False, False]
 
 
 def test_outputs_belong_to_the_caller() -> None:
