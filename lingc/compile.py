@@ -101,6 +101,7 @@ def compile_plan(
     request: Request,
     stage: Stage = silent,
     capturer: Capturer | None = None,
+    report: Report | None = None,
 ) -> Compiled:
     """Capture, rewrite and lower all phases; needs no weights.
 
@@ -112,6 +113,7 @@ def compile_plan(
         request: What else was asked for; its precision and target are not read.
         stage: How progress is shown.
         capturer: One that has captured this config with these sizes before, to save the time.
+        report: Gains the lines of every phase that was run, also of one that fails.
 
     Raises:
         FusionError: A rule fired less often than it must.
@@ -121,7 +123,8 @@ def compile_plan(
     recipe.check_matches(matrix_modules(config))
     _check_waived(request.waive)
     phases = [phase for phase in PHASES if phase != "draft" or has_mtp]
-    capturer, report = capturer or Capturer(config, request.sizes), Report()
+    capturer = capturer or Capturer(config, request.sizes)
+    report = Report() if report is None else report
     assert (capturer.config, capturer.sizes) == (config, request.sizes), "it captures another model"
     context = Context(config=config, phase=phases[0], target=target, recipe=recipe)
     fused: dict[str, Fused] = {}

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from lingc import plan as plans
+from lingc import plan_text
 from lingc.cli import output
 from lingc.cli.output import Output, bytes_text
-from lingc.engine import plan_text
 from lingc.engine.contents import judge_plan
 from lingc.engine.describe import describe_checkpoint, describe_package
 from lingc.engine.layout import MANIFEST

@@ -1,12 +1,15 @@
 """`lingc passes`: what each rewrite must do to a model, and what it did."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from lingc.cli import output
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output
+from lingc.errors import StageError
 
 
 @click.command()
@@ -54,11 +57,23 @@ def command(
     request = compiler.Request(
         precision=recipe.name, target=target, waive=pipeline.names(), dump_dir=dump_ir
     )
-    compiled = compiler.compile_plan(
-        config, recipe, device, has_mtp=config.has_mtp, request=request, stage=out.stage
-    )
-    lines = [line for line in compiled.report.lines if show_all or line.found or line.expected]
-    missed = [line for line in compiled.report.lines if line.missed]
+    report, failure = pipeline.Report(), None
+    try:
+        compiler.compile_plan(
+            config,
+            recipe,
+            device,
+            has_mtp=config.has_mtp,
+            request=request,
+            stage=out.stage,
+            report=report,
+        )
+    except StageError as error:
+        failure = error  # the table says where; what it cannot say is raised below
+    lines = [line for line in report.lines if show_all or line.found or line.expected]
+    missed = [line for line in report.lines if line.missed]
+    if failure is not None and not missed:
+        raise failure
     if out.as_json:
         out.emit(
             {
@@ -73,11 +88,13 @@ def command(
         _table(out, lines)
         for line in missed:
             out.line(f"{line.phase}: {pipeline.sentence(line)}")
+        if failure is not None:
+            out.note(f"the phases behind were not run: {failure.problem.splitlines()[0]}")
     if missed:
         click.get_current_context().exit(8)
 
 
-def _table(out: Output, lines: list) -> None:  # type: ignore[type-arg]
+def _table(out: Output, lines: Sequence[Any]) -> None:
     """One row a pass, one column a phase: found/expected."""
     phases = list(dict.fromkeys(line.phase for line in lines))
     rows: dict[tuple[str, str], dict[str, str]] = {}
