@@ -167,7 +167,7 @@ def test_inspect_plan_shows_the_steps(package: Path, say: Say) -> None:
     code, out, _ = say("inspect", package, "--plan")
 
     assert code == 0
-    assert "  y: f32[T, 16] = lingc.linear(x, layers.0.mlp.weight)\n" in out
+    assert "  y f32[T, 16] = lingc.linear(x, layers.0.mlp.weight)\n" in out
 
 
 def test_inspect_plan_refuses_a_changed_plan(package: Path, say: Say) -> None:
