@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lingc.engine import verify
-from tests.robustness.conftest import WORDS, environment, run_lingc
+from tests.robustness.conftest import environment, run_lingc
 
 # Captures once; then, for each line of stdin, a child that does what the line says is killed in it:
 # {"verb": "build" or "bind", "output": path, "overwrite": bool, "after": share of a whole run, or
@@ -168,12 +168,29 @@ def test_thirty_builds_killed_from_the_command_line_leave_whole_packages(
 
 # ------------------------------------------------------------------------------------- interrupts
 
+# A shell starts what it puts into the background deaf to Ctrl-C, and the tests with it.
+LISTEN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lingc.cli import main
+sys.exit(main())
+"""
+
 
 @contextlib.contextmanager
 def building(
     checkpoint: Path, output: Path, *words: str, errors: int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen[str]]:
-    command = (*WORDS, "build", str(checkpoint), "-o", str(output), "--progress", "events", *words)
+    command = (
+        *LISTENING,
+        "build",
+        str(checkpoint),
+        "-o",
+        str(output),
+        "--progress",
+        "events",
+        *words,
+    )
     with subprocess.Popen(command, stderr=errors, text=True, env=environment()) as process:
         yield process
 
