@@ -34,8 +34,8 @@ PROMPT = "def read_lines(path):\n"
 """The checkpoint knows Python and technical prose, and no facts."""
 
 TOKENS = 48
-ROWS = 4
-ROW_TOKENS = 96
+ROWS = 8
+ROW_TOKENS = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
