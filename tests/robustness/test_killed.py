@@ -182,7 +182,9 @@ def building(
     checkpoint: Path, output: Path, *words: str, errors: int = subprocess.PIPE
 ) -> Iterator[subprocess.Popen[str]]:
     command = (
-        *LISTENING,
+        sys.executable,
+        "-c",
+        LISTEN,
         "build",
         str(checkpoint),
         "-o",
