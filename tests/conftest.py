@@ -3,6 +3,7 @@
 import difflib
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts a job in the background has it ignore Ctrl-C, and so would every command
+    # that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     unknown = set(filter(None, config.getoption("--require").split(","))) - {"gpu"}
     if unknown:
         raise pytest.UsageError(f"--require knows the mark gpu, not {', '.join(sorted(unknown))}")
