@@ -15,15 +15,8 @@ from lingc.engine import Package
 from lingc.errors import InputError, UsageError
 from lingc.plan import Plan, Program, TensorType
 from lingc.runtime.backend import Array, Limits, SlotState
-from lingc.runtime.onnx_session import (
-    InferenceSession,
-    IOBinding,
-    OrtValue,
-    guarded,
-    make_session,
-    value_of,
-    with_outputs,
-)
+from lingc.runtime.onnx_runner import NUMPY_DTYPE, Runner
+from lingc.runtime.onnx_session import OrtValue, make_session, value_of, with_outputs
 from lingc.runtime.onnx_weights import initializer_from_json, load
 
 PREPACKED_BYTES = 256 << 20
@@ -37,10 +30,6 @@ without the copy ONNX Runtime dequantizes whole matrices, which is several times
 SETTLED = "decode_settled"
 """The model for decode steps of neighbouring slots in which every sequence goes on and none has
 accepted tokens to commit."""
-
-NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
-    "f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +81,7 @@ class OnnxBackend:
             name: value_of(array, self._plan.states[name].dtype)
             for name, array in self._states.items()
         }
-        self._sessions: dict[str, tuple[InferenceSession, IOBinding]] = {}
+        self._runners: dict[str, Runner] = {}
         self._bound_slots: range | None = None
 
     @property
@@ -115,29 +104,15 @@ class OnnxBackend:
             known = ", ".join(self._plan.programs)
             raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
         sizes: dict[str, int] = {}
-        arrays = {
-            name: _checked(phase, name, program.types[name], inputs, sizes)
-            for name in program.inputs
-        }
-        settled = self._settled_slots(phase, arrays)
-        session, binding = self._session(phase, SETTLED if settled else phase)
+        arrays = [
+            _checked(phase, name, program.types[name], inputs, sizes) for name in program.inputs
+        ]
+        settled = self._settled_slots(phase, inputs)
+        runner = self._runner(phase, SETTLED if settled else phase)
         if settled and self._bound_slots != settled:
-            self._bind_slots(program, binding, settled)
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
-        made = {}
-        for role, name in program.outputs.items():
-            shape = program.types[name].bind(sizes)
-            made[role] = np.empty(shape, NUMPY_DTYPE[program.types[name].dtype])
-            binding.bind_ortvalue_output(name, value_of(made[role], program.types[name].dtype))
-        taps = self._taps[phase]
-        for name in taps:
-            binding.bind_output(name)
-        guarded(f"phase {phase!r} failed", lambda: session.run_with_iobinding(binding))
-        if taps:
-            found = dict(zip(_output_names(session), binding.get_outputs(), strict=True))
-            made |= {name: found[name].numpy() for name in taps}
-        return made
+            runner.bind_states(self._slots_alone(program, settled))
+            self._bound_slots = settled
+        return runner.run(arrays, sizes)
 
     def state(self, name: str) -> Array:
         """A state tensor, scratch included; not a copy."""
@@ -156,7 +131,7 @@ class OnnxBackend:
             self._states[name][slot] = saved[name]
 
     def close(self) -> None:
-        self._sessions.clear()
+        self._runners.clear()
         self._values.clear()
         self._weights.clear()
         self._state_values.clear()
@@ -173,35 +148,28 @@ class OnnxBackend:
             return None
         return found if len(slots) == 1 or np.array_equal(slots, found) else None
 
-    def _bind_slots(self, program: Program, binding: IOBinding, slots: range) -> None:
-        """Give the model for settled steps the linear states of these slots alone, in place."""
-        for name, updated in program.updates.items():
-            if self._plan.states[name].shape[0] == "S":
-                part = self._states[name][slots.start : slots.stop]
-                value = value_of(part, self._plan.states[name].dtype)
-                binding.bind_ortvalue_input(name, value)
-                binding.bind_ortvalue_output(updated, value)
-        self._bound_slots = slots
+    def _slots_alone(self, program: Program, slots: range) -> dict[str, OrtValue]:
+        """The states of slots that a program updates, where these slots lie in them."""
+        return {
+            name: value_of(self._states[name][slots.start : slots.stop], kind.dtype)
+            for name, kind in self._plan.states.items()
+            if name in program.updates and kind.shape[0] == "S"
+        }
 
-    def _session(self, phase: str, name: str) -> tuple[InferenceSession, IOBinding]:
-        """The session of one model, whose inputs and outputs are those of the phase."""
-        if name in self._sessions:
-            return self._sessions[name]
-        program, taps = self._plan.programs[phase], self._taps[phase]
-        model = self._models[name]
-        session = make_session(
-            with_outputs(model, {tap: program.types[tap] for tap in taps}) if taps else model,
-            {key: self._values[key] for key in self._info["phases"][name]},
-            threads=self._threads,
-            prepack=self._prepacks(),
-        )
-        binding = session.io_binding()
-        for state in program.states:
-            binding.bind_ortvalue_input(state, self._state_values[state])
-        for state, updated in program.updates.items():
-            binding.bind_ortvalue_output(updated, self._state_values[state])
-        self._sessions[name] = session, binding
-        return session, binding
+    def _runner(self, phase: str, name: str) -> Runner:
+        """What runs one model, whose inputs and outputs are those of the phase."""
+        if name not in self._runners:
+            program, taps = self._plan.programs[phase], self._taps[phase]
+            model = self._models[name]
+            session = make_session(
+                with_outputs(model, {t: program.types[t] for t in taps}) if taps else model,
+                {key: self._values[key] for key in self._info["phases"][name]},
+                threads=self._threads,
+                prepack=self._prepacks(),
+            )
+            self._runners[name] = Runner(session, phase, program, taps)
+            self._runners[name].bind_states(self._state_values)
+        return self._runners[name]
 
     def _prepacks(self) -> bool:
         """Whether every session may copy the weights that its kernels read as they are."""
@@ -252,10 +220,6 @@ def _tapped(program: Program, taps: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in taps if name in computed and name not in returned)
 
 
-def _output_names(session: InferenceSession) -> list[str]:
-    return [output.name for output in session.get_outputs()]
-
-
 def _checked(
     phase: str,
     name: str,
@@ -277,7 +241,7 @@ def _checked(
             f"input {name!r} of phase {phase!r} is {array.dtype} {list(array.shape)}, "
             f"not {wanted.dtype} {known}"
         )
-    return np.ascontiguousarray(array)
+    return array
 
 
 def _noted(size: int | str, found: int | None, sizes: dict[str, int]) -> int | str:

@@ -13,7 +13,7 @@ from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array
 
 try:
     import onnxruntime
-    from onnxruntime import InferenceSession, IOBinding, OrtValue
+    from onnxruntime import InferenceSession, OrtValue
     from onnxruntime.capi import onnxruntime_pybind11_state as _native
 except ImportError as error:
     raise MissingExtraError(
@@ -22,7 +22,6 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "IOBinding",
     "InferenceSession",
     "OrtValue",
     "guarded",

@@ -48,12 +48,14 @@ class Value:
         body: Where nodes that read it go.
         dtype: Element type, of an argument; empty for what is computed.
         shape: Sizes of an argument, symbolic ones as names.
+        parts: Into how many parts the experts of a weight are divided.
     """
 
     name: str
     body: "Body" = field(repr=False, compare=False)
     dtype: str = ""
     shape: tuple[int | str, ...] = ()
+    parts: int = 1
 
     def size(self, axis: int) -> int:
         """The size of an argument's axis, which must be a number."""
@@ -87,7 +89,7 @@ class Value:
         if self.dtype == dtype:
             return self
         made = self.body.op("Cast", self, attrs={"to": ONNX_DTYPE[dtype]})
-        return Value(made.name, self.body, dtype, self.shape)
+        return Value(made.name, self.body, dtype, self.shape, self.parts)
 
     def reshape(self, *sizes: "int | Value") -> "Value":
         """Reshape; 0 keeps an axis, -1 takes the rest, a `Value` is a shape's part."""

@@ -125,17 +125,19 @@ class Ort(Standard):
 
     def _mixture(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         # The op takes a softmax of the chosen logits: the logarithms of the weights give the
-        # weights back, divided by their sum.
+        # weights back, divided by their sum. All parts of an expert are chosen alike.
+        parts, top_k = gate_up.values.parts, ids.size(1)
         logits = self.body.op("Log", self.body.op("Max", weights, _LEAST_WEIGHT))
-        routed = self._by_expert(ids, logits, gate_up.experts, elsewhere=_UNROUTED)
+        routed = self._by_expert(ids, logits, gate_up.experts // parts, elsewhere=_UNROUTED)
         mixed = self._contrib(
             "MoE",
-            *(x, routed, gate_up.whole(self, x), None, down.whole(self, x)),
-            k=ids.size(1),
+            *(x, self.body.concat([routed] * parts, 1)),
+            *(gate_up.whole(self, x), None, down.whole(self, x)),
+            k=top_k * parts,
             normalize_routing_weights=1,
             **_SWIGLU,
         )
-        return mixed * weights.sum(1, keep=True)
+        return mixed * (weights @ self.body.value(np.full((top_k, 1), parts, np.float32)))
 
     def _mixture_4_bit(
         self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 from onnx import FunctionProto, GraphProto, ValueInfoProto, helper
@@ -107,7 +108,7 @@ class Phase:
             settled=self._name == SETTLED,
         )
         formal = (
-            Value(name, body, value.dtype, value.shape) if isinstance(value, Value) else value
+            replace(value, name=name, body=body) if isinstance(value, Value) else value
             for name, value in values.items()
         )
         returned = FUNCTIONS[op](library, *formal)
@@ -138,7 +139,7 @@ class Phase:
             made = bound.get(argument)
             if made is not None:
                 self.initializers[made.name] = made
-                values[argument] = Value(made.name, self._body, made.dtype, made.shape)
+                values[argument] = Value(made.name, self._body, made.dtype, made.shape, made.parts)
             elif argument not in bound:
                 values[argument] = self._computed(name)
         return values
@@ -195,7 +196,7 @@ def _is_tensor(parameter: inspect.Parameter) -> bool:
 
 def _kind(value: Any) -> Any:
     """What of an argument a function depends on."""
-    return (value.dtype, value.shape) if isinstance(value, Value) else value
+    return (value.dtype, value.shape, value.parts) if isinstance(value, Value) else value
 
 
 def _slot_states(program: Program) -> Iterator[str]:
