@@ -27,9 +27,9 @@ PREPACKED_4_BIT_BYTES = 2 << 30
 """The same for an engine that widens in every step: there only 4-bit weights are copied, and
 without the copy ONNX Runtime dequantizes whole matrices, which is several times slower."""
 
-SETTLED = "decode_settled"
-"""The model for decode steps of neighbouring slots in which every sequence goes on and none has
-accepted tokens to commit."""
+SETTLED, ONE = "decode_settled", "decode_one"
+"""The models for decode steps of neighbouring slots in which every sequence goes on and none has
+accepted tokens to commit: of any number of sequences, and of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class OnnxBackend:
             for name, array in self._states.items()
         }
         self._runners: dict[str, Runner] = {}
-        self._bound_slots: range | None = None
+        self._bound_slots: dict[str, range] = {}
 
     @property
     def plan(self) -> Plan:
@@ -108,10 +108,11 @@ class OnnxBackend:
             _checked(phase, name, program.types[name], inputs, sizes) for name in program.inputs
         ]
         settled = self._settled_slots(phase, inputs)
-        runner = self._runner(phase, SETTLED if settled else phase)
-        if settled and self._bound_slots != settled:
+        name = phase if settled is None else ONE if len(settled) == 1 else SETTLED
+        runner = self._runner(phase, name)
+        if settled is not None and self._bound_slots.get(name) != settled:
             runner.bind_states(self._slots_alone(program, settled))
-            self._bound_slots = settled
+            self._bound_slots[name] = settled
         return runner.run(arrays, sizes)
 
     def state(self, name: str) -> Array:
@@ -138,8 +139,8 @@ class OnnxBackend:
         self._states.clear()
 
     def _settled_slots(self, phase: str, arrays: Mapping[str, Array]) -> range | None:
-        """The slots of a decode step that the model for settled ones can run, else None."""
-        if phase != "decode" or SETTLED not in self._models or not len(arrays.get("slots", ())):
+        """The slots of a decode step that the models for settled ones can run, else None."""
+        if phase != "decode" or not len(arrays.get("slots", ())):
             return None
         slots, first = arrays["slots"], int(arrays["slots"][0])
         found = range(first, first + len(slots))

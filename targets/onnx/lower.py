@@ -19,7 +19,7 @@ from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.targets.onnx.body import LINGC, ONNX_DTYPE, OPSET
 from lingc.targets.onnx.library_ort import Ort
 from lingc.targets.onnx.library_standard import Standard
-from lingc.targets.onnx.phase import SETTLED, Phase
+from lingc.targets.onnx.phase import DECODE_MODELS, Model, Phase
 from lingc.targets.onnx.weights import EngineWeight, Weights, widening
 
 LIBRARIES: Mapping[str, type[Standard]] = {"ort": Ort, "standard": Standard}
@@ -36,10 +36,12 @@ class OnnxEngine:
     """What a plan was lowered to.
 
     Attributes:
-        models: phase, or `decode_settled`, -> serialized model, without weights.
+        models: name -> serialized model, without weights: one for each phase, under its name, and
+            more for decode.
         weights: The weights that an engine of these models is packed with.
         info: What a backend must know beside the models and the plan, as plain JSON values:
-            `library`, `widen`, `opset`, `initializers` and, by phase, the names of those it reads.
+            `library`, `widen`, `opset`, `initializers` and, under `phases`, the names of those that
+            each model reads.
     """
 
     models: Mapping[str, bytes]
@@ -71,10 +73,12 @@ def lower(plan: Plan, *, library: str = "ort", widen: str = "auto") -> OnnxEngin
     kind = LIBRARIES[library]
     types = {name: spec.type for name, spec in plan.weights.items()}
     weights = Weights(types, widen=policy == "load", interleaved=kind.interleaved)
-    ordered = [name for name in PHASES if name in plan.programs]
-    phases = {name: Phase(name, plan.programs[name], kind, weights) for name in ordered}
-    if "decode" in phases:
-        phases[SETTLED] = Phase(SETTLED, plan.programs["decode"], kind, weights)
+    wanted = [*(Model(name=phase, phase=phase) for phase in PHASES), *DECODE_MODELS]
+    phases = {
+        model.name: Phase(model, plan.programs[model.phase], kind, weights)
+        for model in wanted
+        if model.phase in plan.programs
+    }
     graphs = {name: phase.graph() for name, phase in phases.items()}
     offsets = _offsets(weights.initializers)
     for name, phase in phases.items():

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from onnx import FunctionProto, GraphProto, ValueInfoProto, helper
@@ -15,17 +15,43 @@ from lingc.targets.onnx.functions import FUNCTIONS
 from lingc.targets.onnx.library_standard import Standard
 from lingc.targets.onnx.weights import Weights
 
-SETTLED = "decode_settled"
-"""Decode for steps in which every sequence goes on and none has accepted tokens to commit: what
-decoding without drafts always is. The same program in fewer nodes: it is given the linear states of
-the sequences alone, in their order, and updates them as a whole."""
+FEW_TOKENS = frozenset({"decode", "verify"})
 
-SINGLE_TOKEN = frozenset({"decode", SETTLED})
-FEW_TOKENS = SINGLE_TOKEN | {"verify"}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Which model to make of a program.
+
+    Attributes:
+        name: Its name.
+        phase: The program's phase.
+        settled: For steps of decode in which every sequence goes on and none has accepted tokens to
+            commit: what decoding without drafts always is. Such a model has fewer nodes: it is
+            given the linear states of the sequences alone, in their order, and updates them whole.
+        sizes: Open sizes that are fixed.
+    """
+
+    name: str
+    phase: str
+    settled: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+DECODE_MODELS = (
+    Model(name="decode_settled", phase="decode", settled=True),
+    Model(name="decode_one", phase="decode", settled=True, sizes={"B": 1, "B+1": 2}),
+)
+"""Models for steps of decode beside the general one: of any number of sequences, and of one."""
 
 
 class Phase:
-    """A phase in the making.
+    """A model in the making.
+
+    Args:
+        model: Which one.
+        program: The program of its phase.
+        library: What its functions are written in.
+        weights: The weights of all models.
 
     Attributes:
         functions: By op and by what its arguments are, in order of first use.
@@ -33,11 +59,11 @@ class Phase:
     """
 
     def __init__(
-        self, name: str, program: Program, library: type[Standard], weights: Weights
+        self, model: Model, program: Program, library: type[Standard], weights: Weights
     ) -> None:
         self.functions: dict[tuple[Any, ...], FunctionProto] = {}
         self.initializers: dict[str, Initializer] = {}
-        self._name = name
+        self._model = model
         self._program = program
         self._library = library
         self._weights = weights
@@ -65,13 +91,19 @@ class Phase:
         named = list(dict.fromkeys((*returned, *updated)))
         inputs = [self._declared(n) for n in (*program.inputs, *program.states)]
         outputs = [self._declared(n) for n in named]
-        return helper.make_graph(self._body.needed(named), self._name, inputs, outputs)
+        return helper.make_graph(self._body.needed(named), self._model.name, inputs, outputs)
 
     def _declared(self, name: str) -> ValueInfoProto:
-        found = self._program.types[name]
-        if self._name == SETTLED and name in {*_slot_states(self._program)}:
-            found = TensorType(found.dtype, ("B", *found.shape[1:]))
+        found = self._type(name)
         return helper.make_tensor_value_info(name, ONNX_DTYPE[found.dtype], found.shape)
+
+    def _type(self, name: str) -> TensorType:
+        """Type of a value, as this model has it."""
+        dtype, shape = self._program.types[name].dtype, self._program.types[name].shape
+        if self._model.settled and name in {*_slot_states(self._program)}:
+            shape = ("B", *shape[1:])
+        sizes = self._model.sizes
+        return TensorType(dtype, tuple(sizes.get(s, s) if isinstance(s, str) else s for s in shape))
 
     def _fused(self, step: Step) -> None:
         op = step.op.removeprefix(f"{LINGC}.")
@@ -103,9 +135,9 @@ class Phase:
         body = Body()
         library = self._library(
             body,
-            few_tokens=self._name in FEW_TOKENS,
-            single=self._name in SINGLE_TOKEN,
-            settled=self._name == SETTLED,
+            few_tokens=self._model.phase in FEW_TOKENS,
+            single=self._model.phase == "decode",
+            settled=self._model.settled,
         )
         formal = (
             replace(value, name=name, body=body) if isinstance(value, Value) else value
@@ -145,7 +177,7 @@ class Phase:
         return values
 
     def _computed(self, name: str) -> Value:
-        found = self._program.types[name]
+        found = self._type(name)
         return Value(name, self._body, found.dtype, found.shape)
 
     # -------------------------------------------------------------------------- ATen: views, copies
