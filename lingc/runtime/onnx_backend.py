@@ -27,9 +27,15 @@ PREPACKED_4_BIT_BYTES = 2 << 30
 """The same for an engine that widens in every step: there only 4-bit weights are copied, and
 without the copy ONNX Runtime dequantizes whole matrices, which is several times slower."""
 
-SETTLED, ONE = "decode_settled", "decode_one"
+PREFILL_ONE = "prefill_one"
+"""The model for prefill of one sequence."""
+
+SETTLED, DECODE_ONE = "decode_settled", "decode_one"
 """The models for decode steps of neighbouring slots in which every sequence goes on and none has
 accepted tokens to commit: of any number of sequences, and of one."""
+
+
+_NONE = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +114,7 @@ class OnnxBackend:
             _checked(phase, name, program.types[name], inputs, sizes) for name in program.inputs
         ]
         settled = self._settled_slots(phase, inputs)
-        name = phase if settled is None else ONE if len(settled) == 1 else SETTLED
+        name = self._model_name(phase, inputs, settled)
         runner = self._runner(phase, name)
         if settled is not None and self._bound_slots.get(name) != settled:
             runner.bind_states(self._slots_alone(program, settled))
@@ -138,9 +144,16 @@ class OnnxBackend:
         self._state_values.clear()
         self._states.clear()
 
+    def _model_name(self, phase: str, arrays: Mapping[str, Array], settled: range | None) -> str:
+        """The model with the fewest nodes for these inputs."""
+        if settled is not None:
+            return DECODE_ONE if len(settled) == 1 else SETTLED
+        one = phase == "prefill" and arrays.get("slots", _NONE).shape == (1,)
+        return PREFILL_ONE if one and len(arrays["positions"]) else phase
+
     def _settled_slots(self, phase: str, arrays: Mapping[str, Array]) -> range | None:
         """The slots of a decode step that the models for settled ones can run, else None."""
-        if phase != "decode" or not len(arrays.get("slots", ())):
+        if phase != "decode" or not len(arrays.get("slots", _NONE)):
             return None
         slots, first = arrays["slots"], int(arrays["slots"][0])
         found = range(first, first + len(slots))

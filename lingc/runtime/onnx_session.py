@@ -58,7 +58,7 @@ _SETTINGS: Mapping[str, str] = {
     "optimization.constant_folding_max_output_size_in_bytes": str(SMALL_BYTES),
     # An FP16 weight and its scales are not a quantized model to be fused.
     "session.disable_quant_qdq": "1",
-    # Within a step a thread that waits is soon needed again, and waking it takes longer than a node.
+    # Within a step a thread that waits is soon needed again, and waking it outlasts a node.
     # Phases take turns: threads of one must not spin while another computes.
     "session.intra_op.spin_duration_us": "1000",
     "session.force_spinning_stop": "1",

@@ -40,8 +40,6 @@ class Initializer:
         load: What is done while loading: a key of `LOADERS`.
         layout: Order of the weight's rows, for block scales, which stay in the order of blocks.
         stacked: Matrices joined along the rows of each: 2 for gate and up, else 1.
-        parts: Into how many experts each is divided along its inner width, all first parts first.
-            Kernels that give each thread a run of experts then share any choice of them evenly.
     """
 
     name: str
@@ -51,7 +49,6 @@ class Initializer:
     load: str = AS_STORED
     layout: str = PLAIN
     stacked: int = 1
-    parts: int = 1
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -92,8 +89,7 @@ def load(made: Initializer, weights: Mapping[str, Array]) -> Array:
         )
     given = [weights[name] for name in made.weights]
     try:
-        values = LOADERS[made.load](made, *given)
-        return (values if made.parts == 1 else _divided(made, values)).reshape(made.shape)
+        return LOADERS[made.load](made, *given).reshape(made.shape)
     except ValueError as error:
         shapes = ", ".join(
             f"{n!r} {list(a.shape)}" for n, a in zip(made.weights, given, strict=True)
@@ -102,14 +98,6 @@ def load(made: Initializer, weights: Mapping[str, Array]) -> Array:
             f"initializer {made.name!r} of shape {list(made.shape)} cannot be made of {shapes}",
             hint="the weights are another engine's; bind this engine to its checkpoint again",
         ) from error
-
-
-def _divided(made: Initializer, values: Array) -> Array:
-    """Experts [E, rows, width] by parts: of the rows where gate and up are stacked in turn."""
-    experts, rows, width = values.shape
-    if made.stacked > 1:
-        return values.reshape(experts, made.parts, -1, width).transpose(1, 0, 2, 3)
-    return values.reshape(experts, rows, made.parts, -1).transpose(2, 0, 1, 3)
 
 
 def row_scales(made: Initializer, scales: Array, shape: tuple[int, ...]) -> Array:

@@ -149,10 +149,12 @@ def _packed_mask(
     body: Body, page_table: Value, offsets: Value, positions: Value, page_size: int
 ) -> Value:
     """The same for scores [H, T, B L] over the keys of all sequences: [T, B L]."""
+    past = body.op("LessOrEqual", _places(body, page_table, page_size), positions.unsqueeze(1))
+    if page_table.shape[0] == 1:
+        return body.where(past, 0.0, -FAR)
     token = body.count_to(positions.length(0)).cast("i32").unsqueeze(1)
     begun = body.op("GreaterOrEqual", token, offsets.slice(0, 0, -1))
     own = body.op("And", begun, body.op("Less", token, offsets.slice(0, 1)))  # [T, B]
-    past = body.op("LessOrEqual", _places(body, page_table, page_size), positions.unsqueeze(1))
     allowed = body.op("And", own.unsqueeze(2), past.unsqueeze(1))  # [T, B, L]
     return body.where(allowed.reshape(positions.length(0), -1), 0.0, -FAR)
 

@@ -48,14 +48,12 @@ class Value:
         body: Where nodes that read it go.
         dtype: Element type, of an argument; empty for what is computed.
         shape: Sizes of an argument, symbolic ones as names.
-        parts: Into how many parts the experts of a weight are divided.
     """
 
     name: str
     body: "Body" = field(repr=False, compare=False)
     dtype: str = ""
     shape: tuple[int | str, ...] = ()
-    parts: int = 1
 
     def size(self, axis: int) -> int:
         """The size of an argument's axis, which must be a number."""
@@ -89,7 +87,7 @@ class Value:
         if self.dtype == dtype:
             return self
         made = self.body.op("Cast", self, attrs={"to": ONNX_DTYPE[dtype]})
-        return Value(made.name, self.body, dtype, self.shape, self.parts)
+        return Value(made.name, self.body, dtype, self.shape)
 
     def reshape(self, *sizes: "int | Value") -> "Value":
         """Reshape; 0 keeps an axis, -1 takes the rest, a `Value` is a shape's part."""
@@ -117,9 +115,9 @@ class Value:
         given = self.body.ints(sizes)
         return self.body.ops("Split", len(sizes), self, given, attrs={"axis": axis})
 
-    def sum(self, axis: int, *, keep: bool = False) -> "Value":
-        axes = self.body.ints([axis])
-        return self.body.op("ReduceSum", self, axes, attrs={"keepdims": int(keep)})
+    def sum(self, *axes: int, keep: bool = False) -> "Value":
+        given = self.body.ints(axes)
+        return self.body.op("ReduceSum", self, given, attrs={"keepdims": int(keep)})
 
     def max(self, axis: int, *, keep: bool = False) -> "Value":
         axes = self.body.ints([axis])

@@ -7,7 +7,7 @@ import numpy as np
 
 from lingc.targets.onnx.body import CONTRIB, OPSET, Value
 from lingc.targets.onnx.library_standard import Standard
-from lingc.targets.onnx.stack import Stack, few_experts
+from lingc.targets.onnx.stack import Stack, few_experts, grouped_experts
 
 _UNROUTED = -1e30
 _LEAST_WEIGHT = 1e-37
@@ -18,6 +18,10 @@ _SWIGLU = {
     "activation_beta": 0.0,
     "swiglu_limit": 3e38,
 }
+GROUPED_EXPERTS = 64
+"""Up to so many experts, many tokens are gathered for each and multiplied at once: with few tokens
+an expert, most of that would be padding."""
+
 _FP32_ACTIVATIONS = 1
 """`accuracy_level` that keeps the activations in FP32; level 4 would round them to 8 bits."""
 
@@ -73,7 +77,18 @@ class Ort(Standard):
     def from_latent(self, o: Value, w_v: Value) -> Value:
         return self._product(o, w_v, transBatchA=1, transB=1).transpose(1, 0, 2)
 
+    def by_each(self, x: Value, weights: Value, *, rank: int) -> Value:
+        del rank
+        return self._product(x, weights, transB=1)
+
     # ------------------------------------------------------------------------------- norm and gate
+
+    def rms_norm_of_parts(self, x: Value, weight: Value, eps: float, *, width: int) -> Value:
+        if not self.many_tokens:
+            return self.rms_norm(x, weight, eps)
+        # With a weight of two axes the op is three times slower than with one, and a product.
+        plain = self.body.value(np.ones(width, np.float32))
+        return self.rms_norm(x, plain, eps) * weight
 
     def add_rms_norm(
         self, x: Value, residual: Value, weight: Value, eps: float
@@ -119,25 +134,27 @@ class Ort(Standard):
     def experts(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         if self._has_4_bit_op(gate_up) and self._has_4_bit_op(down):
             return self._mixture_4_bit(x, ids, weights, gate_up, down)
-        if self.few_tokens and gate_up.values.dtype != "f32":
+        # `MoE` gives each thread a run of experts, so that a token whose experts are neighbours
+        # has one thread. Copied side by side they are read by all.
+        if x.shape[0] == 1 or (self.few_tokens and gate_up.values.dtype != "f32"):
             return few_experts(self, x, ids, weights, gate_up, down)
+        if self.many_tokens and gate_up.experts <= GROUPED_EXPERTS:
+            return grouped_experts(self, x, ids, weights, gate_up, down)
         return self._mixture(x, ids, weights, gate_up, down)
 
     def _mixture(self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack) -> Value:
         # The op takes a softmax of the chosen logits: the logarithms of the weights give the
-        # weights back, divided by their sum. All parts of an expert are chosen alike.
-        parts, top_k = gate_up.values.parts, ids.size(1)
+        # weights back, divided by their sum.
         logits = self.body.op("Log", self.body.op("Max", weights, _LEAST_WEIGHT))
-        routed = self._by_expert(ids, logits, gate_up.experts // parts, elsewhere=_UNROUTED)
+        routed = self._by_expert(ids, logits, gate_up.experts, elsewhere=_UNROUTED)
         mixed = self._contrib(
             "MoE",
-            *(x, self.body.concat([routed] * parts, 1)),
-            *(gate_up.whole(self, x), None, down.whole(self, x)),
-            k=top_k * parts,
+            *(x, routed, gate_up.whole(self, x), None, down.whole(self, x)),
+            k=ids.size(1),
             normalize_routing_weights=1,
             **_SWIGLU,
         )
-        return mixed * (weights @ self.body.value(np.full((top_k, 1), parts, np.float32)))
+        return mixed * weights.sum(1, keep=True)
 
     def _mixture_4_bit(
         self, x: Value, ids: Value, weights: Value, gate_up: Stack, down: Stack

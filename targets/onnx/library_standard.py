@@ -25,6 +25,7 @@ class Standard:
         body: Where the nodes go.
         few_tokens: Whether the phase has a token or a few for each sequence, so that experts are
             better fetched for each token than tokens for each expert.
+        many_tokens: Whether the phase has many tokens at once.
         single: Whether every sequence has one token.
         settled: Whether the linear states are given as those of the sequences, in their order,
             all of which go on and have no accepted tokens to commit.
@@ -36,10 +37,17 @@ class Standard:
     domains: Sequence[tuple[str, int]] = (("", OPSET),)
 
     def __init__(
-        self, body: Body, *, few_tokens: bool, single: bool = False, settled: bool = False
+        self,
+        body: Body,
+        *,
+        few_tokens: bool,
+        many_tokens: bool = False,
+        single: bool = False,
+        settled: bool = False,
     ) -> None:
         self.body = body
         self.few_tokens = few_tokens
+        self.many_tokens = many_tokens
         self.single = single
         self.settled = settled
 
@@ -119,12 +127,23 @@ class Standard:
         # The weight stays as it is: folding its transpose would make a copy of it.
         return (w_v @ o.transpose(1, 2, 0)).transpose(2, 0, 1)
 
+    def by_each(self, x: Value, weights: Value, *, rank: int) -> Value:
+        """Rows x [..., n, a] times matrices [..., m, a] transposed, as [..., n, m]."""
+        axes = [*range(rank - 2), rank - 1, rank - 2]
+        # What is computed is transposed, the weights are not.
+        return (weights @ x.transpose(*axes)).transpose(*axes)
+
     # -------------------------------------------------------------------------------- norm and gate
 
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
-        """Norm over the last axis; `weight` may have more axes than that one."""
+        """Norm over the last axis."""
         attrs = {"epsilon": eps, "axis": -1}
         return self.body.op("RMSNormalization", x, weight, attrs=attrs)
+
+    def rms_norm_of_parts(self, x: Value, weight: Value, eps: float, *, width: int) -> Value:
+        """Norm over the last axis, of that width; `weight` has the last two axes of x."""
+        del width
+        return self.rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: Value, residual: Value, weight: Value, eps: float

@@ -37,7 +37,19 @@ def lightning_prefill(
     positions: Value,
 ) -> tuple[Value, Value]:
     body = library.body
-    heads, _, value = (state.size(axis) for axis in (1, 2, 3))
+    heads, key, value = (state.size(axis) for axis in (1, 2, 3))
+    if slots.shape[0] == 1:
+        live = _live(body, slots, positions.slice(0, 0, 1))
+        new_q, new_k = (x.reshape(1, -1, heads * key) for x in (q, k))
+        o, end = library.recur(
+            new_q,
+            new_k,
+            v.reshape(1, -1, heads * value),
+            decay,
+            _started(body, state, slots, live),
+            span=body.sizes([1, positions.length(0)]),
+        )
+        return o.reshape(-1, heads, value), _stored(body, state, slots, end)
     padding = Padding(body, offsets)
     counts = padding.counts
     # The first row of a sequence without tokens may be one beyond the last.
@@ -186,9 +198,9 @@ class _Mixed:
 
     def output(self, o: Value, gate: Value, weight: Value, groups: int, eps: float) -> Value:
         """Normed by groups and gated o [B, n, H V], as [T, H V]."""
-        width = weight.size(0)
-        by_group = weight.reshape(groups, width // groups)
-        normed = self.library.rms_norm(o.reshape(0, 0, groups, width // groups), by_group, eps)
+        width, each = weight.size(0), weight.size(0) // groups
+        by_group, weights = o.reshape(0, 0, groups, each), weight.reshape(groups, each)
+        normed = self.library.rms_norm_of_parts(by_group, weights, eps, width=each)
         gated = normed.reshape(0, 0, width) * self.library.body.op("Sigmoid", gate)
         return gated.reshape(-1, width)
 

@@ -19,7 +19,7 @@ from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array, Initializer
 from lingc.targets.onnx.body import LINGC, ONNX_DTYPE, OPSET
 from lingc.targets.onnx.library_ort import Ort
 from lingc.targets.onnx.library_standard import Standard
-from lingc.targets.onnx.phase import DECODE_MODELS, Model, Phase
+from lingc.targets.onnx.phase import MORE_MODELS, Model, Phase
 from lingc.targets.onnx.weights import EngineWeight, Weights, widening
 
 LIBRARIES: Mapping[str, type[Standard]] = {"ort": Ort, "standard": Standard}
@@ -37,7 +37,7 @@ class OnnxEngine:
 
     Attributes:
         models: name -> serialized model, without weights: one for each phase, under its name, and
-            more for decode.
+            more for steps that are simpler.
         weights: The weights that an engine of these models is packed with.
         info: What a backend must know beside the models and the plan, as plain JSON values:
             `library`, `widen`, `opset`, `initializers` and, under `phases`, the names of those that
@@ -73,7 +73,7 @@ def lower(plan: Plan, *, library: str = "ort", widen: str = "auto") -> OnnxEngin
     kind = LIBRARIES[library]
     types = {name: spec.type for name, spec in plan.weights.items()}
     weights = Weights(types, widen=policy == "load", interleaved=kind.interleaved)
-    wanted = [*(Model(name=phase, phase=phase) for phase in PHASES), *DECODE_MODELS]
+    wanted = [*(Model(name=phase, phase=phase) for phase in PHASES), *MORE_MODELS]
     phases = {
         model.name: Phase(model, plan.programs[model.phase], kind, weights)
         for model in wanted

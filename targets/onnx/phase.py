@@ -37,11 +37,14 @@ class Model:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-DECODE_MODELS = (
+ONE_SEQUENCE = {"B": 1, "B+1": 2}
+
+MORE_MODELS = (
+    Model(name="prefill_one", phase="prefill", sizes=ONE_SEQUENCE),
     Model(name="decode_settled", phase="decode", settled=True),
-    Model(name="decode_one", phase="decode", settled=True, sizes={"B": 1, "B+1": 2}),
+    Model(name="decode_one", phase="decode", settled=True, sizes=ONE_SEQUENCE),
 )
-"""Models for steps of decode beside the general one: of any number of sequences, and of one."""
+"""Models beside the general one of each phase. Those of one sequence need no padding."""
 
 
 class Phase:
@@ -136,6 +139,7 @@ class Phase:
         library = self._library(
             body,
             few_tokens=self._model.phase in FEW_TOKENS,
+            many_tokens=self._model.phase == "prefill",
             single=self._model.phase == "decode",
             settled=self._model.settled,
         )
@@ -171,7 +175,7 @@ class Phase:
             made = bound.get(argument)
             if made is not None:
                 self.initializers[made.name] = made
-                values[argument] = Value(made.name, self._body, made.dtype, made.shape, made.parts)
+                values[argument] = Value(made.name, self._body, made.dtype, made.shape)
             elif argument not in bound:
                 values[argument] = self._computed(name)
         return values
@@ -228,7 +232,7 @@ def _is_tensor(parameter: inspect.Parameter) -> bool:
 
 def _kind(value: Any) -> Any:
     """What of an argument a function depends on."""
-    return (value.dtype, value.shape, value.parts) if isinstance(value, Value) else value
+    return (value.dtype, value.shape) if isinstance(value, Value) else value
 
 
 def _slot_states(program: Program) -> Iterator[str]:

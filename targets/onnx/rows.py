@@ -79,7 +79,7 @@ def normed_and_roped(
     key = weights[0].size(0)
     copies = library.body.ints([heads, key])
     weight = library.body.concat([library.body.op("Expand", w, copies) for w in weights], 0)
-    by_head = library.rms_norm(qk.reshape(0, 0, 2 * heads, key), weight, eps)
+    by_head = library.rms_norm_of_parts(qk.reshape(0, 0, 2 * heads, key), weight, eps, width=key)
     flat = by_head.reshape(0, 0, 2 * heads * key)
     return rotated(library, flat, angles, heads=2 * heads, width=key, pairs=pairs)
 
@@ -107,8 +107,9 @@ def group_norm_gate(
     library: Standard, o: Value, gate: Value, weight: Value, groups: int, eps: float
 ) -> Value:
     width = weight.size(0)
-    by_group = o.reshape(-1, groups, width // groups)
-    normed = library.rms_norm(by_group, weight.reshape(groups, width // groups), eps)
+    each = width // groups
+    by_group = o.reshape(-1, groups, each)
+    normed = library.rms_norm_of_parts(by_group, weight.reshape(groups, each), eps, width=each)
     return normed.reshape(-1, width) * library.body.op("Sigmoid", gate)
 
 

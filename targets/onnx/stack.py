@@ -25,6 +25,8 @@ class Maths(Protocol):
         self, packed: Value, scales: Value, *, width: int, group: int, rank: int
     ) -> Value: ...
 
+    def by_each(self, x: Value, weights: Value, *, rank: int) -> Value: ...
+
     def silu_mul(self, gate: Value, up: Value) -> Value: ...
 
 
@@ -85,17 +87,13 @@ def few_experts(
 ) -> Value:
     """For few tokens: fetches the chosen experts of each."""
     inner = gate_up.rows // 2
-    hidden = gate_up.fetched(library, ids) @ x.unsqueeze(1, 3)  # [T, k, 2F, 1]
-    if library.interleaved:
-        gate, up = hidden.reshape(0, 0, inner, 2).split(3, [1, 1])
-    else:
-        gate, up = hidden.split(2, [inner, inner])
-    inside = library.silu_mul(gate, up)  # [T, k, F, 1]
+    hidden = library.by_each(x.unsqueeze(1, 2), gate_up.fetched(library, ids), rank=4)
+    inside = _activated(library, hidden, (1, inner))  # [T, k, 1, F]
     if rounding is not None:
         flat = rounding(library, inside.reshape(-1, inner), inner)
-        inside = flat.reshape(-1, ids.size(1), inner, 1)
-    each = down.fetched(library, ids) @ inside  # [T, k, D, 1]
-    return (each * weights.unsqueeze(2, 3)).sum(1).squeeze(2)
+        inside = flat.reshape(-1, ids.size(1), 1, inner)
+    each = library.by_each(inside, down.fetched(library, ids), rank=4)  # [T, k, 1, D]
+    return (each * weights.unsqueeze(2, 3)).sum(1, 2)
 
 
 def grouped_experts(
@@ -120,17 +118,21 @@ def grouped_experts(
     nobody = body.full(seats * experts, np.zeros(1, np.int64))
     seated = body.op("ScatterElements", nobody, seat, number, attrs={"axis": 0})
     by_expert = x.gather(seated).reshape(experts, -1, x.size(1))  # [E, c, D]
-    hidden = gate_up.whole(library, x) @ by_expert.transpose(0, 2, 1)  # [E, 2F, c]
-    if library.interleaved:
-        pairs = hidden.reshape(experts, inner, 2, -1).split(2, [1, 1])
-        gate, up = (half.squeeze(2) for half in pairs)
-    else:
-        gate, up = hidden.split(1, [inner, inner])
-    inside = library.silu_mul(gate, up)  # [E, F, c]
+    hidden = library.by_each(by_expert, gate_up.whole(library, x), rank=3)
+    inside = _activated(library, hidden, (inner,))  # [E, c, F]
     if rounding is not None:
-        flat = rounding(library, inside.transpose(0, 2, 1).reshape(-1, inner), inner)
-        inside = flat.reshape(experts, -1, inner).transpose(0, 2, 1)
-    each = down.whole(library, inside) @ inside  # [E, D, c]
-    by_seat = each.transpose(0, 2, 1).reshape(-1, down.rows)
-    per_token = by_seat.gather(seat).reshape(-1, top_k, down.rows)
+        flat = rounding(library, inside.reshape(-1, inner), inner)
+        inside = flat.reshape(experts, -1, inner)
+    each = library.by_each(inside, down.whole(library, inside), rank=3)  # [E, c, D]
+    per_token = each.reshape(-1, down.rows).gather(seat).reshape(-1, top_k, down.rows)
     return (per_token * weights.unsqueeze(2)).sum(1)
+
+
+def _activated(library: Maths, hidden: Value, inner: tuple[int, ...]) -> Value:
+    """The inner activation [a, b, *inner] of gate and up, which lie along the last axis."""
+    width = inner[-1]
+    if not library.interleaved:
+        gate, up = hidden.split(-1, [width, width])
+        return library.silu_mul(gate, up)
+    gate, up = hidden.reshape(0, 0, width, 2).split(3, [1, 1])
+    return library.silu_mul(gate, up).reshape(0, 0, *inner)

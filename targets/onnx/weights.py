@@ -21,11 +21,6 @@ from lingc.runtime.onnx_weights import (
 WIDEN = ("auto", "load", "step")
 LARGEST_WIDENED_BYTES = 1 << 30
 
-DIVIDED = frozenset({"experts", "fp8_weight_experts"})
-"""Ops whose experts, once widened, are divided in parts."""
-
-PARTS = 2
-
 _STACKED = "gate_up"
 _SCALE = "_scale"
 
@@ -92,9 +87,6 @@ def forms(
                 shape = _by_group(shape, types[given["scales"]])
         elif stored.dtype == "bf16" and _is_widened(op, argument, stored, widen=widen):
             load, dtype = BF16_TO_F32, "f32"
-        parts = 1
-        if load in {BF16_TO_F32, FP8_TO_F32} and op in DIVIDED and interleaved:
-            parts, shape = _parts(argument, shape, inner=types[given["down"]].bind({})[2])
         made[argument] = Initializer(
             name=name,
             dtype=dtype,
@@ -103,19 +95,8 @@ def forms(
             load=load,
             layout=INTERLEAVED if interleaved and stacked > 1 else PLAIN,
             stacked=stacked,
-            parts=parts,
         )
     return made
-
-
-def _parts(argument: str, shape: tuple[int, ...], *, inner: int) -> tuple[int, tuple[int, ...]]:
-    """Into how many parts experts are divided, and the shape of all parts."""
-    if inner % PARTS:
-        return 1, shape
-    experts, rows, width = shape
-    if argument == _STACKED:
-        return PARTS, (PARTS * experts, rows // PARTS, width)
-    return PARTS, (PARTS * experts, rows, width // PARTS)
 
 
 def _by_group(shape: tuple[int, ...], scales: TensorType) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ def steps(batch: Batch) -> Iterator[tuple[str, dict[str, Array]]]:
     yield "decode", batch.step("decode", [(1, 12, 1), (2, 1, 1)], **accepted(0, 0))
     yield "decode", batch.step("decode", [(0, 16, 1), (1, 13, 1), (2, 2, 1)], **accepted(0, 0, 0))
     yield "decode", batch.step("decode", [(2, 3, 1), (1, 14, 1)], **accepted(0, 0))
+    yield "prefill", batch.step("prefill", [(2, 0, 4)])
     if "draft" in batch.plan.programs:
         hidden = batch.random.standard_normal((6, batch.plan.config["hidden_size"]))
         more = {"hidden": hidden.astype(np.float32)}
