@@ -6,14 +6,11 @@ answers differ; a comparison names both. Values are compared in f64.
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Mechanism = Literal[
-    "elementwise", "rope", "gemm", "fp8_gemm", "experts", "attention", "lightning", "router"
-]
+from lingc.op import Mechanism
 
 _PUBLISHED = "as the published linghe kernels are tested"
 

@@ -5,14 +5,21 @@ An op is one file in `plugins/`: its maths, schema, type rule, reference, limits
 in the table that passes, lowering, the interpreter, tests and docs read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 
+from lingc.kernel import Tactic
 from lingc.plan import TensorType
 from lingc.targets.spec import Target
+
+Mechanism = Literal[
+    "elementwise", "rope", "gemm", "fp8_gemm", "experts", "attention", "lightning", "router"
+]
+"""What makes two right answers differ; `lingc.compare` has a tolerance for each."""
 
 Value = Any  # a TensorType, or a literal, as the schema has it
 Types = TensorType | tuple[TensorType, ...]
@@ -47,6 +54,26 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One shape of the full model that an op is timed at.
+
+    Attributes:
+        name: As a reader knows it, e.g. `qkv + gate projection, FP8`.
+        case: Arguments of the op's `inputs` for a number of tokens.
+        tokens: Numbers of tokens that it is timed at when nobody asks for others.
+        vary: Arguments for the i-th call of a series, from those of the first; None where copies
+            of every tensor make the series cold.
+        context: Tokens already in the cache, for the table; 0 where that means nothing.
+    """
+
+    name: str
+    case: Callable[[int], tuple[Any, ...]]
+    tokens: tuple[int, ...] = (1,)
+    vary: Callable[[tuple[Any, ...], int], tuple[Any, ...]] | None = None
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
     """A fused op.
 
@@ -62,7 +89,15 @@ class Op:
         inputs: Example arguments, seeded, for one of `cases` and an activation dtype.
         cases: Arguments of `inputs` that the generic tests run through; small first, odd sizes
             included.
+        tactics: Ways to run it with the target's own kernels, from the same arguments as `types`
+            with every size a number; best guess first. Empty where `refusal` gives a reason.
+        layouts: Layout of `lingc.quantize.layouts` that those kernels want a weight in, by name of
+            the argument; plain where none is named. The same for every tactic.
+        mechanism: Which tolerance of `lingc.compare` its results are compared with.
+        benchmarks: Shapes of the full model.
         overload: The torch op that stands in graphs.
+
+    A result that has the name of an argument is that argument, updated in place by kernels.
     """
 
     name: str
@@ -73,12 +108,35 @@ class Op:
     cost: Callable[..., Cost]
     inputs: Callable[..., tuple[Any, ...]]
     cases: tuple[tuple[Any, ...], ...]
+    tactics: Callable[..., Sequence[Tactic]]
+    layouts: Mapping[str, str]
+    mechanism: Mechanism
+    benchmarks: tuple[Benchmark, ...]
     overload: Any
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments, in order."""
+        return tuple(argument.name for argument in self.overload._schema.arguments)  # noqa: SLF001
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of the results, in order; `out` where the schema gives none."""
+        returns = self.overload._schema.returns  # noqa: SLF001
+        names = tuple(
+            one.name or ("out" if len(returns) == 1 else f"out{i}") for i, one in enumerate(returns)
+        )
+        return names
 
 
 def no_refusal(_target: Target, *_args: Value) -> str | None:
-    """Of an op that has no kernel of its own yet, and so no limit of one."""
+    """Of an op whose kernels run every shape, and of one that has no kernel."""
     return None
+
+
+def no_tactics(_target: Target, *_args: Value) -> Sequence[Tactic]:
+    """Of an op that has no kernel."""
+    return ()
 
 
 def define(
@@ -90,6 +148,10 @@ def define(
     inputs: Callable[..., tuple[Any, ...]],
     cases: tuple[tuple[Any, ...], ...],
     refusal: Callable[..., str | None] = no_refusal,
+    tactics: Callable[..., Sequence[Tactic]] = no_tactics,
+    layouts: Mapping[str, str] = MappingProxyType({}),
+    mechanism: Mechanism = "elementwise",
+    benchmarks: tuple[Benchmark, ...] = (),
 ) -> Op:
     """Register an op with torch and in the table, and return it.
 
@@ -115,6 +177,10 @@ def define(
         cost=cost,
         inputs=inputs,
         cases=cases,
+        tactics=tactics,
+        layouts=layouts,
+        mechanism=mechanism,
+        benchmarks=benchmarks,
         overload=overload,
     )
     OPS[name] = op

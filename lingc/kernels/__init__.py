@@ -1,0 +1,1 @@
+"""Device code that several ops share, and the functions that make launches of it."""

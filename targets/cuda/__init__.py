@@ -1,0 +1,1 @@
+"""CUDA engines: kernels compiled ahead of time, and which of them to use."""
