@@ -91,10 +91,13 @@ class Op:
             included.
         tactics: Ways to run it with the target's own kernels, from the same arguments as `types`
             with every size a number; best guess first. Empty where `refusal` gives a reason.
-        layouts: Layout of `lingc.quantize.layouts` that those kernels want a weight in, by name of
-            the argument; plain where none is named. The same for every tactic.
+        layouts: Layouts of `lingc.quantize.layouts` that those kernels want weights in, by name of
+            the argument, from the same arguments as `types`; plain where none is named. The same
+            for every tactic and every target that has some.
         mechanism: Which tolerance of `lingc.compare` its results are compared with.
         benchmarks: Shapes of the full model.
+        judge: Why results are wrong, from (arguments, got, want), or None; where an element by
+            element comparison is not the right one (expert ids whose scores nearly tie).
         overload: The torch op that stands in graphs.
 
     A result that has the name of an argument is that argument, updated in place by kernels.
@@ -109,24 +112,24 @@ class Op:
     inputs: Callable[..., tuple[Any, ...]]
     cases: tuple[tuple[Any, ...], ...]
     tactics: Callable[..., Sequence[Tactic]]
-    layouts: Mapping[str, str]
+    layouts: Callable[..., Mapping[str, str]]
     mechanism: Mechanism
     benchmarks: tuple[Benchmark, ...]
+    judge: Callable[..., str | None] | None
     overload: Any
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments, in order."""
-        return tuple(argument.name for argument in self.overload._schema.arguments)  # noqa: SLF001
+        return tuple(argument.name for argument in self.overload._schema.arguments)
 
     @property
     def results(self) -> tuple[str, ...]:
         """Names of the results, in order; `out` where the schema gives none."""
-        returns = self.overload._schema.returns  # noqa: SLF001
-        names = tuple(
+        returns = self.overload._schema.returns
+        return tuple(
             one.name or ("out" if len(returns) == 1 else f"out{i}") for i, one in enumerate(returns)
         )
-        return names
 
 
 def no_refusal(_target: Target, *_args: Value) -> str | None:
@@ -139,7 +142,7 @@ def no_tactics(_target: Target, *_args: Value) -> Sequence[Tactic]:
     return ()
 
 
-def define(
+def define(  # noqa: PLR0913 (an op is what it is)
     schema: str,
     *,
     reference: Callable[..., Any],
@@ -149,14 +152,16 @@ def define(
     cases: tuple[tuple[Any, ...], ...],
     refusal: Callable[..., str | None] = no_refusal,
     tactics: Callable[..., Sequence[Tactic]] = no_tactics,
-    layouts: Mapping[str, str] = MappingProxyType({}),
+    layouts: Mapping[str, str] | Callable[..., Mapping[str, str]] = MappingProxyType({}),
     mechanism: Mechanism = "elementwise",
     benchmarks: tuple[Benchmark, ...] = (),
+    judge: Callable[..., str | None] | None = None,
 ) -> Op:
     """Register an op with torch and in the table, and return it.
 
     Args:
         schema: `name(Tensor x, float eps) -> Tensor`; the op's functional signature.
+        layouts: A table where they depend on no argument.
 
     Raises:
         ValueError: A second op of the same name.
@@ -178,13 +183,18 @@ def define(
         inputs=inputs,
         cases=cases,
         tactics=tactics,
-        layouts=layouts,
+        layouts=layouts if callable(layouts) else _always(layouts),
         mechanism=mechanism,
         benchmarks=benchmarks,
+        judge=judge,
         overload=overload,
     )
     OPS[name] = op
     return op
+
+
+def _always(layouts: Mapping[str, str]) -> Callable[..., Mapping[str, str]]:
+    return lambda *_args: layouts
 
 
 def type_of(value: Any) -> Any:
