@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from lingc import plugins
-from lingc.compare import Mechanism, assert_close
-from lingc.op import DTYPE_NAME, TORCH_DTYPE, Op, type_of
+from lingc.compare import assert_close
+from lingc.op import DTYPE_NAME, TORCH_DTYPE, Mechanism, Op, type_of
 from lingc.plan import TensorType
 from lingc.plugins.table import MODULES, OPS
 
@@ -80,6 +80,10 @@ own tests hold them to their parts bit for bit."""
 
 def given(op: Op, case: tuple[Any, ...], dtype: str = "f32") -> tuple[Any, ...]:
     return op.inputs(*case, dtype=dtype, device="cpu")
+
+
+def mechanism_of(op: Op) -> Mechanism:
+    return MECHANISMS.get(op.name, op.mechanism)
 
 
 def results(made: Any) -> tuple[Tensor, ...]:
@@ -230,10 +234,10 @@ def test_no_result_shows_memory_that_was_never_written(op: Op, case: tuple[Any, 
     assert all(x.double().isfinite().all() for x in made if x.is_floating_point())
 
 
-def in_f64(value: Any) -> Any:
+def in_f64(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if DTYPE_NAME[value.dtype] in {"f32", "bf16"} else value
-    return "f64" if isinstance(value, str) else value
+    return "f64" if name == "dtype" else value
 
 
 @pytest.mark.parametrize(
@@ -250,13 +254,14 @@ def test_results_are_those_in_f64_but_for_rounding(
 ) -> None:
     args = given(op, case, dtype)
 
-    made, want = (results(op.reference(*x)) for x in (args, map(in_f64, args)))
+    made = results(op.reference(*args))
+    want = results(op.reference(*(in_f64(name, value) for name, value in named(op, args))))
 
     for x, y in zip(made, want, strict=True):
         kind = DTYPE_NAME[x.dtype]
         # Codes and scales are those of a result that was rounded to bf16 before.
         narrowest = dtype if kind == "f32" and op.name.endswith("_fp8") else kind
-        mechanism = "elementwise" if kind == "f8e4m3" else MECHANISMS.get(op.name, "elementwise")
+        mechanism = "elementwise" if kind == "f8e4m3" else mechanism_of(op)
         assert_close(x, y, dtype=narrowest, mechanism=mechanism)
 
 
@@ -271,8 +276,7 @@ def test_a_token_gets_the_same_result_whatever_stands_beside_it(name: str) -> No
             value[t : t + 1] if axis_of(op, key, value) else value for key, value in named(op, args)
         ]
         for x, y in zip(results(op.reference(*alone)), whole, strict=True):
-            mechanism = MECHANISMS.get(name, "elementwise")
-            assert_close(x, y[t : t + 1], dtype=DTYPE_NAME[x.dtype], mechanism=mechanism)
+            assert_close(x, y[t : t + 1], dtype=DTYPE_NAME[x.dtype], mechanism=mechanism_of(op))
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
