@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from lingc.checkpoint import SyntheticCheckpoint
-from lingc.compare import Mechanism, assert_close
+from lingc.compare import assert_close
 from lingc.graph import Program
 from lingc.interpret import stored_tensor
-from lingc.op import TORCH_DTYPE
+from lingc.op import TORCH_DTYPE, Mechanism
 from lingc.plan import TensorType, WeightSpec
 from lingc.samples import Samples
 from lingc.weights import materialize

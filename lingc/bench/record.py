@@ -151,10 +151,7 @@ def document(record: Record, versions: Mapping[str, str | None]) -> dict[str, An
     return {
         "kind": "bench",
         "format": FORMAT,
-        "date": record.date,
-        "lingc": __version__,
-        "commit": commit(),
-        "versions": dict(versions),
+        **about(versions, record.date),
         "machine": {
             **machine(),
             "threads": settings.cores,
@@ -174,6 +171,11 @@ def document(record: Record, versions: Mapping[str, str | None]) -> dict[str, An
         "measures": [_measure(one) for one in record.measures],
         "acceptance": list(record.acceptance),
     }
+
+
+def about(versions: Mapping[str, str | None], date: str) -> dict[str, Any]:
+    """When and by what a record was made."""
+    return {"date": date, "lingc": __version__, "commit": commit(), "versions": dict(versions)}
 
 
 class OtherLoad:

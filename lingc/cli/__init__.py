@@ -23,6 +23,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "run": "Generate text with a package.",
         "parity": "Compare an engine, a checkpoint or a plan with another.",
         "bench": "Time a package against eager, after checking that it is right.",
+        "bench-ops": "Time the kernels of ops on a GPU, after checking that they are right.",
         "inspect": "Show what a package holds, and where it came from.",
         "verify": "Check every byte of a package, and whether it fits here.",
         "plan": "Tell the memory that a model needs, without building it.",
@@ -44,9 +45,9 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"lingc.cli.{cmd_name}")
+        module = importlib.import_module(f"lingc.cli.{cmd_name.replace('-', '_')}")
         command = module.command
-        assert isinstance(command, click.Command), f"lingc.cli.{cmd_name} has no command"
+        assert isinstance(command, click.Command), f"lingc.cli has no command {cmd_name}"
         return command
 
     def resolve_command(

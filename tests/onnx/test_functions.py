@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lingc.compare import Mechanism, assert_close
-from lingc.op import DTYPE_NAME, Op
+from lingc.compare import assert_close
+from lingc.op import DTYPE_NAME, Mechanism, Op
 from lingc.plugins.table import OPS
 from lingc.targets.onnx.functions import FUNCTIONS
 from tests.onnx.one_op import run_op

@@ -1,0 +1,384 @@
+"""Ops run by their own kernels on a device: held to their references, then timed.
+
+The binaries are those that engines carry, compiled ahead of time and loaded through the driver.
+Every tactic of every case passes the gate before anything is timed: close to the reference in FP64
+on the same rounded inputs, nothing left of the NaN that results and workspaces were filled with,
+the same bits twice, counters back at zero.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from lingc.compare import close
+from lingc.device import Binary, Device, launch_all
+from lingc.kernel import Kernel, Launch, Tactic, Tensor
+from lingc.op import DTYPE_NAME, TORCH_DTYPE, Benchmark, Op, type_of
+from lingc.plan import TensorType
+from lingc.quantize.layouts import PLAIN, TILE_ROWS, arrange
+from lingc.targets.spec import Target
+
+_POISON = {torch.int32: -77_777_777, torch.int64: -77_777_777, torch.uint8: 0xAB, torch.bool: True}
+
+REPLAYS = 11
+_SERIES_BYTES = 24 << 30
+"""Memory that the copies of one series may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What a gate found."""
+
+    op: str
+    case: str
+    tactic: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One tactic at one shape.
+
+    Attributes:
+        microseconds: Of one call, hand-off to the next included: 10th, 50th and 90th percentile.
+        moved_bytes: What one call must read and write, by the op's cost.
+        flops: By the op's cost.
+        facts: Registers, local memory and blocks a multiprocessor of each launch.
+    """
+
+    op: str
+    benchmark: str
+    tokens: int
+    tactic: str
+    microseconds: tuple[float, float, float]
+    moved_bytes: float
+    flops: float
+    launches: int
+    config: Mapping[str, int | str] = field(default_factory=dict)
+    facts: tuple[Mapping[str, int], ...] = ()
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.moved_bytes / (self.microseconds[1] * 1e-6)
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.flops / (self.microseconds[1] * 1e-6)
+
+
+class Bound:
+    """An op's arguments on the device as its kernels take them, results and workspaces.
+
+    Args:
+        arguments: As the op's schema has them, weights plain, on the device.
+        arranged: Weights in their layouts already, by name, to share them between calls.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        arguments: Sequence[Any],
+        tactic: Tactic,
+        *,
+        arranged: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.op, self.tactic = op, tactic
+        layouts = layouts_of(op, arguments)
+        given = dict(zip(op.arguments, arguments, strict=True))
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                ready = (arranged or {}).get(name)
+                layout = layouts.get(name, PLAIN)
+                self.tensors[name] = arranged_tensor(layout, value) if ready is None else ready
+        made = op.types(*(type_of(value) for value in arguments))
+        types = (made,) if isinstance(made, TensorType) else made
+        for name, kind in zip(op.results, types, strict=True):
+            if name in given:
+                self.tensors[name] = self.tensors[name].clone()  # updated in place
+            else:
+                self.tensors[name] = poisoned(kind.bind({}), TORCH_DTYPE[kind.dtype])
+        for space in tactic.workspaces:
+            whole = torch.zeros(space.bytes, dtype=torch.uint8, device="cuda")
+            if not space.zeroed:
+                whole.fill_(0xFF)  # NaN in every floating type
+            self.tensors[space.name] = whole
+        self.addresses = {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        for launch in tactic.launches:  # absent optional arguments are null
+            for operand in launch.operands:
+                if isinstance(operand, Tensor):
+                    self.addresses.setdefault(operand.name, 0)
+
+    def results(self) -> list[torch.Tensor]:
+        return [self.tensors[name] for name in self.op.results]
+
+    def dirty_counters(self) -> list[str]:
+        """Zeroed workspaces that are not zero."""
+        return [
+            space.name
+            for space in self.tactic.workspaces
+            if space.zeroed and bool(self.tensors[space.name].any())
+        ]
+
+
+def layouts_of(op: Op, arguments: Sequence[Any]) -> Mapping[str, str]:
+    """The layout of every weight that is not plain."""
+    return op.layouts(*(type_of(value) for value in arguments))
+
+
+def arrange_all(op: Op, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The tensors among an op's arguments, weights in their layouts, by name."""
+    layouts = layouts_of(op, arguments)
+    return {
+        name: arranged_tensor(layouts.get(name, PLAIN), value)
+        for name, value in zip(op.arguments, arguments, strict=True)
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that no kernel wrote: NaN, or a number that stands out."""
+    if dtype == torch.float8_e4m3fn:
+        return torch.full(tuple(shape), 0x7F, dtype=torch.uint8, device="cuda").view(dtype)
+    return torch.full(tuple(shape), _POISON.get(dtype, math.nan), dtype=dtype, device="cuda")
+
+
+# ---------------------------------------------------------------------------------------- layouts
+
+
+def arranged_tensor(layout: str, values: torch.Tensor) -> torch.Tensor:
+    """`lingc.quantize.layouts.arrange` on the device.
+
+    The order of bytes is not written a second time here: it is read off what `arrange` does to
+    one small matrix of row, piece and nibble numbers.
+    """
+    if layout == PLAIN:
+        return values
+    *outer, rows, width = values.shape
+    if layout.endswith("scales"):
+        order = _row_order(layout, rows)
+        ordered = values.index_select(-2, order)
+        tiles = ordered.reshape(*outer, rows // TILE_ROWS, TILE_ROWS, width)
+        return tiles.transpose(-1, -2).contiguous().reshape(values.shape)
+    ordered = values.contiguous()
+    if values.dtype == torch.int32:
+        ordered = _nibbles(ordered)
+    raw = ordered.view(torch.uint8).reshape(*outer, rows, -1)
+    if layout != "tiled":
+        raw = raw.index_select(-2, _row_order(layout, rows))
+    pieces = raw.reshape(*outer, rows // TILE_ROWS, TILE_ROWS, -1, 64).transpose(-2, -3)
+    shuffled = pieces.reshape(*outer, -1, 1024).index_select(-1, _piece_order())
+    return shuffled.contiguous().reshape(-1).view(values.dtype).reshape(values.shape)
+
+
+@cache
+def _row_order(layout: str, rows: int) -> torch.Tensor:
+    """Which row of the plan stands at each row of the layout."""
+    if layout in {"tiled", "tiled_scales"}:
+        return torch.arange(rows, device="cuda")
+    numbers = np.arange(rows, dtype=np.int32)[:, None]
+    tiled = arrange("tiled_gated_scales", numbers)
+    return torch.from_numpy(tiled[:, 0].astype(np.int64)).cuda()
+
+
+@cache
+def _piece_order() -> torch.Tensor:
+    """Which of 16 x 64 bytes stands at each byte of a piece."""
+    numbers = np.arange(TILE_ROWS * 64, dtype=np.int64).reshape(TILE_ROWS, 64)
+    low, high = (arrange("tiled", (numbers >> s & 255).astype(np.uint8)) for s in (0, 8))
+    return torch.from_numpy((low.astype(np.int64) | high.astype(np.int64) << 8).reshape(-1)).cuda()
+
+
+@cache
+def _nibble_places() -> tuple[int, ...]:
+    """Where each nibble of a word goes."""
+    places = []
+    for nibble in range(8):
+        word = np.full((TILE_ROWS, 16), np.uint32(15 << 4 * nibble)).view(np.int32)
+        made = int(arrange("tiled", word).view(np.uint32)[0, 0])
+        places.append((made.bit_length() - 1) // 4)
+    return tuple(places)
+
+
+def _nibbles(words: torch.Tensor) -> torch.Tensor:
+    made = torch.zeros_like(words)
+    for nibble, place in enumerate(_nibble_places()):
+        made |= (words >> 4 * nibble & 15) << 4 * place
+    return made
+
+
+# ------------------------------------------------------------------------------------------- gate
+
+
+def wide_arguments(op: Op, arguments: Sequence[Any]) -> list[Any]:
+    """Arguments whose activations are FP64, so that the reference rounds nothing."""
+    weights = layouts_of(op, arguments)
+    made: list[Any] = []
+    for name, value in zip(op.arguments, arguments, strict=True):
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+            made.append(value if name in weights else value.double())
+        elif name == "dtype" and isinstance(value, str):
+            made.append("f64")
+        else:
+            made.append(value)
+    return made
+
+
+def check(
+    device: Device, op: Op, arguments: Sequence[Any], tactics: Sequence[Tactic],
+    binaries: Mapping[Kernel, Binary], label: str,
+) -> Iterator[Fault]:  # fmt: skip
+    """Run tactics on arguments and compare with the reference in FP64."""
+    want = op.reference(*wide_arguments(op, arguments))
+    want = [want] if isinstance(want, torch.Tensor) else list(want)
+    arranged = arrange_all(op, arguments)
+    for tactic in tactics:
+        problem = _problem(device, op, arguments, tactic, binaries, want, arranged)
+        if problem is not None:
+            yield Fault(op=op.name, case=label, tactic=tactic.name, problem=problem)
+
+
+def _problem(
+    device: Device, op: Op, arguments: Sequence[Any], tactic: Tactic,
+    binaries: Mapping[Kernel, Binary], want: Sequence[torch.Tensor],
+    arranged: Mapping[str, torch.Tensor],
+) -> str | None:  # fmt: skip
+    runs = []
+    for _ in range(2):
+        bound = Bound(op, arguments, tactic, arranged=arranged)
+        torch.cuda.synchronize()
+        launch_all(device, tactic.launches, binaries, bound.addresses, first=True)
+        device.synchronize()
+        runs.append(bound)
+    got, again = runs[0].results(), runs[1].results()
+    for name, one, other in zip(op.results, got, again, strict=True):
+        if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+            return f"{name} differs from run to run"
+    if dirty := runs[0].dirty_counters():
+        return f"left counters {', '.join(dirty)} at other than zero"
+    if op.judge is not None:
+        return op.judge(arguments, got, want)
+    for name, one, other in zip(op.results, got, want, strict=True):
+        found = close(one, other, dtype=DTYPE_NAME[one.dtype], mechanism=op.mechanism)
+        if not found.ok:
+            return f"{name}: {found}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- time
+
+
+def time_tactic(
+    device: Device, op: Op, benchmark: Benchmark, tokens: int, arguments: Sequence[Any],
+    tactic: Tactic, binaries: Mapping[Kernel, Binary], arranged: Mapping[str, torch.Tensor],
+) -> Timing:  # fmt: skip
+    """Median time of one call in a recorded series over cold data."""
+    types = [type_of(value) for value in arguments]
+    cost = op.cost(*types)
+    calls = list(_series(device, op, benchmark, arguments, tactic, arranged, cost.moved_bytes))
+    count = max(len(calls), 24 if cost.moved_bytes < 1 << 30 else 6)
+    torch.cuda.synchronize()
+    with device.recording() as graph:
+        for i in range(count):
+            one = calls[i % len(calls)]
+            launch_all(device, tactic.launches, binaries, one.addresses, first=i == 0)
+    graph.seconds(3)
+    times = [1e6 * s / count for s in graph.seconds(REPLAYS)]
+    graph.close()
+    low, middle, high = np.percentile(times, (10, 50, 90)).tolist()
+    return Timing(
+        op=op.name,
+        benchmark=benchmark.name,
+        tokens=tokens,
+        tactic=tactic.name,
+        microseconds=(low, middle, high),
+        moved_bytes=cost.moved_bytes,
+        flops=cost.flops,
+        launches=len(tactic.launches),
+        config=dict(tactic.config),
+        facts=tuple(device.facts(binaries[one.kernel]) for one in tactic.launches),
+    )
+
+
+def _series(
+    device: Device, op: Op, benchmark: Benchmark, arguments: Sequence[Any], tactic: Tactic,
+    arranged: Mapping[str, torch.Tensor], moved_bytes: float,
+) -> Iterator[Bound]:  # fmt: skip
+    """Calls whose data together passes the L2 cache three times."""
+    copies = max(2, math.ceil(3 * device.l2_bytes / max(moved_bytes, 1.0)))
+    if benchmark.vary is not None:
+        for i in range(max(copies, 12)):
+            varied = benchmark.vary(tuple(arguments), i)
+            same = {
+                name: arranged[name]
+                for name, old, new in zip(op.arguments, arguments, varied, strict=True)
+                if old is new and name in arranged
+            }
+            yield Bound(op, varied, tactic, arranged=same)
+        return
+    each = sum(t.numel() * t.element_size() for t in arranged.values())
+    copies = max(1, min(copies, 96, int(_SERIES_BYTES // max(each, 1))))
+    for i in range(copies):
+        mine = arranged if i == 0 else {name: t.clone() for name, t in arranged.items()}
+        yield Bound(op, arguments, tactic, arranged=mine)
+
+
+# --------------------------------------------------------------------------------------- ceilings
+
+
+def ceiling_kernels() -> tuple[Kernel, Kernel]:
+    """Reading and copying, in pieces of 32 KiB a block."""
+    constants = (("PIECE", 32 * 1024), ("THREADS", 512))
+    shared: dict[str, Any] = {
+        "language": "cuda", "source": "kernels/ceiling.cu", "constants": constants, "warps": 16,
+        "features": ("bulk",),
+    }  # fmt: skip
+    return (
+        Kernel(entry="read_all", arguments=(("from", "*u8"), ("to", "*f32")), **shared),
+        Kernel(entry="copy_all", arguments=(("from", "*u8"), ("to", "*u8")), **shared),
+    )
+
+
+def ceilings(device: Device, binaries: Mapping[Kernel, Binary]) -> dict[str, float]:
+    """Bytes a second that kernels with nothing to compute reach here, by what they do.
+
+    `read` and `copy` move a gigabyte a launch; `read_16m` reads 16.8 MB, a projection's worth.
+    """
+    read, copy = ceiling_kernels()
+    piece, whole = 32 * 1024, 1 << 30
+    pool = torch.randint(256, (4 * whole,), dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    found = {}
+    for label, kernel, size in (("read", read, whole), ("copy", copy, whole),
+                                ("read_16m", read, 16 << 20)):  # fmt: skip
+        blocks = size // piece
+        launch = Launch(
+            kernel=kernel, grid=(blocks, 1, 1), operands=(Tensor("from"), Tensor("to")),
+            dependent=True,
+        )  # fmt: skip
+        places = min(64, 2 * whole // size)
+        with device.recording() as graph:
+            for i in range(max(6, places)):
+                start = pool.data_ptr() + (i % places) * size
+                addresses = {"from": start, "to": start + 2 * whole if label == "copy" else
+                             pool.data_ptr()}  # fmt: skip
+                launch_all(device, (launch,), binaries, addresses, first=i == 0)
+        graph.seconds(2)
+        seconds = statistics.median(graph.seconds(9)) / max(6, places)
+        graph.close()
+        found[label] = (2 if label == "copy" else 1) * size / seconds
+    return found
+
+
+def runnable(op: Op, target: Target, arguments: Sequence[Any]) -> Sequence[Tactic]:
+    """Tactics for arguments; none where the op refuses them or has no kernel."""
+    types = [type_of(value) for value in arguments]
+    if op.refusal(target, *types) is not None:
+        return ()
+    return op.tactics(target, *types)

@@ -1,0 +1,252 @@
+"""`lingc bench-ops`: every op's kernels held to their references on this device, then timed."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lingc.bench import kernels
+from lingc.bench.kernels import Fault, Timing
+from lingc.device import Binary, Device
+from lingc.errors import UsageError
+from lingc.kernel import Kernel, Tactic
+from lingc.op import OPS, Benchmark, Op
+from lingc.targets.cuda.binaries import compile_all
+from lingc.targets.cuda.binaries import kernels as kernels_of
+from lingc.targets.spec import Target
+
+FORMAT = 1
+"""Version of a record."""
+
+
+class Stage(Protocol):
+    """Shows that something is under way; what it yields is called for every unit done."""
+
+    def __call__(
+        self, name: str, *, total: int | None = None, unit: str = ""
+    ) -> AbstractContextManager[Callable[[int], None]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        ops: Names; all that have kernels where empty.
+        tokens: Numbers of tokens to time, in place of each benchmark's own.
+        match: Only benchmarks whose name contains this.
+        cases: Whether the ops' small cases go through the gate too.
+        timed: Whether anything is timed.
+        large: Tokens from which on the gate leaves a benchmark's shape out: its reference in FP64
+            would not fit. The cases cover it.
+        jobs: Processes that compile.
+    """
+
+    target: Target
+    cache_dir: Path
+    ops: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    match: str = ""
+    cases: bool = True
+    timed: bool = True
+    large: int = 2048
+    jobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One set of arguments, not drawn yet, and what it is for."""
+
+    op: Op
+    label: str
+    case: tuple[Any, ...]
+    benchmark: Benchmark | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        gated: Tactics and arguments that went through the gate.
+        refused: (op, case, reason) that own kernels do not run.
+        ceilings: Bytes a second that reading and copying reach here.
+    """
+
+    device: dict[str, Any]
+    gated: int
+    faults: tuple[Fault, ...]
+    refused: tuple[tuple[str, str, str], ...]
+    timings: tuple[Timing, ...]
+    ceilings: dict[str, float]
+
+
+def run(settings: Settings, stage: Stage) -> Report:
+    """Compile, gate, time.
+
+    Raises:
+        UsageError: No op of a name, or none that has kernels.
+        IncompatibleError: No device, or another architecture than the target's.
+        StageError: A kernel does not compile.
+    """
+    device = Device()
+    _same_architecture(device, settings.target)
+    wanted = list(_work(settings))
+    if not wanted:
+        raise UsageError(
+            "nothing matches what was asked for",
+            hint="`lingc bench-ops` alone runs every op that has kernels",
+        )
+    found: list[tuple[Work, Sequence[Tactic]]] = []
+    refused: list[tuple[str, str, str]] = []
+    for one in wanted:
+        types = _types(one)
+        reason = one.op.refusal(settings.target, *types)
+        if reason is None:
+            found.append((one, one.op.tactics(settings.target, *types)))
+        else:
+            refused.append((one.op.name, one.label, reason))
+    needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
+    wanted_kernels = list(dict.fromkeys([*needed, *kernels.ceiling_kernels()]))
+    with stage("compile", total=len(wanted_kernels), unit="kernels") as advance:
+        binaries = compile_all(
+            wanted_kernels, settings.target.arch, settings.cache_dir,
+            jobs=settings.jobs, advance=advance,
+        )  # fmt: skip
+    with stage("run", total=len(found), unit="shapes") as advance:
+        faults, timings, gated = _measure(settings, device, found, binaries, advance)
+    return Report(
+        device={
+            "name": device.name,
+            "sms": device.sms,
+            "l2_bytes": device.l2_bytes,
+            "driver": device.driver_version,
+        },
+        gated=gated,
+        faults=tuple(faults),
+        refused=tuple(refused),
+        timings=tuple(timings),
+        ceilings=kernels.ceilings(device, binaries) if settings.timed else {},
+    )
+
+
+def _measure(
+    settings: Settings, device: Device, found: Sequence[tuple[Work, Sequence[Tactic]]],
+    binaries: dict[Kernel, Binary], advance: Callable[[int], None],
+) -> tuple[list[Fault], list[Timing], int]:  # fmt: skip
+    faults: list[Fault] = []
+    timings: list[Timing] = []
+    gated = 0
+    for one, tactics in found:
+        arguments = one.op.inputs(*one.case, dtype="bf16", device="cuda")
+        wrong: set[str] = set()
+        if one.tokens < settings.large:
+            bad = list(kernels.check(device, one.op, arguments, tactics, binaries, one.label))
+            wrong = {fault.tactic for fault in bad}
+            faults += bad
+            gated += len(tactics)
+        if one.benchmark is not None and settings.timed:
+            arranged = kernels.arrange_all(one.op, arguments)
+            timings += [
+                kernels.time_tactic(
+                    device, one.op, one.benchmark, one.tokens, arguments, tactic, binaries,
+                    arranged,
+                )
+                for tactic in tactics
+                if tactic.name not in wrong
+            ]  # fmt: skip
+        del arguments
+        torch.cuda.empty_cache()
+        advance(1)
+    return faults, timings, gated
+
+
+def _work(settings: Settings) -> Iterator[Work]:
+    for op in _ops(settings):
+        if settings.cases and not settings.match:
+            for case in op.cases:
+                yield Work(op=op, label=f"case {case}", case=case)
+        for benchmark in op.benchmarks:
+            if settings.match.lower() not in benchmark.name.lower():
+                continue
+            for tokens in settings.tokens or benchmark.tokens:
+                yield Work(
+                    op=op,
+                    label=f"{benchmark.name}, {tokens} tokens",
+                    case=benchmark.case(tokens),
+                    benchmark=benchmark,
+                    tokens=tokens,
+                )
+
+
+def _ops(settings: Settings) -> list[Op]:
+    from lingc.plugins import table  # noqa: PLC0415 (registers them)
+
+    for name in settings.ops:
+        if name not in table.OPS:
+            raise UsageError(
+                f"no op is called {name!r}", hint=f"known: {', '.join(sorted(table.OPS))}"
+            )
+    return [OPS[name] for name in settings.ops or OPS]
+
+
+def _types(one: Work) -> list[Any]:
+    """Types of the arguments without their numbers, which may be gigabytes."""
+    from lingc.op import type_of  # noqa: PLC0415
+
+    arguments = one.op.inputs(*one.case, dtype="bf16", device="meta")
+    return [type_of(value) for value in arguments]
+
+
+def _same_architecture(device: Device, target: Target) -> None:
+    if target.compute_capability != device.capability:
+        major, minor = device.capability
+        raise UsageError(
+            f"the target {target.name} is {target.arch}, this device is sm_{major}{minor}",
+            hint="choose a target of this device's architecture with --target",
+        )
+
+
+def best(timings: Sequence[Timing]) -> list[Timing]:
+    """The fastest tactic of every shape, in order."""
+    found: dict[tuple[str, str, int], Timing] = {}
+    for one in timings:
+        key = (one.op, one.benchmark, one.tokens)
+        if key not in found or one.microseconds[1] < found[key].microseconds[1]:
+            found[key] = one
+    return list(found.values())
+
+
+def document(report: Report, settings: Settings, about: dict[str, Any]) -> dict[str, Any]:
+    """The record in JSON's types. Nothing in it names a place on this machine."""
+    read = report.ceilings.get("read", math.nan)
+    copy = report.ceilings.get("copy", math.nan)
+    rows = []
+    for one in report.timings:
+        row = asdict(one)
+        row["bytes_per_s"] = one.bytes_per_s
+        row["flops_per_s"] = one.flops_per_s
+        if report.ceilings:
+            row["share_of_read"] = one.bytes_per_s / read
+            row["share_of_copy"] = one.bytes_per_s / copy
+        rows.append(row)
+    return {
+        "kind": "bench-ops",
+        "format": FORMAT,
+        **about,
+        "target": settings.target.name,
+        "device": report.device,
+        "ceilings": report.ceilings,
+        "gate": {
+            "ok": not report.faults,
+            "runs": report.gated,
+            "faults": [asdict(fault) for fault in report.faults],
+        },
+        "refused": [list(entry) for entry in report.refused],
+        "timings": rows,
+    }

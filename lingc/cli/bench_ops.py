@@ -1,0 +1,128 @@
+"""`lingc bench-ops`: the kernels of ops, held to their references and timed."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from lingc.cli import output
+from lingc.cli.failure import cache_dir, versions
+from lingc.cli.output import Output
+from lingc.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lingc.bench.kernels import Timing
+    from lingc.bench.ops import Report
+
+
+@click.command()
+@click.option("--op", "ops", multiple=True, help="This op alone; again for more.")
+@click.option("--tokens", help="Numbers of tokens to time at: 1,8,32.")
+@click.option("--match", default="", help="Only shapes whose name contains this.")
+@click.option("--target", "target_name", default="h200-sxm", show_default=True)
+@click.option("--cases/--no-cases", default=True, help="Gate the ops' small cases too.")
+@click.option("--time/--no-time", "timed", default=True, help="Time what passed the gate.")
+@click.option("--all", "every", is_flag=True, help="List every tactic, not the fastest alone.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
+@click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
+@output.options
+def command(
+    out: Output,
+    *,
+    ops: tuple[str, ...],
+    tokens: str | None,
+    match: str,
+    target_name: str,
+    cases: bool,
+    timed: bool,
+    every: bool,
+    jobs: int | None,
+    path: Path | None,
+) -> None:
+    """Run the kernels of ops on this GPU: first against FP64, then for time.
+
+    Binaries are the ones that engines carry, compiled ahead of time and kept in the cache. A tactic
+    that fails the gate is not timed, and the exit code is 5. Times are of one call in a recorded
+    series, cold data, the hand-off to the next call included.
+
+    \b
+    Examples:
+      lingc bench-ops --op fused_linear --tokens 1
+      lingc bench-ops --no-time
+      lingc bench-ops -o artifacts/bench/ops-h200.json
+    """  # noqa: D301 click's mark for a block that is not rewrapped
+    from lingc import targets
+    from lingc.bench import ops as bench
+    from lingc.bench.record import about
+
+    settings = bench.Settings(
+        target=targets.get(target_name),
+        cache_dir=cache_dir(),
+        ops=ops,
+        tokens=_numbers(tokens),
+        match=match,
+        cases=cases,
+        timed=timed,
+        jobs=jobs,
+    )
+    report = bench.run(settings, out.stage)
+    date = datetime.now(UTC).date().isoformat()
+    document = bench.document(report, settings, about(versions(), date))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if out.as_json:
+        out.emit(document)
+    else:
+        _print(out, report, report.timings if every else bench.best(report.timings))
+    if report.faults:
+        raise GateError(
+            f"{len(report.faults)} of {report.gated} runs are wrong",
+            hint="the first: {0.op}, {0.case}, {0.tactic}: {0.problem}".format(report.faults[0]),
+        )
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--tokens {text!r} is not a list of sizes", hint="for example: 1,8,32")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _print(out: Output, report: "Report", timings: "Sequence[Timing]") -> None:
+    found = report.device
+    out.line(f"device:   {found['name']}, {found['sms']} SMs")
+    if report.ceilings:
+        speeds = ", ".join(f"{name} {v / 1e12:.2f} TB/s" for name, v in report.ceilings.items())
+        out.line(f"ceilings: {speeds}")
+    out.line(f"gate:     {report.gated} runs, {len(report.faults)} wrong")
+    for op, case, reason in report.refused:
+        out.line(f"refused:  {op}, {case}: {reason}")
+    for fault in report.faults:
+        out.line(f"WRONG:    {fault.op}, {fault.case}, {fault.tactic}: {fault.problem}")
+    read = report.ceilings.get("read")
+    rows = [_row(one, read) for one in timings]
+    columns = ("shape", "tokens", "tactic", "µs", "10-90 %", "GB/s", "of read", "TFLOP/s", "regs")
+    if rows:
+        out.table(columns, rows)
+
+
+def _row(one: "Timing", read: float | None) -> tuple[object, ...]:
+    low, middle, high = one.microseconds
+    return (
+        one.benchmark,
+        one.tokens,
+        one.tactic,
+        f"{middle:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{one.bytes_per_s / 1e9:.0f}",
+        "-" if read is None else f"{100 * one.bytes_per_s / read:.1f} %",
+        f"{one.flops_per_s / 1e12:.1f}",
+        " ".join(str(fact["registers"]) for fact in one.facts),
+    )

@@ -1,0 +1,287 @@
+"""Compiled kernels on a device: load, launch, record a graph.
+
+Only the driver is used, through cuda-bindings, so that whatever runs an engine needs neither torch
+nor a compiler. Programmatic dependent launch and graphs are the driver's own.
+"""
+
+import importlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lingc.errors import IncompatibleError, MissingExtraError, ResourceError
+from lingc.kernel import Launch, Tensor
+
+_MAGIC = b"lingck1\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binary:
+    """A device function, compiled.
+
+    Attributes:
+        name: Digest of all that it was made of.
+        arch: What it was compiled for.
+        code: The ELF image.
+        entry: Name of the function in it.
+        arguments: (name, type), as in the kernel.
+        hidden: Trailing pointers beyond those, which are passed as null.
+        threads: Of a block.
+        shared_bytes: Dynamic shared memory of a block.
+    """
+
+    name: str
+    arch: str
+    code: bytes
+    entry: str
+    arguments: tuple[tuple[str, str], ...]
+    hidden: int
+    threads: int
+    shared_bytes: int
+
+    def to_bytes(self) -> bytes:
+        """One file: magic, length of the header, header as JSON, image."""
+        fields = {key: getattr(self, key) for key in self.__slots__ if key != "code"}
+        header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        return _MAGIC + struct.pack("<I", len(header)) + header + self.code
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises ValueError where the bytes are no binary."""
+        if data[: len(_MAGIC)] != _MAGIC or len(data) < len(_MAGIC) + 4:
+            raise ValueError("no kernel binary")
+        start = len(_MAGIC) + 4
+        (length,) = struct.unpack_from("<I", data, len(_MAGIC))
+        header = json.loads(data[start : start + length])
+        code = data[start + length :]
+        if code[:4] != b"\x7fELF":
+            raise ValueError("no device image")
+        header["arguments"] = tuple((key, kind) for key, kind in header["arguments"])
+        return cls(code=code, **header)
+
+
+class Device:
+    """The current CUDA context, its loaded binaries and one stream.
+
+    Args:
+        index: Of the device, as the driver counts.
+
+    Raises:
+        MissingExtraError: cuda-bindings is not installed.
+        IncompatibleError: No driver or no such device.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        try:
+            self._driver: Any = importlib.import_module("cuda.bindings.driver")
+        except ImportError as error:
+            raise MissingExtraError(
+                "cuda-bindings is not installed, which launches kernels",
+                hint="pip install 'lingc[cuda]'",
+            ) from error
+        cu = self._driver
+        try:
+            self._ok(cu.cuInit(0))
+            device = self._ok(cu.cuDeviceGet(index))
+        except (RuntimeError, IncompatibleError) as error:
+            raise IncompatibleError(
+                f"no CUDA device {index} can be used: {error}",
+                hint="run this where an NVIDIA GPU and its driver are",
+            ) from error
+        self._ok(cu.cuCtxSetCurrent(self._ok(cu.cuDevicePrimaryCtxRetain(device))))
+        attribute = cu.CUdevice_attribute
+        wanted = {
+            "major": attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            "minor": attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            "sms": attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            "l2_bytes": attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE,
+        }
+        facts = {
+            key: self._ok(cu.cuDeviceGetAttribute(which, device)) for key, which in wanted.items()
+        }
+        self.capability = (facts["major"], facts["minor"])
+        self.sms, self.l2_bytes = facts["sms"], facts["l2_bytes"]
+        self.name = self._ok(cu.cuDeviceGetName(256, device)).rstrip(b"\0").decode()
+        self.driver_version = self._ok(cu.cuDriverGetVersion())
+        flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.stream = self._ok(cu.cuStreamCreate(flags))
+        self._functions: dict[str, Any] = {}
+
+    def synchronize(self) -> None:
+        """Wait for everything on the device."""
+        self._ok(self._driver.cuCtxSynchronize())
+
+    def function(self, binary: Binary) -> Any:
+        """The loaded function of a binary; loaded once."""
+        if binary.name not in self._functions:
+            cu = self._driver
+            module = self._ok(cu.cuModuleLoadData(binary.code))
+            function = self._ok(cu.cuModuleGetFunction(module, binary.entry.encode()))
+            attribute = cu.CUfunction_attribute
+            most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            if binary.shared_bytes > 48 * 1024:
+                self._ok(cu.cuFuncSetAttribute(function, most, binary.shared_bytes))
+            self._functions[binary.name] = function
+        return self._functions[binary.name]
+
+    def facts(self, binary: Binary) -> Mapping[str, int]:
+        """Registers and local memory of a thread, and blocks that fit on a multiprocessor."""
+        cu, function = self._driver, self.function(binary)
+        kind = cu.CUfunction_attribute
+        blocks = cu.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            function, binary.threads, binary.shared_bytes
+        )
+        return {
+            "registers": self._ok(cu.cuFuncGetAttribute(kind.CU_FUNC_ATTRIBUTE_NUM_REGS, function)),
+            "local_bytes": self._ok(
+                cu.cuFuncGetAttribute(kind.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
+            ),
+            "blocks_per_sm": self._ok(blocks),
+        }
+
+    def launch(
+        self,
+        launch: Launch,
+        binary: Binary,
+        addresses: Mapping[str, int],
+        *,
+        dependent: bool | None = None,
+    ) -> None:
+        """Put one launch on the stream.
+
+        Args:
+            addresses: Device address of every tensor that the launch names.
+            dependent: Overrides `launch.dependent`: the first launch of a series depends on none.
+        """
+        cu = self._driver
+        values, kinds = _parameters(launch, binary, addresses)
+        config = cu.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = binary.threads, 1, 1
+        config.sharedMemBytes = binary.shared_bytes
+        config.hStream = self.stream
+        attributes = self._attributes(launch, dependent)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        self._ok(cu.cuLaunchKernelEx(config, self.function(binary), (values, kinds), 0))
+
+    def _attributes(self, launch: Launch, dependent: bool | None) -> list[Any]:  # noqa: FBT001
+        cu, found = self._driver, []
+        kind = cu.CUlaunchAttributeID
+        if launch.dependent if dependent is None else dependent:
+            attribute = cu.CUlaunchAttribute()
+            attribute.id = kind.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            found.append(attribute)
+        if launch.cluster != (1, 1, 1):
+            attribute = cu.CUlaunchAttribute()
+            attribute.id = kind.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attribute.value.clusterDim
+            cluster.x, cluster.y, cluster.z = launch.cluster
+            found.append(attribute)
+        return found
+
+    @contextmanager
+    def recording(self) -> Iterator["Graph"]:
+        """What is launched inside becomes a graph, which is ready after the block."""
+        cu = self._driver
+        mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._ok(cu.cuStreamBeginCapture(self.stream, mode))
+        made = Graph(self)
+        try:
+            yield made
+        finally:
+            graph = self._ok(cu.cuStreamEndCapture(self.stream))
+        made.executable = self._ok(cu.cuGraphInstantiate(graph, 0))
+        self._ok(cu.cuGraphDestroy(graph))
+
+    def _ok(self, answer: Any) -> Any:
+        result, *values = answer if isinstance(answer, tuple) else (answer,)
+        code = self._driver.CUresult
+        if result == code.CUDA_ERROR_OUT_OF_MEMORY:
+            raise ResourceError("the device has no memory left", hint="free some, or ask for less")
+        if result != code.CUDA_SUCCESS:
+            raise IncompatibleError(
+                f"the CUDA driver answered {result.name}",
+                hint="the kernel or the driver failed; see the steps before it",
+            )
+        return values[0] if values else None
+
+
+class Graph:
+    """Recorded launches."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.executable: Any = None
+
+    def replay(self) -> None:
+        """Put all of it on the stream."""
+        cu = self._device._driver  # noqa: SLF001
+        self._device._ok(cu.cuGraphLaunch(self.executable, self._device.stream))  # noqa: SLF001
+
+    def seconds(self, replays: int) -> list[float]:
+        """Seconds of each of some replays, by events around it."""
+        device, cu = self._device, self._device._driver  # noqa: SLF001
+        begin, end = (device._ok(cu.cuEventCreate(0)) for _ in range(2))  # noqa: SLF001
+        found = []
+        for _ in range(replays):
+            device._ok(cu.cuEventRecord(begin, device.stream))  # noqa: SLF001
+            self.replay()
+            device._ok(cu.cuEventRecord(end, device.stream))  # noqa: SLF001
+            device._ok(cu.cuEventSynchronize(end))  # noqa: SLF001
+            found.append(device._ok(cu.cuEventElapsedTime(begin, end)) / 1e3)  # noqa: SLF001
+        return found
+
+    def close(self) -> None:
+        """Free it."""
+        cu = self._device._driver  # noqa: SLF001
+        self._device._ok(cu.cuGraphExecDestroy(self.executable))  # noqa: SLF001
+
+
+def _parameters(
+    launch: Launch, binary: Binary, addresses: Mapping[str, int]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Values and C types of a launch's arguments, hidden ones included."""
+    import ctypes  # noqa: PLC0415
+
+    scalars = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
+    values: list[Any] = []
+    kinds: list[Any] = []
+    for (_, kind), operand in zip(binary.arguments, launch.operands, strict=True):
+        if kind.startswith("*"):
+            kinds.append(ctypes.c_void_p)
+            values.append(_address(operand, addresses))
+        else:
+            kinds.append(scalars[kind.partition(":")[0]])
+            values.append(operand)
+    kinds += [ctypes.c_void_p] * binary.hidden
+    values += [0] * binary.hidden
+    return tuple(values), tuple(kinds)
+
+
+def _address(operand: Any, addresses: Mapping[str, int]) -> int:
+    if operand is None:
+        return 0
+    assert isinstance(operand, Tensor), f"{operand!r} is no tensor"
+    return addresses[operand.name] + operand.offset if addresses[operand.name] else 0
+
+
+def launch_all(
+    device: Device,
+    launches: Sequence[Launch],
+    binaries: Mapping[Any, Binary],
+    addresses: Mapping[str, int],
+    *,
+    first: bool = False,
+) -> None:
+    """Put the launches of a tactic on the stream, in order.
+
+    Args:
+        first: Whether nothing before them may be overtaken.
+    """
+    for i, one in enumerate(launches):
+        dependent = one.dependent and not (first and i == 0)
+        device.launch(one, binaries[one.kernel], addresses, dependent=dependent)
