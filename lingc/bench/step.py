@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lingc.bench.kernels import poisoned
 from lingc.device import Binary, Device, launch_all
 from lingc.kernel import Kernel, align
 from lingc.op import TORCH_DTYPE
@@ -164,8 +165,9 @@ class _Drawn:
             return (1 + 0.1 * self._values).to(tensor.dtype)
         if name.endswith("decay"):
             return (self._values.abs() * 0.1 + 1e-3).to(tensor.dtype)
-        width = tensor.shape[-1] if tensor.dim() > 1 else 1000
-        return (self._values * width**-0.5).to(tensor.dtype)
+        width = int(tensor.shape[-1]) if tensor.dim() > 1 else 1000
+        scaled: torch.Tensor = self._values * width**-0.5
+        return scaled.to(tensor.dtype)
 
 
 def _filled(
