@@ -8,6 +8,8 @@ them to the dtype of their first argument; the others leave the rounding to the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +44,11 @@ def number(size: Dim) -> int:
     """A size that the config fixes, for arithmetic; symbolic ones may only be passed on."""
     assert not isinstance(size, str), f"size {size!r} is symbolic"
     return size
+
+
+def times(size: Dim, by: int) -> Dim:
+    """A multiple of a size, symbolic or not."""
+    return f"{size}*{by}" if isinstance(size, str) else size * by
 
 
 def ceil_div(size: Dim, by: int) -> int:
@@ -183,6 +190,33 @@ def state_dtype(q: Tensor, state: Tensor) -> torch.dtype:
     return torch.promote_types(accumulator(q), state.dtype)
 
 
+def lightning_prefill(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, where: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Whole sequences; `plugins/lightning_prefill.py` has the maths.
+
+    Args:
+        where: slots [B], offsets [B + 1] and positions [T].
+    """
+    slots, offsets, positions = where
+    dtype = state_dtype(q, state)
+    rate = decay.to(dtype)
+    o = torch.zeros_like(v, dtype=q.dtype)
+    ends = state.new_zeros((slots.shape[0], *state.shape[1:]), dtype=dtype)
+    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
+        slot = int(slots[b])
+        if first == last:
+            ends[b] = state[slot]
+            continue
+        fresh = slot < 0 or positions[first] == 0
+        start = torch.zeros_like(ends[b]) if fresh else state[slot].to(dtype)
+        part = slice(first, last)
+        wide_q, wide_k, wide_v = scaled(q[part], dtype), k[part].to(dtype), v[part].to(dtype)
+        made, ends[b] = lightning_sequence(wide_q, wide_k, wide_v, rate, start)
+        o[part] = made.to(q.dtype)
+    return o, stored(state, slots, ends)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """What linear attention keeps between steps, and which of it a step is about.
@@ -284,6 +318,33 @@ def causal_softmax(scores: Tensor, positions: Tensor) -> Tensor:
     return scores.masked_fill(keys > positions[:, None], float("-inf")).softmax(-1)
 
 
+def absorbed_attention(
+    query: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    offsets: Tensor,
+    positions: Tensor,
+    weights: tuple[Tensor, Tensor],
+    page_size: int,
+    scale: float,
+) -> Tensor:
+    """[T, HV] from roped queries [T, H, nope + r]; `plugins/mla_absorbed_attention.py` has more."""
+    w_k, w_v = (w.to(query.dtype) for w in weights)
+    nope, latent = w_k.shape[1:]
+    z = torch.einsum("thn,hnc->thc", query[..., :nope], w_k)
+    query = torch.cat((z, query[..., nope:]), -1)  # [T, H, c + r]
+    read = torch.zeros_like(z)
+    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
+        if first == last:
+            continue
+        at = positions[first:last]
+        rows = cached_rows(cache, page_table[b], int(at.max()) + 1, page_size).to(query.dtype)
+        scores = scale * torch.einsum("thk,xk->htx", query[first:last], rows)
+        shares = causal_softmax(scores, at)
+        read[first:last] = torch.einsum("htx,xc->thc", shares, rows[:, :latent])
+    return torch.einsum("thc,hvc->thv", read, w_v).flatten(1)
+
+
 def expert_sum(
     x: Tensor,
     ids: Tensor,
@@ -301,6 +362,49 @@ def expert_sum(
         given = feed_forward(expert, x[token]) * weights[token, choice, None].to(y.dtype)
         y.index_add_(0, token, given)
     return y if base is None else y + base.to(y.dtype)
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    topk_groups: int,
+    top_k: int,
+    scale: float,
+    normalize: bool,  # noqa: FBT001  (the schema's order)
+) -> tuple[Tensor, Tensor]:
+    """Ids and weights of each token's experts; `plugins/router.py` has the maths."""
+    scores = torch.sigmoid(matmul(x, weight))
+    biased = (scores + bias.to(scores.dtype)).unflatten(1, (groups, -1))  # [T, groups, E/groups]
+    best = biased.topk(min(2, biased.shape[-1])).values.sum(-1)
+    dropped = torch.ones_like(best).scatter(1, _largest(best, topk_groups), 0)
+    ids = _largest(biased.masked_fill(dropped[..., None] > 0, float("-inf")).flatten(1), top_k)
+    chosen = scores.gather(1, ids)
+    if normalize:
+        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    return ids.to(torch.int32), scale * chosen
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    # Not topk, which promises no order of equal values.
+    order = values.sort(dim=-1, descending=True, stable=True).indices
+    return order[:, :count]
+
+
+def expert_lists(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Which pairs of token and slot each expert has: pairs [T k] and starts [experts + 1], i32.
+
+    Pair t k + i is the i-th expert of token t. Pairs stand by rising expert, each expert's by
+    rising number; those of expert e are pairs[starts[e] : starts[e + 1]]. Ids of -1, padding,
+    stand behind them all.
+    """
+    flat = torch.where(ids < 0, experts, ids).flatten().long()
+    order = torch.sort(flat, stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
+    counts.index_add_(0, flat, torch.ones_like(flat))
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)[:-1]))
+    return order.indices.to(torch.int32), starts.to(torch.int32)
 
 
 # ----------------------------------------------------------------------------- quantized formats
@@ -337,3 +441,34 @@ def dequantize_int4(
     nibbles = ((packed[..., None] >> shifts) & 15).flatten(-2)[..., :width]
     by_channel = scales.repeat_interleave(group, -1)[..., :width]
     return (nibbles - 8).to(dtype) * by_channel.to(dtype)
+
+
+def expert_matrix(
+    stack: Tensor,
+    scale: Tensor | None,
+    expert: int,
+    stored: str,
+    group: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    halves: int,
+) -> Tensor:
+    """The values [N, width] of one expert's matrix.
+
+    Args:
+        stored: `bf16`, `fp8` with blocks that begin anew with each half of the rows, or `int4`.
+        group: Of `int4`.
+        halves: How many matrices stand one below the other.
+    """
+    if scale is None:
+        return stack[expert].to(dtype)
+    if stored == "int4":
+        return dequantize_int4(stack[expert], scale[expert], width, group, dtype)
+    return dequantize_halves(stack[expert], scale[expert], dtype, halves)
+
+
+def dequantize_halves(codes: Tensor, scales: Tensor, dtype: torch.dtype, halves: int) -> Tensor:
+    """A matrix of halves, each in 128x128 blocks of its own."""
+    parts = zip(codes.chunk(halves), scales.chunk(halves), strict=True)
+    return torch.cat([dequantize_blocks(*part, dtype) for part in parts])

@@ -27,11 +27,16 @@ FORMAT = 1
 PHASES = ("prefill", "decode", "verify", "draft")
 
 Dim = int | str
-"""A size: a number, or the name of a symbolic axis (`"T"`)."""
+"""A size: a number, the name of a symbolic axis (`"T"`), or a multiple of one (`"T*8"`)."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     "f64": 8, "f32": 4, "bf16": 2, "f8e4m3": 1, "i64": 8, "i32": 4, "u8": 1, "bool": 1,
 }  # fmt: skip
+
+
+def _size(name: str, dims: Mapping[str, int]) -> int:
+    axis, _, times = name.partition("*")
+    return dims[axis] * int(times or 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class TensorType:
 
     def bind(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape with every symbolic size replaced by its value in `dims`."""
-        return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+        return tuple(_size(d, dims) if isinstance(d, str) else d for d in self.shape)
 
     def bytes(self, dims: Mapping[str, int] | None = None) -> int:
         """Bytes of a value, with symbolic sizes from `dims`."""

@@ -102,6 +102,33 @@ class Samples:
         rows = sum(needed) * page_size + 1
         return torch.tensor(table, dtype=torch.int32, device=self.device), rows
 
+    def histories(
+        self, lengths: Sequence[int], past: Sequence[int], page_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """Packed sequences that go on after `past` cached tokens each.
+
+        Pages are handed out from the back; of three sequences and more, the last is padding.
+
+        Returns:
+            Offsets, positions, row of the cache that each token writes, page table, and how many
+            rows the cache has.
+        """
+        needed = [-(-(p + n) // page_size) for p, n in zip(past, lengths, strict=True)]
+        free = list(range(sum(needed)))
+        table = [[free.pop() for _ in range(n)] + [0] * (max(needed) - n) for n in needed]
+        offsets, positions, rows = [0], list[int](), list[int]()
+        for b, length in enumerate(lengths):
+            offsets.append(offsets[-1] + length)
+            at = range(past[b], past[b] + length)
+            positions.extend(at)
+            padding = b == len(lengths) - 1 >= 2
+            rows.extend(
+                -1 if padding else table[b][x // page_size] * page_size + x % page_size for x in at
+            )
+        pages = torch.tensor(table, dtype=torch.int32, device=self.device)
+        made = (self.ints(one) for one in (offsets, positions, rows))
+        return (*made, pages, sum(needed) * page_size + 1)
+
     def fp8_rows(self, tokens: int, width: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of activations."""
         codes = self._put(self._normal(tokens, width) * 100, torch.float8_e4m3fn)
@@ -120,6 +147,16 @@ class Samples:
         drawn = torch.randint(-(2**31), 2**31, (*outer, -(-width // 8)), generator=self._generator)
         scales = self._scales(*outer, -(-width // group), size=0.2 * width**-0.5)
         return self._put(drawn, torch.int32), scales.to(torch.bfloat16)
+
+    def stored_weight(
+        self, *shape: int, stored: str, group: int, halves: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        """A matrix or stack in `bf16`, `fp8` or `int4`, and its scales where it has some."""
+        if stored == "fp8":
+            return self.fp8_weight(*shape, halves=halves)
+        if stored == "int4":
+            return self.int4_weight(*shape, group=group)
+        return self.weight(*shape), None
 
     def _scales(self, *shape: int, size: float) -> Tensor:
         drawn = torch.rand(shape, generator=self._generator) + 0.5

@@ -33,7 +33,7 @@ from torch import Tensor
 from lingc.math import (
     BLOCK,
     accumulator,
-    dequantize_blocks,
+    dequantize_halves,
     dequantize_int4,
     dequantize_rows,
     elements,
@@ -66,20 +66,6 @@ def _before(
     return normed * torch.sigmoid(wide(gate[:, gate.shape[1] - x.shape[1] :]))
 
 
-def _values(
-    weight: Tensor, scale: Tensor | None, width: int, format: str, group: int, dtype: torch.dtype,
-    halves: int,
-) -> Tensor:  # fmt: skip
-    """The values of the matrix."""
-    if format == "bf16":
-        return weight.to(dtype)
-    assert scale is not None, "quantized weights have scales"
-    if format == "int4":
-        return dequantize_int4(weight, scale, width, group, dtype)
-    parts = zip(weight.chunk(halves), scale.chunk(halves), strict=True)
-    return torch.cat([dequantize_blocks(codes, scales, dtype) for codes, scales in parts])
-
-
 def reference(
     x: Tensor, gate: Tensor | None, norm_weight: Tensor | None, weight: Tensor,
     scale: Tensor | None, residual: Tensor | None, before: str, after: str, format: str,
@@ -91,7 +77,13 @@ def reference(
     n = _before(x[:, :width], gate, norm_weight, before, groups, eps)
     n = dequantize_rows(*quantize_fp8(n), summed) if format == "fp8" else n.to(x.dtype)
     halves = 2 if after == "swiglu" else 1
-    y = matmul(n.to(summed), _values(weight, scale, width, format, group, summed, halves))
+    if scale is None:
+        matrix = weight.to(summed)
+    elif format == "int4":
+        matrix = dequantize_int4(weight, scale, width, group, summed)
+    else:
+        matrix = dequantize_halves(weight, scale, summed, halves)
+    y = matmul(n.to(summed), matrix)
     if after == "swiglu":
         y = swiglu(*y.chunk(2, 1))
     return (y if residual is None else y + residual.to(summed)).to(TORCH_DTYPE[dtype])
@@ -146,13 +138,7 @@ def inputs(
     x = some.normal(tokens, width if before == "none" else width + BLOCK)
     gate = some.normal(tokens, 2 * width) if gated else None
     norm_weight = None if before == "none" else some.norm_weight(width)
-    scale = None
-    if format == "int4":
-        weight, scale = some.int4_weight(outputs, width, group=group)
-    elif format == "fp8":
-        weight, scale = some.fp8_weight(outputs, width, halves=halves)
-    else:
-        weight = some.weight(outputs, width)
+    weight, scale = some.stored_weight(outputs, width, stored=format, group=group, halves=halves)
     residual = some.normal(tokens, outputs // halves) if has_residual else None
     groups = 2 if gated else 1
     return (

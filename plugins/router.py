@@ -17,10 +17,9 @@ tokens to other experts.
 Source: DeepSeek-V3 technical report, 2024, arXiv:2412.19437, eq. 12-16 and section 2.1.2.
 """
 
-import torch
 from torch import Tensor
 
-from lingc.math import elements, matmul, stored_bytes, wide_name
+from lingc.math import elements, route, stored_bytes, wide_name
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -36,21 +35,7 @@ def reference(
     scale: float,
     normalize: bool,  # noqa: FBT001  (the schema's order)
 ) -> tuple[Tensor, Tensor]:
-    scores = torch.sigmoid(matmul(x, weight))
-    biased = (scores + bias.to(scores.dtype)).unflatten(1, (groups, -1))  # [T, groups, E/groups]
-    best = biased.topk(min(2, biased.shape[-1])).values.sum(-1)
-    dropped = torch.ones_like(best).scatter(1, _largest(best, topk_groups), 0)
-    ids = _largest(biased.masked_fill(dropped[..., None] > 0, float("-inf")).flatten(1), top_k)
-    chosen = scores.gather(1, ids)
-    if normalize:
-        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
-    return ids.to(torch.int32), scale * chosen
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    # Not topk, which promises no order of equal values.
-    order = values.sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :count]
+    return route(x, weight, bias, groups, topk_groups, top_k, scale, normalize)
 
 
 def types(

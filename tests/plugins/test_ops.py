@@ -1,8 +1,8 @@
 """What holds for every op, over its own cases: types, registration, purity, precision, cost."""
 
 import pkgutil
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from lingc.compare import assert_close
 from lingc.op import DTYPE_NAME, TORCH_DTYPE, Mechanism, Op, type_of
 from lingc.plan import TensorType
 from lingc.plugins.table import MODULES, OPS
+
+Made = TypeVar("Made")
 
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{i}")
@@ -73,7 +75,9 @@ TOKEN_BY_TOKEN = (
 )  # fmt: skip
 """Ops in which no token sees another; the rest depend on a sequence."""
 
-ROUNDED_INSIDE = {"decode_mixer", "verify_mixer", "fp8_experts"}
+ROUNDED_INSIDE = {
+    "decode_mixer", "verify_mixer", "fp8_experts", "lightning_decode_qkv", "lightning_verify_qkv",
+}  # fmt: skip
 """Ops that round between their parts, so that bf16 results are no roundings of the f64 ones. Their
 own tests hold them to their parts bit for bit."""
 
@@ -107,6 +111,11 @@ def axis_of(op: Op, name: str, value: Any) -> str | None:
 def named(op: Op, args: tuple[Any, ...]) -> list[tuple[str, Any]]:
     names = [argument.name for argument in op.overload._schema.arguments]
     return list(zip(names, args, strict=True))
+
+
+def a_row_a_token(op: Op, made: Sequence[Made]) -> list[Made]:
+    """Without the results whose size the config fixes."""
+    return [x for name, x in zip(op.results, made, strict=True) if name != "starts"]
 
 
 def bits(x: Tensor) -> Tensor:
@@ -161,7 +170,7 @@ def test_types_pass_symbolic_sizes_on(op: Op, case: tuple[Any, ...]) -> None:
     fixed = typed(op.types(*map(type_of, args)))
     assert [t.bind(sizes) for t in made] == [t.shape for t in fixed]
     assert [t.dtype for t in made] == [t.dtype for t in fixed]
-    assert all(isinstance(t.shape[0], str) for t in made)
+    assert all(isinstance(t.shape[0], str) for t in a_row_a_token(op, made))
 
 
 @pytest.mark.parametrize(("op", "case"), LARGEST)
@@ -185,7 +194,7 @@ def test_tracing_with_symbolic_sizes_asks_nothing_of_them(op: Op, case: tuple[An
     with mode:
         made = results(op.overload(*traced))
 
-    assert all(isinstance(x.shape[0], torch.SymInt) for x in made)
+    assert all(isinstance(x.shape[0], torch.SymInt) for x in a_row_a_token(op, made))
     assert env.guards == []
 
 
