@@ -4,6 +4,7 @@ Only the driver is used, through cuda-bindings, so that whatever runs an engine 
 nor a compiler. Programmatic dependent launch and graphs are the driver's own.
 """
 
+import hashlib
 import importlib
 import json
 import struct
@@ -45,20 +46,21 @@ class Binary:
     def to_bytes(self) -> bytes:
         """One file: magic, length of the header, header as JSON, image."""
         fields = {key: getattr(self, key) for key in self.__slots__ if key != "code"}
+        fields["sha256"] = hashlib.sha256(self.code).hexdigest()
         header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         return _MAGIC + struct.pack("<I", len(header)) + header + self.code
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Raises ValueError where the bytes are no binary."""
+        """Raises ValueError where the bytes are no binary, or not all of one."""
         if data[: len(_MAGIC)] != _MAGIC or len(data) < len(_MAGIC) + 4:
             raise ValueError("no kernel binary")
         start = len(_MAGIC) + 4
         (length,) = struct.unpack_from("<I", data, len(_MAGIC))
         header = json.loads(data[start : start + length])
         code = data[start + length :]
-        if code[:4] != b"\x7fELF":
-            raise ValueError("no device image")
+        if hashlib.sha256(code).hexdigest() != header.pop("sha256", None):
+            raise ValueError("the device image is not whole")
         header["arguments"] = tuple((key, kind) for key, kind in header["arguments"])
         return cls(code=code, **header)
 
