@@ -20,20 +20,9 @@ Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2 and appendix C.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-from lingc.math import (
-    accumulator,
-    cached_rows,
-    causal_softmax,
-    elements,
-    number,
-    stored_bytes,
-    wide,
-)
+from lingc.math import absorbed_attention, elements, number, stored_bytes, wide
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -43,21 +32,10 @@ def reference(
     q: Tensor, cache: Tensor, page_table: Tensor, offsets: Tensor, positions: Tensor,
     w_k: Tensor, w_v: Tensor, page_size: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    nope, latent = w_k.shape[1:]
-    dtype = accumulator(q)
-    z = torch.einsum("thn,hnc->thc", wide(q[..., :nope]), w_k.to(dtype))
-    query = torch.cat((z, wide(q[..., nope:])), -1)  # [T, H, c + r]
-    read = torch.zeros_like(z)
-    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
-        if first == last:
-            continue
-        at = positions[first:last]
-        rows = cached_rows(cache, page_table[b], int(at.max()) + 1, page_size).to(dtype)
-        scores = scale * torch.einsum("thk,xk->htx", query[first:last], rows)
-        shares = causal_softmax(scores, at)
-        read[first:last] = torch.einsum("htx,xc->thc", shares, rows[:, :latent])
-    y = torch.einsum("thc,hvc->thv", read, w_v.to(dtype))
-    return y.to(q.dtype).flatten(1)
+    y = absorbed_attention(
+        wide(q), cache, page_table, offsets, positions, (w_k, w_v), page_size, scale
+    )
+    return y.to(q.dtype)
 
 
 def types(
