@@ -9,7 +9,6 @@ them to the dtype of their first argument; the others leave the rounding to the 
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from itertools import pairwise
 
 import torch
 from torch import Tensor
