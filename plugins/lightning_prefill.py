@@ -21,12 +21,9 @@ Rounding: everything in f32 (f64 where q or the state is f64); o is rounded to t
 Source: Qin et al., Lightning Attention-2, 2024, arXiv:2401.04658, eq. 4-8.
 """
 
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-from lingc.math import elements, lightning_sequence, scaled, state_dtype, stored, stored_bytes
+from lingc.math import elements, lightning_prefill, stored_bytes
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -42,22 +39,7 @@ def reference(
     offsets: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    dtype = state_dtype(q, state)
-    rate = decay.to(dtype)
-    o = torch.zeros_like(v, dtype=q.dtype)
-    ends = state.new_zeros((slots.shape[0], *state.shape[1:]), dtype=dtype)
-    for b, (first, last) in enumerate(pairwise(offsets.tolist())):
-        slot = int(slots[b])
-        if first == last:
-            ends[b] = state[slot]
-            continue
-        fresh = slot < 0 or positions[first] == 0
-        start = torch.zeros_like(ends[b]) if fresh else state[slot].to(dtype)
-        part = slice(first, last)
-        wide_q, wide_k, wide_v = scaled(q[part], dtype), k[part].to(dtype), v[part].to(dtype)
-        made, ends[b] = lightning_sequence(wide_q, wide_k, wide_v, rate, start)
-        o[part] = made.to(q.dtype)
-    return o, stored(state, slots, ends)
+    return lightning_prefill(q, k, v, decay, state, (slots, offsets, positions))
 
 
 def types(

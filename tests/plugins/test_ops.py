@@ -76,7 +76,8 @@ TOKEN_BY_TOKEN = (
 """Ops in which no token sees another; the rest depend on a sequence."""
 
 ROUNDED_INSIDE = {
-    "decode_mixer", "verify_mixer", "fp8_experts", "lightning_decode_qkv", "lightning_verify_qkv",
+    "decode_mixer", "verify_mixer", "fp8_experts", "lightning_prefill_qkv", "lightning_decode_qkv",
+    "lightning_verify_qkv",
 }  # fmt: skip
 """Ops that round between their parts, so that bf16 results are no roundings of the f64 ones. Their
 own tests hold them to their parts bit for bit."""

@@ -1,0 +1,88 @@
+"""`lightning_prefill` straight from the merged projection: norms and rope of q and k are inside.
+
+    q, k = qk_norm_rope(qkvg, …);  v = qkvg[:, 2HK:3HK]
+    o, state = lightning_prefill(q, k, v, …)
+
+Shapes: qkvg [T, >= 3HK] of q, k, v and whatever follows; q_weight, k_weight [K]; cos, sin [T, n];
+decay [H]; state [S, H, K, K]; slots [B]; offsets [B + 1]; positions [T]; o [T, HK]. T, B and S
+symbolic.
+
+Rounding: q and k to the dtype of qkvg, as between the two ops; all else in f32 (f64 where qkvg or
+the state is f64); o is rounded to the dtype of qkvg.
+
+Source: `qk_norm_rope` and `lightning_prefill`.
+"""
+# ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
+
+from torch import Tensor
+
+from lingc.math import elements, lightning_prefill, number, qk_norm_rope, stored_bytes
+from lingc.op import Cost, define
+from lingc.plan import TensorType
+from lingc.samples import Samples
+
+
+def reference(
+    qkvg: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, decay: Tensor,
+    state: Tensor, slots: Tensor, offsets: Tensor, positions: Tensor, heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    width = heads * q_weight.numel()
+    q, k = qk_norm_rope(qkvg, q_weight, k_weight, cos, sin, heads, eps)
+    v = qkvg[:, 2 * width : 3 * width].unflatten(1, (heads, -1))
+    o, after = lightning_prefill(q, k, v, decay, state, (slots, offsets, positions))
+    return o.flatten(1), after
+
+
+def types(
+    qkvg: TensorType, q_weight: TensorType, k_weight: TensorType, cos: TensorType,
+    sin: TensorType, decay: TensorType, state: TensorType, slots: TensorType,
+    offsets: TensorType, positions: TensorType, heads: int, eps: float,
+) -> tuple[TensorType, TensorType]:  # fmt: skip
+    return TensorType(qkvg.dtype, (qkvg.shape[0], heads * number(q_weight.shape[0]))), state
+
+
+def cost(
+    qkvg: TensorType, q_weight: TensorType, k_weight: TensorType, cos: TensorType,
+    sin: TensorType, decay: TensorType, state: TensorType, slots: TensorType,
+    offsets: TensorType, positions: TensorType, heads: int, eps: float,
+) -> Cost:  # fmt: skip
+    # The recurrence is the least work: a state update and a read, 2 K V each a token and head.
+    o = TensorType(qkvg.dtype, (qkvg.shape[0], heads * number(q_weight.shape[0])))
+    live = TensorType(state.dtype, (*slots.shape, *state.shape[1:]))
+    return Cost(
+        flops=elements(o) * (4.0 * number(q_weight.shape[0]) + 12.0),
+        moved_bytes=stored_bytes(o, o, o, o, cos, sin) + 2 * stored_bytes(live),
+    )
+
+
+def inputs(
+    lengths: tuple[int, ...], heads: int, key: int, pairs: int, *, dtype: str, device: str
+) -> tuple[Tensor | float, ...]:
+    some = Samples(dtype=dtype, device=device)
+    slots, offsets, positions = some.sequences(lengths)
+    return (
+        some.normal(sum(lengths), 4 * heads * key),
+        some.norm_weight(key),
+        some.norm_weight(key),
+        *some.rope(positions, pairs),
+        some.decay(heads),
+        some.state(len(lengths) + 2, heads, key, key),
+        slots,
+        offsets,
+        positions,
+        heads,
+        1e-6,
+    )
+
+
+OP = define(
+    "lightning_prefill_qkv(Tensor qkvg, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
+    "Tensor decay, Tensor state, Tensor slots, Tensor offsets, Tensor positions, int heads, "
+    "float eps) -> (Tensor o, Tensor state)",
+    reference=reference,
+    types=types,
+    cost=cost,
+    inputs=inputs,
+    mechanism="lightning",
+    cases=(((1,), 1, 4, 1), ((5, 0, 70, 3), 3, 10, 2), ((66, 9), 2, 128, 32)),
+)
