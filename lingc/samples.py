@@ -126,8 +126,8 @@ class Samples:
                 -1 if padding else table[b][x // page_size] * page_size + x % page_size for x in at
             )
         pages = torch.tensor(table, dtype=torch.int32, device=self.device)
-        made = (self.ints(one) for one in (offsets, positions, rows))
-        return (*made, pages, sum(needed) * page_size + 1)
+        made = self.ints(offsets), self.ints(positions), self.ints(rows)
+        return *made, pages, sum(needed) * page_size + 1
 
     def fp8_rows(self, tokens: int, width: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of activations."""

@@ -1,11 +1,11 @@
-"""A row of MLA's cache, where queries have no latent of their own (`q_lora_rank` is null).
+"""A row of MLA's cache for each token, from the last columns of its down-projection.
 
-    a[t] = latent | rope key,  of widths c and r
+    a[t] = ... | latent | rope key,  the last two of widths c and r
     cache[rows[t]] = rms(latent; kv_weight) | rope_pairs(rope key)
 
 with rms and rope_pairs as in `mla_latent`. Row -1 is not written.
 
-Shapes: a [T, c + r]; kv_weight [c]; cos, sin [T, r / 2]; cache [R, c + r]; rows [T]. T and R
+Shapes: a [T, >= c + r]; kv_weight [c]; cos, sin [T, r / 2]; cache [R, c + r]; rows [T]. T and R
 symbolic.
 
 Rounding: in f32 (f64 for f64 a), rounded once to the cache's dtype.
@@ -30,7 +30,8 @@ def reference(
     rows: Tensor,
     eps: float,
 ) -> Tensor:
-    return stored(cache, rows, latent_rows(a, kv_weight, cos, sin, eps))
+    own = a[:, a.shape[1] - cache.shape[1] :]
+    return stored(cache, rows, latent_rows(own, kv_weight, cos, sin, eps))
 
 
 def types(
@@ -54,19 +55,21 @@ def cost(
     rows: TensorType,
     eps: float,
 ) -> Cost:
+    own = TensorType(a.dtype, (a.shape[0], cache.shape[1]))
     written = TensorType(cache.dtype, (*rows.shape, *cache.shape[1:]))
     return Cost(
-        flops=4.0 * elements(a), moved_bytes=stored_bytes(a, kv_weight, cos, sin, rows, written)
+        flops=4.0 * elements(own), moved_bytes=stored_bytes(own, kv_weight, cos, sin, rows, written)
     )
 
 
 def inputs(
-    tokens: int, latent: int, pairs: int, *, dtype: str, device: str
+    tokens: int, before: int, latent: int, pairs: int, *, dtype: str, device: str
 ) -> tuple[Tensor | float, ...]:
+    """Arguments with `before` columns of a that belong to others."""
     some = Samples(dtype=dtype, device=device)
     cos, sin = some.rope(some.below(500, tokens), pairs)
     return (
-        some.normal(tokens, latent + 2 * pairs),
+        some.normal(tokens, before + latent + 2 * pairs),
         some.norm_weight(latent),
         cos,
         sin,
@@ -83,5 +86,5 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
-    cases=((1, 4, 1), (7, 10, 3), (3, 512, 32)),
+    cases=((1, 0, 4, 1), (7, 2, 10, 3), (3, 0, 512, 32), (127, 1536, 512, 32)),
 )

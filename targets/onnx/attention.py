@@ -37,7 +37,9 @@ def mla_latent_kv(
     rows: Value,
     eps: float,
 ) -> Value:
-    latent, key = a.split(1, [kv_weight.size(0), 2 * cos.size(1)])
+    own = [kv_weight.size(0), 2 * cos.size(1)]
+    before = a.size(1) - sum(own)
+    *_, latent, key = a.split(1, [before, *own] if before else own)
     return _cached(library, latent, key, kv_weight, cos, sin, cache, rows, eps)
 
 
