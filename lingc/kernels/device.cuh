@@ -175,8 +175,13 @@ DEVICE u32 to_e4m3(float a, float b, float c, float d) {
 
 #define E4M3_MAX 448.0f
 
-// Scale of 128 channels whose largest magnitude is `amax`: 1 where all are zero.
-DEVICE float e4m3_scale(float amax) { return amax > 0.0f ? amax * (1.0f / E4M3_MAX) : 1.0f; }
+// Scale of 128 channels whose largest magnitude is `amax`, and what to multiply them by to get codes. Both are 1 where
+// all are zero, or so small that the inverse would leave the range of f32.
+DEVICE float e4m3_scale(float amax, float& inverse) {
+  const bool some = amax > 1e-30f;
+  inverse = some ? __fdividef(E4M3_MAX, amax) : 1.0f;
+  return some ? amax * (1.0f / E4M3_MAX) : 1.0f;
+}
 
 // Nibbles 0 and 4 of a tiled word, neighbours along K, as bf16 pairs minus 8; shift by 4, 8, 12 for the next.
 // 0x4300 is bf16 128: 128 + n is exact, and so is the difference.
