@@ -106,7 +106,7 @@ class Device:
         }
         self.capability = (facts["major"], facts["minor"])
         self.sms, self.l2_bytes = facts["sms"], facts["l2_bytes"]
-        self.name = self._ok(cu.cuDeviceGetName(256, device)).rstrip(b"\0").decode()
+        self.name = self._ok(cu.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
         self.driver_version = self._ok(cu.cuDriverGetVersion())
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = self._ok(cu.cuStreamCreate(flags))

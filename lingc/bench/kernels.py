@@ -332,48 +332,72 @@ def _series(
 # --------------------------------------------------------------------------------------- ceilings
 
 
-def ceiling_kernels() -> tuple[Kernel, Kernel]:
-    """Reading and copying, in pieces of 32 KiB a block."""
-    constants = (("PIECE", 32 * 1024), ("THREADS", 512))
-    shared: dict[str, Any] = {
-        "language": "cuda", "source": "kernels/ceiling.cu", "constants": constants, "warps": 16,
-        "features": ("bulk",),
-    }  # fmt: skip
-    return (
-        Kernel(entry="read_all", arguments=(("from", "*u8"), ("to", "*f32")), **shared),
-        Kernel(entry="copy_all", arguments=(("from", "*u8"), ("to", "*u8")), **shared),
-    )
+_CEILINGS = ((16, 32), (32, 64), (16, 16), (8, 16), (32, 32))
+"""Warps a block and KiB that each block moves."""
+
+
+def ceiling_kernels() -> list[Kernel]:
+    """Reading and copying, with nothing to compute."""
+    made = []
+    for entry, to in (("read_all", "*f32"), ("copy_all", "*u8")):
+        for warps, kib in _CEILINGS:
+            made.append(
+                Kernel(
+                    language="cuda",
+                    source="kernels/ceiling.cu",
+                    entry=entry,
+                    arguments=(("from", "*u8"), ("to", to)),
+                    constants=(("PIECE", kib * 1024), ("THREADS", 32 * warps)),
+                    warps=warps,
+                    features=("bulk",),
+                )
+            )
+    return made
 
 
 def ceilings(device: Device, binaries: Mapping[Kernel, Binary]) -> dict[str, float]:
     """Bytes a second that kernels with nothing to compute reach here, by what they do.
 
     `read` and `copy` move a gigabyte a launch; `read_16m` reads 16.8 MB, a projection's worth.
+    A copy counts bytes read and bytes written.
     """
-    read, copy = ceiling_kernels()
-    piece, whole = 32 * 1024, 1 << 30
+    whole = 1 << 30
     pool = torch.randint(256, (4 * whole,), dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    found = {}
-    for label, kernel, size in (("read", read, whole), ("copy", copy, whole),
-                                ("read_16m", read, 16 << 20)):  # fmt: skip
-        blocks = size // piece
-        launch = Launch(
-            kernel=kernel, grid=(blocks, 1, 1), operands=(Tensor("from"), Tensor("to")),
-            dependent=True,
-        )  # fmt: skip
-        places = min(64, 2 * whole // size)
-        with device.recording() as graph:
-            for i in range(max(6, places)):
-                start = pool.data_ptr() + (i % places) * size
-                addresses = {"from": start, "to": start + 2 * whole if label == "copy" else
-                             pool.data_ptr()}  # fmt: skip
-                launch_all(device, (launch,), binaries, addresses, first=i == 0)
-        graph.seconds(2)
-        seconds = statistics.median(graph.seconds(9)) / max(6, places)
-        graph.close()
-        found[label] = (2 if label == "copy" else 1) * size / seconds
+    found: dict[str, float] = {}
+    for label, entry, size in (
+        ("read", "read_all", whole),
+        ("read_16m", "read_all", 16 << 20),
+        ("copy", "copy_all", whole),
+    ):
+        some = [kernel for kernel in ceiling_kernels() if kernel.entry == entry]
+        found[label] = max(_ceiling(device, binaries, one, size, pool) for one in some)
     return found
+
+
+def _ceiling(
+    device: Device, binaries: Mapping[Kernel, Binary], kernel: Kernel, size: int, pool: torch.Tensor
+) -> float:
+    whole, copies = 1 << 30, kernel.entry == "copy_all"
+    piece = dict(kernel.constants)["PIECE"]
+    assert isinstance(piece, int), "a number of bytes"
+    launch = Launch(
+        kernel=kernel,
+        grid=(size // piece, 1, 1),
+        operands=(Tensor("from"), Tensor("to")),
+        dependent=True,
+    )
+    places = min(64, 2 * whole // size)
+    count = max(6, places)
+    with device.recording() as graph:
+        for i in range(count):
+            start = pool.data_ptr() + (i % places) * size
+            to = start + 2 * whole if copies else pool.data_ptr()
+            launch_all(device, (launch,), binaries, {"from": start, "to": to}, first=i == 0)
+    graph.seconds(2)
+    seconds = statistics.median(graph.seconds(7)) / count
+    graph.close()
+    return (2 if copies else 1) * size / seconds
 
 
 def runnable(op: Op, target: Target, arguments: Sequence[Any]) -> Sequence[Tactic]:
