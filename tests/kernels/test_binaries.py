@@ -125,4 +125,4 @@ def test_same_bytes_from_another_directory(tmp_path: Path) -> None:
     ]  # fmt: skip
 
     assert answers[0] == answers[1]
-    assert len(answers[0].split()) == 2
+    assert len(answers[0].split()) > 1
