@@ -4,8 +4,10 @@ The one tolerance table. An entry is for a dtype and a mechanism, that is, for w
 answers differ; a comparison names both. Values are compared in f64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,6 +202,21 @@ def assert_close(
     found = close(got, want, dtype=dtype, mechanism=mechanism)
     if not found.ok:
         raise AssertionError(str(found))
+
+
+def judge_codes(
+    _arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]
+) -> str | None:
+    """Judge results of which the last two are FP8 codes and scales of values rounded to bf16.
+
+    Such a scale is as near as those values, not as near as f32; and 448 times it is their largest.
+    """
+    pairs = list(zip(got, want, strict=True))
+    (codes, want_codes), (scales, want_scales) = pairs[-2:]
+    compared = [close(one, other, dtype="bf16") for one, other in pairs[:-2]]
+    compared.append(close(codes, want_codes, dtype="f8e4m3"))
+    compared.append(close(448 * scales, 448 * want_scales, dtype="bf16"))
+    return next((str(found) for found in compared if not found.ok), None)
 
 
 def _similarity_error(a: Tensor, b: Tensor) -> float:

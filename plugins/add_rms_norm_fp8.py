@@ -11,12 +11,18 @@ the y that others read.
 Source: `add_rms_norm` and `quantize_fp8`.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lingc.math import BLOCK, ceil_div, elements, quantize_fp8, rms, stored_bytes
-from lingc.op import Cost, define
+from lingc.compare import judge_codes
+from lingc.kernel import Tactic
+from lingc.kernels import rows
+from lingc.math import BLOCK, ceil_div, elements, number, quantize_fp8, rms, stored_bytes
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -39,6 +45,21 @@ def cost(x: TensorType, residual: TensorType, weight: TensorType, eps: float) ->
     return Cost(flops=7.0 * elements(x), moved_bytes=stored_bytes(x, residual, weight, *made))
 
 
+def refusal(
+    _target: Target, x: TensorType, residual: TensorType, weight: TensorType, _eps: float
+) -> str | None:
+    wrong = rows.dtype_refusal(x=x, residual=residual, weight=weight)
+    return wrong or rows.width_refusal(number(x.shape[-1]))
+
+
+def tactics(
+    target: Target, x: TensorType, residual: TensorType, weight: TensorType, eps: float
+) -> Sequence[Tactic]:
+    if refusal(target, x, residual, weight, eps) is not None:
+        return ()
+    return rows.norm(x, cost(x, residual, weight, eps), eps, add=True, codes=True)
+
+
 def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
     some = Samples(dtype=dtype, device=device)
     x, residual = some.normal(tokens, width), some.normal(tokens, width)
@@ -52,5 +73,9 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    judge=judge_codes,
     cases=((1, 4), (3, 1000), (5, 256)),
+    benchmarks=(Benchmark(name="hidden 4096", case=lambda tokens: (tokens, 4096), tokens=(8192,)),),
 )

@@ -12,12 +12,17 @@ Source: inclusionAI/Ling-V2.5:models/modeling_bailing_moe_v2_5.py (`group_norm_s
 the groups).
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lingc.math import elements, group_norm_gate, stored_bytes
-from lingc.op import Cost, define
+from lingc.kernel import Tactic
+from lingc.kernels import rows
+from lingc.math import elements, group_norm_gate, number, stored_bytes
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(o: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -32,6 +37,21 @@ def types(
 
 def cost(o: TensorType, gate: TensorType, weight: TensorType, groups: int, eps: float) -> Cost:
     return Cost(flops=9.0 * elements(o), moved_bytes=stored_bytes(o, gate, weight, o))
+
+
+def refusal(
+    _target: Target, o: TensorType, gate: TensorType, weight: TensorType, groups: int, _eps: float
+) -> str | None:
+    wrong = rows.dtype_refusal(o=o, gate=gate, weight=weight)
+    return wrong or rows.width_refusal(number(weight.shape[0]) // groups)
+
+
+def tactics(
+    target: Target, o: TensorType, gate: TensorType, weight: TensorType, groups: int, eps: float
+) -> Sequence[Tactic]:
+    if refusal(target, o, gate, weight, groups, eps) is not None:
+        return ()
+    return rows.gate_norm(o, weight, groups, cost(o, gate, weight, groups, eps), eps)
 
 
 def inputs(
@@ -49,5 +69,12 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
     cases=((1, (2, 4), 1), (7, (3, 10), 3), (5, (30,), 2), (3, (4, 8), 4)),
+    benchmarks=(
+        Benchmark(
+            name="4 groups of 1024", case=lambda tokens: (tokens, (32, 128), 4), tokens=(8192,)
+        ),
+    ),
 )

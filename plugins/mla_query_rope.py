@@ -15,13 +15,18 @@ Source: inclusionAI/Ling-V2.5:models/modeling_bailing_moe_v2_5.py, up to a permu
 that queries and keys share.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import rows
 from lingc.math import elements, number, rope_pairs, stored_bytes
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(q: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -39,6 +44,21 @@ def cost(q: TensorType, cos: TensorType, sin: TensorType, heads: int) -> Cost:
     return Cost(flops=6.0 * heads * elements(cos), moved_bytes=stored_bytes(q, cos, sin, q))
 
 
+def refusal(
+    _target: Target, q: TensorType, cos: TensorType, sin: TensorType, heads: int
+) -> str | None:
+    wrong = rows.dtype_refusal(q=q)
+    return wrong or ("cos and sin are not f32" if {cos.dtype, sin.dtype} != {"f32"} else None)
+
+
+def tactics(
+    target: Target, q: TensorType, cos: TensorType, sin: TensorType, heads: int
+) -> Sequence[Tactic]:
+    if refusal(target, q, cos, sin, heads) is not None:
+        return ()
+    return rows.rope_query(q, cos, heads, cost(q, cos, sin, heads))
+
+
 def inputs(
     tokens: int, heads: int, plain: int, pairs: int, *, dtype: str, device: str
 ) -> tuple[Tensor | int, ...]:
@@ -53,5 +73,13 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="rope",
     cases=((1, 1, 2, 1), (7, 3, 10, 2), (3, 2, 128, 32)),
+    benchmarks=(
+        Benchmark(
+            name="32 heads of 192", case=lambda tokens: (tokens, 32, 128, 32), tokens=(8192,)
+        ),
+    ),
 )

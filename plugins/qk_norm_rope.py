@@ -16,12 +16,17 @@ Source: inclusionAI/Ling-V2.5:models/modeling_bailing_moe_v2_5.py; Su et al., Ro
 arXiv:2104.09864, eq. 34.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import rows
 from lingc.math import elements, qk_norm_rope, stored_bytes
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -65,6 +70,36 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target,
+    qkv: TensorType,
+    q_weight: TensorType,
+    k_weight: TensorType,
+    cos: TensorType,
+    sin: TensorType,
+    heads: int,
+    _eps: float,
+) -> str | None:
+    wrong = rows.dtype_refusal(qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    return wrong or ("cos and sin are not f32" if {cos.dtype, sin.dtype} != {"f32"} else None)
+
+
+def tactics(
+    target: Target,
+    qkv: TensorType,
+    q_weight: TensorType,
+    k_weight: TensorType,
+    cos: TensorType,
+    sin: TensorType,
+    heads: int,
+    eps: float,
+) -> Sequence[Tactic]:
+    if refusal(target, qkv, q_weight, k_weight, cos, sin, heads, eps) is not None:
+        return ()
+    moved = cost(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return rows.rope_heads(qkv, q_weight, cos, heads, moved, eps)
+
+
 def inputs(
     tokens: int, heads: int, key: int, pairs: int, rest: int, *, dtype: str, device: str
 ) -> tuple[Tensor | float, ...]:
@@ -81,6 +116,16 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="rope",
     # The last turns every channel.
     cases=((1, 1, 4, 1, 0), (7, 3, 10, 2, 30), (5, 2, 128, 32, 512), (3, 2, 8, 4, 5)),
+    benchmarks=(
+        Benchmark(
+            name="32 heads of 128, half turned",
+            case=lambda tokens: (tokens, 32, 128, 32, 8192),
+            tokens=(8192,),
+        ),
+    ),
 )

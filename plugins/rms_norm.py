@@ -9,12 +9,17 @@ Rounding: mean, root and both products in f32 (f64 for f64 x); y is rounded once
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467, eq. 4.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lingc.math import elements, rms, stored_bytes
-from lingc.op import Cost, define
+from lingc.kernel import Tactic
+from lingc.kernels import rows
+from lingc.math import elements, number, rms, stored_bytes
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,6 +34,16 @@ def cost(x: TensorType, weight: TensorType, eps: float) -> Cost:
     return Cost(flops=4.0 * elements(x), moved_bytes=stored_bytes(x, x, weight))
 
 
+def refusal(_target: Target, x: TensorType, weight: TensorType, _eps: float) -> str | None:
+    return rows.dtype_refusal(x=x, weight=weight) or rows.width_refusal(number(x.shape[-1]))
+
+
+def tactics(target: Target, x: TensorType, weight: TensorType, eps: float) -> Sequence[Tactic]:
+    if refusal(target, x, weight, eps) is not None:
+        return ()
+    return rows.norm(x, cost(x, weight, eps), eps, add=False, codes=False)
+
+
 def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
     some = Samples(dtype=dtype, device=device)
     return some.normal(tokens, width), some.norm_weight(width), 1e-6
@@ -40,5 +55,8 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
     cases=((1, 4), (3, 1000), (129, 96)),
+    benchmarks=(Benchmark(name="hidden 4096", case=lambda tokens: (tokens, 4096), tokens=(8192,)),),
 )

@@ -10,12 +10,18 @@ others read.
 Source: `rms_norm` and `quantize_fp8`.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lingc.math import BLOCK, ceil_div, elements, quantize_fp8, rms, stored_bytes
-from lingc.op import Cost, define
+from lingc.compare import judge_codes
+from lingc.kernel import Tactic
+from lingc.kernels import rows
+from lingc.math import BLOCK, ceil_div, elements, number, quantize_fp8, rms, stored_bytes
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +41,16 @@ def cost(x: TensorType, weight: TensorType, eps: float) -> Cost:
     return Cost(flops=6.0 * elements(x), moved_bytes=stored_bytes(x, weight, *made))
 
 
+def refusal(_target: Target, x: TensorType, weight: TensorType, _eps: float) -> str | None:
+    return rows.dtype_refusal(x=x, weight=weight) or rows.width_refusal(number(x.shape[-1]))
+
+
+def tactics(target: Target, x: TensorType, weight: TensorType, eps: float) -> Sequence[Tactic]:
+    if refusal(target, x, weight, eps) is not None:
+        return ()
+    return rows.norm(x, cost(x, weight, eps), eps, add=False, codes=True)
+
+
 def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
     some = Samples(dtype=dtype, device=device)
     return some.normal(tokens, width), some.norm_weight(width), 1e-6
@@ -46,5 +62,9 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    judge=judge_codes,
     cases=((1, 4), (3, 1000), (5, 256)),
+    benchmarks=(Benchmark(name="hidden 4096", case=lambda tokens: (tokens, 4096), tokens=(8192,)),),
 )
