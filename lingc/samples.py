@@ -131,13 +131,13 @@ class Samples:
 
     def fp8_rows(self, tokens: int, width: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of activations."""
-        codes = self._put(self._normal(tokens, width) * 100, torch.float8_e4m3fn)
+        codes = self._codes(tokens, width)
         return codes, self._scales(tokens, -(-width // 128), size=0.01)
 
     def fp8_weight(self, *shape: int, halves: int = 1) -> tuple[Tensor, Tensor]:
         """Codes and scales of a matrix or stack; `halves` matrices are joined along the rows."""
         *stack, rows, width = shape
-        codes = self._put(self._normal(*shape) * 100, torch.float8_e4m3fn)
+        codes = self._codes(*shape)
         blocks = halves * -(-rows // halves // 128)
         return codes, self._scales(*stack, blocks, -(-width // 128), size=0.01 * width**-0.5)
 
@@ -157,6 +157,11 @@ class Samples:
         if stored == "int4":
             return self.int4_weight(*shape, group=group)
         return self.weight(*shape), None
+
+    def _codes(self, *shape: int) -> Tensor:
+        # A cast beyond the largest code gives NaN.
+        values = (self._normal(*shape) * 100).clamp(-448, 448)
+        return self._put(values, torch.float8_e4m3fn)
 
     def _scales(self, *shape: int, size: float) -> Tensor:
         drawn = torch.rand(shape, generator=self._generator) + 0.5
