@@ -114,7 +114,7 @@ OP = define(
     cost=cost,
     inputs=inputs,
     layouts=layouts,
-    mechanism="fp8_gemm",
+    mechanism="experts",
     cases=(
         (1, 1, 2, 8, 16, "bf16", 0, 0),
         (7, 3, 5, 16, 48, "bf16", 0, 1),

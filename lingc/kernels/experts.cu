@@ -1,0 +1,801 @@
+// The experts of 1 to 64 tokens: weights of the experts that are hit are read once, at the speed of memory.
+//
+// Every warp streams a slice of K of 16 rows at a time through a ring of its own. Rows of weights are the 16-row
+// operand of mma, tokens its 8 columns. Warps of a block add up their slices in a fixed order, and a token's sum over
+// its experts has an order of its own, so its bits depend on nothing but its row.
+//
+// Dependent launch: `expert_up` and `prepare_rows` let the next kernel begin only after their own wait. Whatever the
+// router wrote has therefore ended when `expert_down` begins, and it reads ids, weights, pairs and starts, and with
+// them the experts' weights, before its wait. A kernel between these must keep to that.
+//
+// Constants, by -D:
+//   FORMAT          0 bf16, 1 E4M3 with one f32 scale a 128x128 block, 2 four bits with one bf16 scale a row and GROUP
+//   GROUP           channels of one scale
+//   WIDTH, INNER    channels of the residual stream, and of one expert
+//   EXPERTS, TOP_K, SHARED   routed experts, those of one token, and 1 where one more expert serves all tokens
+//   TOKENS          most tokens: 1, 8, 16, ...
+//   PREPARED        whether `prepare_rows` has normed and quantized the rows before
+//   WARPS, BLOCKS   of a block, and blocks meant for one multiprocessor
+//   STAGE, DEPTH    pieces of one copy, and copies of a warp's ring
+//   AHEAD           stages that a warp brings into L2 beyond its ring before it waits
+//   BYTES           of shared memory, which the host works out as this file does
+// and one of UP, DOWN, ROW (channels of a row to prepare; NORM: whether to norm it).
+#include "stream.cuh"
+
+#define BF16 0
+#define FP8 1
+#define INT4 2
+
+#if FORMAT == FP8
+#define PIECE_K 64   // channels of a piece
+#define FRAGMENTS 1  // 16-byte parts of x that one lane multiplies with its 16 bytes of a row
+#define ROW_BYTES(k) ((size_t)(k))
+#define X_BYTES 1
+#elif FORMAT == BF16
+#define PIECE_K 32
+#define FRAGMENTS 1
+#define ROW_BYTES(k) ((size_t)(k) * 2)
+#define X_BYTES 2
+#else
+#define PIECE_K 128
+#define FRAGMENTS 4
+#define ROW_BYTES(k) ((size_t)(k) / 2)
+#define X_BYTES 2
+#endif
+
+// ---------------------------------------------------------------- rows
+
+// 16 channels of a row in registers of one lane, as this format multiplies them: of E4M3, 8 neighbouring lanes hold a
+// block, and get its scale.
+struct Chunk {
+  uint4 part[X_BYTES];
+};
+DEVICE float round_chunk(const float* v, Chunk& to) {
+#if FORMAT == FP8
+  float most = 0, inverse;
+#pragma unroll
+  for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(v[i]));
+  const float scale = e4m3_scale(warp_max<8>(most), inverse);
+  u32 codes[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    codes[i] = to_e4m3(v[4 * i] * inverse, v[4 * i + 1] * inverse, v[4 * i + 2] * inverse, v[4 * i + 3] * inverse);
+  to.part[0] = uint4{codes[0], codes[1], codes[2], codes[3]};
+  return scale;
+#else
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const float* u = v + 8 * h;
+    to.part[h] = uint4{pack_bf16(u[0], u[1]), pack_bf16(u[2], u[3]), pack_bf16(u[4], u[5]), pack_bf16(u[6], u[7])};
+  }
+  return 1.0f;
+#endif
+}
+
+// Chunk n of a row; zeros where the lane has none.
+DEVICE void load_chunk(const bf16* row, int n, bool live, float* v) {
+  const uint4* from = (const uint4*)row + n * 2;
+  const uint4 zero = {0, 0, 0, 0}, a = live ? load_fresh(from) : zero, b = live ? load_fresh(from + 1) : zero;
+  unpack_bf16(a, v), unpack_bf16(b, v + 8);
+}
+
+#ifdef ROW
+// Rows of ROW channels (NORM: first normed) to E4M3 codes [T, ROW] with scales [T, ROW / 128], or to bf16 [T, ROW].
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    prepare_rows(const bf16* x, const bf16* norm_weight, u8* rows, float* scales, int pitch, float eps) {
+  __shared__ float squares[WARPS];
+  const i64 row = blockIdx.x;
+  constexpr int EACH = (ROW / 16 + WARPS * 32 - 1) / (WARPS * 32);
+  float v[EACH][16], square = 0, root = 1;
+  wait_dependencies();
+  launch_dependents();
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int chunk = threadIdx.x + i * WARPS * 32;
+    load_chunk(x + row * pitch, chunk, chunk < ROW / 16, v[i]);
+#pragma unroll
+    for (int j = 0; j < 16; j++) square += v[i][j] * v[i][j];
+  }
+  if (NORM) {
+    square = warp_sum(square);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+    __syncthreads();
+    square = 0;
+    for (int w = 0; w < WARPS; w++) square += squares[w];
+    root = rsqrtf(square * (1.0f / ROW) + eps);
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int chunk = threadIdx.x + i * WARPS * 32;
+    const bool live = chunk < ROW / 16;
+    if (NORM && live) {
+      float w[16];
+      load_chunk(norm_weight, chunk, live, w);
+#pragma unroll
+      for (int j = 0; j < 16; j++) v[i][j] *= root * w[j];
+    }
+    Chunk made;
+    const float scale = round_chunk(v[i], made);
+    if (!live) continue;
+#pragma unroll
+    for (int h = 0; h < X_BYTES; h++) ((uint4*)(rows + row * ROW * X_BYTES))[chunk * X_BYTES + h] = made.part[h];
+    if (FORMAT == FP8 && chunk % 8 == 0) scales[row * (ROW / 128) + chunk / 8] = scale;
+  }
+}
+#else
+
+#define SLOTS (TOP_K + SHARED)
+#define STAGE_K (STAGE * PIECE_K)
+#define STAGE_GROUPS (STAGE_K / GROUP)
+#define STAGE_BLOCKS (STAGE_K / 128)  // of E4M3
+#define SCALE_BYTES (FORMAT == INT4 ? STAGE_GROUPS * 32 : 0)
+#define STAGE_BYTES (STAGE * PIECE + SCALE_BYTES)
+#define EIGHTS ((TOKENS + 7) / 8)
+
+// Which 16 bytes of a row lane t multiplies in fragment f of a piece, counted from the piece's first.
+DEVICE int part_of(int f, int t) { return FORMAT != INT4 ? t : GROUP == 32 ? f * 4 + t : t * 4 + f; }
+
+// And back: where the n-th 16 bytes of a row stand in shared memory, in parts: [piece][fragment] `pitch` apart, then t.
+DEVICE int place_of(int n, int pitch) {
+  if (FORMAT != INT4) return n / 4 * pitch + n % 4;
+  if (GROUP == 32) return n / 4 * pitch + n % 4;
+  return (n / 16 * 4 + n % 4) * pitch + n % 16 / 4;
+}
+
+// ---------------------------------------------------------------- products
+
+// What one lane multiplies: its 16 bytes of rows g and g + 8 of every piece, and the scales that travel along.
+struct Words {
+  u32 top[STAGE][4], low[STAGE][4];
+#if FORMAT == INT4
+  float top_scale[STAGE_GROUPS], low_scale[STAGE_GROUPS];
+#endif
+};
+
+DEVICE void read_stage(Words& w, const u8* stage, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int p = 0; p < STAGE; p++) {
+    if (FORMAT == INT4 && GROUP == 32) {
+      // A word of each quarter: the four lanes of a row then multiply channels of one group at a time.
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const u8* at = stage + p * PIECE + g * 64 + (i ^ (g / 2)) * 16 + t * 4;
+        w.top[p][i] = *(const u32*)at, w.low[p][i] = *(const u32*)(at + 512);
+      }
+    } else {
+      const uint4 a = *(const uint4*)(stage + p * PIECE + piece_offset(lane));
+      const uint4 b = *(const uint4*)(stage + p * PIECE + piece_offset(lane) + 512);
+      w.top[p][0] = a.x, w.top[p][1] = a.y, w.top[p][2] = a.z, w.top[p][3] = a.w;
+      w.low[p][0] = b.x, w.low[p][1] = b.y, w.low[p][2] = b.z, w.low[p][3] = b.w;
+    }
+  }
+#if FORMAT == INT4
+  const bf16* scales = (const bf16*)(stage + STAGE * PIECE);
+#pragma unroll
+  for (int i = 0; i < STAGE_GROUPS; i++)
+    w.top_scale[i] = from_bf16(scales[i * 16 + g]), w.low_scale[i] = from_bf16(scales[i * 16 + g + 8]);
+#endif
+}
+
+// acc += the stage times 8 columns; acc: row g of columns 2t and 2t + 1, then row g + 8. `x(p, f)` gives fragment f of
+// piece p, `factors(b, s)` what the four sums of the stage's E4M3 block b are to be multiplied by.
+template <class X, class S>
+DEVICE void multiply(float (&acc)[4], const Words& w, X x, S factors) {
+#if FORMAT == FP8
+#pragma unroll
+  for (int b = 0; b < STAGE_BLOCKS; b++) {
+    float c[2][4] = {}, s[4];
+#pragma unroll
+    for (int p = 2 * b; p < 2 * b + 2; p++) {
+      const uint4 v = x(p, 0);
+      const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        u32 a0, a1, a2, a3, b0, b1;
+        e4m3_to_f16(w.top[p][i], a0, a2), e4m3_to_f16(w.low[p][i], a1, a3), e4m3_to_f16(words[i], b0, b1);
+        mma_f16(c[i % 2], a0, a1, a2, a3, b0, b1);
+      }
+    }
+    factors(b, s);
+#pragma unroll
+    for (int i = 0; i < 4; i++) acc[i] += (c[0][i] + c[1][i]) * s[i];
+  }
+#elif FORMAT == BF16
+  float c[4] = {};
+#pragma unroll
+  for (int p = 0; p < STAGE; p++) {
+    const uint4 v = x(p, 0);
+    mma_bf16(acc, w.top[p][0], w.low[p][0], w.top[p][1], w.low[p][1], v.x, v.y);
+    mma_bf16(c, w.top[p][2], w.low[p][2], w.top[p][3], w.low[p][3], v.z, v.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) acc[i] += c[i];
+#else
+  constexpr int EACH = GROUP / 32;
+#pragma unroll
+  for (int i = 0; i < STAGE_GROUPS; i++) {
+    float c[2][4] = {};
+#pragma unroll
+    for (int n = i * EACH; n < (i + 1) * EACH; n++) {
+      const uint4 v = x(n / 4, n % 4);
+      const u32 a = w.top[n / 4][n % 4], b = w.low[n / 4][n % 4];
+      mma_bf16(c[0], int4_to_bf16(a), int4_to_bf16(b), int4_to_bf16(a >> 4), int4_to_bf16(b >> 4), v.x, v.y);
+      mma_bf16(c[1], int4_to_bf16(a >> 8), int4_to_bf16(b >> 8), int4_to_bf16(a >> 12), int4_to_bf16(b >> 12), v.z, v.w);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) acc[j] += (c[0][j] + c[1][j]) * (j < 2 ? w.top_scale[i] : w.low_scale[i]);
+  }
+#endif
+}
+
+// By one lane: asks for a stage.
+DEVICE void ask(u8* to, const u8* words, const u8* scales, u64* bar, u64 policy) {
+  barrier_expect(bar, STAGE_BYTES);
+  bulk_load(to, words, STAGE * PIECE, bar, policy);
+  if (FORMAT == INT4) bulk_load(to + STAGE * PIECE, scales, SCALE_BYTES, bar, policy);
+}
+
+// ---------------------------------------------------------------- lists of experts
+
+// An expert that is hit: its id, the first of its places in `pairs`, how many.
+struct Hit {
+  int expert, first, count;
+};
+
+// Warp. All of them by rising id; returns how many.
+DEVICE int list_hits(Hit* hits, const int* starts, int lane) {
+  int found = 0;
+#pragma unroll 8
+  for (int base = 0; base < EXPERTS; base += 32) {
+    const int e = base + lane;
+    const int first = e < EXPERTS ? load_fresh(starts + e) : 0, end = e < EXPERTS ? load_fresh(starts + e + 1) : 0;
+    const u32 some = __ballot_sync(FULL_WARP, end > first);
+    if (end > first) hits[found + __popc(some & ((1u << lane) - 1))] = Hit{e, first, end - first};
+    found += __popc(some);
+  }
+  return found;
+}
+
+constexpr int ROUTED = TOKENS * TOP_K;
+constexpr int MOST_HITS = ROUTED < EXPERTS ? ROUTED : EXPERTS;
+
+// ---------------------------------------------------------------- gate, up and SwiGLU
+
+#ifdef UP
+constexpr int SLICE = WIDTH / WARPS;       // channels that a warp multiplies
+constexpr int STAGES = SLICE / STAGE_K;    // of one tile
+constexpr int TILES = INNER / 8;           // of one expert: gate and up of eight channels
+constexpr int COLUMNS = TOKENS < 8 ? TOKENS : 8;  // rows of x in shared memory
+constexpr int X_PITCH = COLUMNS * 4;       // parts between fragments
+constexpr int X_SLICE = SLICE * X_BYTES * COLUMNS;
+constexpr int BLOCKS_K = FORMAT == FP8 ? SLICE / 128 : 0;
+constexpr int BUFFERS = 4;                 // tiles whose sums are under way
+constexpr int PARTIAL = TOKENS == 1 ? 16 : 128;  // floats of one warp's
+
+constexpr int X_AT = WARPS * DEPTH * STAGE_BYTES;
+constexpr int PARTIAL_AT = X_AT + WARPS * X_SLICE;
+constexpr int X_SCALE_AT = PARTIAL_AT + BUFFERS * WARPS * PARTIAL * 4;
+constexpr int SQUARES_AT = X_SCALE_AT + WARPS * COLUMNS * BLOCKS_K * 4;
+constexpr int BARS_AT = (SQUARES_AT + COLUMNS * WARPS * 4 + 7) / 8 * 8;
+constexpr int LIST_AT = BARS_AT + (WARPS * DEPTH + 2 * BUFFERS) * 8;
+constexpr int PAIRS_AT = LIST_AT + (TOKENS == 1 ? WARPS * TOP_K * 4 : 4 + MOST_HITS * 12);
+static_assert(PAIRS_AT + (TOKENS == 1 ? 0 : ROUTED * 4) == BYTES, "the host and this file disagree");
+static_assert(STAGES * STAGE_K * WARPS == WIDTH && BLOCKS_K <= 16, "WIDTH does not suit the slices");
+
+// The tiles of a block: of the shared expert first, which no id has to be known for.
+struct Items {
+  int shared, count, first;  // first: of the routed ones, where those of a block are neighbours
+  DEVICE void locate(int i, int& entry, int& tile) const {
+    const int n = blockIdx.x + i * gridDim.x;
+    if (PREPARED && i >= shared) {
+      // An expert's rows of x are then fetched once for many tiles.
+      entry = (first + i - shared) / TILES, tile = (first + i - shared) % TILES;
+    } else if (n < SHARED * TILES) {
+      entry = -1, tile = n;
+    } else {
+      entry = n / TILES - SHARED, tile = n % TILES;
+    }
+  }
+  DEVICE void strided(int total) { count = total > (int)blockIdx.x ? (total - blockIdx.x + gridDim.x - 1) / gridDim.x : 0; }
+};
+
+// One block's sum of a tile and 8 columns: who finishes it must know.
+struct Turn {
+  int entry, tile, eight;
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    expert_up(const bf16* __restrict__ x, const bf16* __restrict__ norm_weight, const float* __restrict__ x_scales,
+              const int* __restrict__ ids, const int* __restrict__ pairs, const int* __restrict__ starts,
+              const u8* __restrict__ gate_up, const u8* __restrict__ scale, bf16* __restrict__ a, int tokens, int pitch,
+              float eps) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  u64* bars = (u64*)(memory + BARS_AT);
+  u64 *full = bars + WARPS * DEPTH, *empty = full + BUFFERS;
+  Ring<DEPTH, STAGE_BYTES> ring(memory + warp * DEPTH * STAGE_BYTES, bars + warp * DEPTH);
+  uint4* xs = (uint4*)(memory + X_AT + warp * X_SLICE);
+  float* block_scales = (float*)(memory + X_SCALE_AT) + warp * COLUMNS * BLOCKS_K;  // [COLUMNS][BLOCKS_K]
+  float* squares = (float*)(memory + SQUARES_AT);                                   // [COLUMNS][WARPS]
+  int* chosen = (int*)(memory + LIST_AT) + warp * TOP_K;                            // of one token, a copy a warp
+  Hit* hits = (Hit*)(memory + LIST_AT + 4);
+  int* places = (int*)(memory + PAIRS_AT);
+  if (TOKENS == 1) tokens = 1;
+
+  auto expert_of = [&](int entry) { return entry < 0 ? EXPERTS : TOKENS == 1 ? chosen[entry] : hits[entry].expert; };
+  Items items;
+  items.strided(SHARED * TILES);
+  items.shared = items.count, items.first = 0;
+
+  // Asks for the next stage, by lane 0; false where there is none. Runs ahead of the products, over the ends of tiles.
+  int next_item = 0, next_stage = 0, asked = 0;
+  const u8 *next_words = nullptr, *next_scales = nullptr;
+  const u64 policy = evict_first();
+  auto ask_next = [&](int slot) {
+    if (next_stage == 0) {
+      int entry, tile, expert = -1;
+      for (; next_item < items.count; next_item++) {
+        items.locate(next_item, entry, tile);
+        if ((expert = expert_of(entry)) >= 0) break;
+      }
+      if (expert < 0) return false;
+      const size_t at = (size_t)expert * TILES + tile;
+      next_words = gate_up + at * 16 * ROW_BYTES(WIDTH) + warp * STAGES * STAGE * PIECE;
+      if (FORMAT == INT4) next_scales = scale + (at * (WIDTH / GROUP) + warp * STAGES * STAGE_GROUPS) * 32;
+    }
+    ask(ring.stages + slot * STAGE_BYTES, next_words, next_scales, ring.bars + slot, policy);
+    next_words += STAGE * PIECE, next_scales += SCALE_BYTES;
+    if (++next_stage == STAGES) next_stage = 0, next_item++;
+    return true;
+  };
+  auto fill = [&]() {
+    if (lane == 0)
+      while (asked < DEPTH && ask_next(asked)) asked++;
+    __syncwarp();
+  };
+  // FP8: of a tile, the scales of gate's blocks in lanes 0 to 15 and of up's in the others.
+  auto tile_scales = [&](int i) -> float {
+    if (FORMAT != FP8 || i >= items.count || lane % 16 >= BLOCKS_K) return 0;
+    int entry, tile;
+    items.locate(i, entry, tile);
+    const int expert = expert_of(entry);
+    if (expert < 0) return 0;
+    const size_t row = ((size_t)expert * 2 + lane / 16) * (INNER / 128) + tile * 8 / 128;
+    return __ldg((const float*)scale + row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
+  };
+
+  if (lane == 0) ring.init();
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < BUFFERS; i++) barrier_init(full + i, WARPS), barrier_init(empty + i, 1);
+  }
+  __syncwarp();
+  float soon = 0;
+  constexpr int EACH = (SLICE / 16 + 31) / 32;  // chunks of a lane
+  float norm[EACH][16];
+  if (!PREPARED) {
+    fill();
+    soon = tile_scales(0);
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      load_chunk(norm_weight + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16, norm[i]);
+    __syncthreads();  // the barriers of the sums
+    wait_dependencies();
+    launch_dependents();
+  }
+
+  float row[EACH][16];
+  if (TOKENS == 1) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) load_chunk(x + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16, row[i]);
+    for (int i = lane; i < TOP_K; i += 32) chosen[i] = load_fresh(ids + i);
+    __syncwarp();
+    items.strided(SLOTS * TILES);
+  } else {
+    int* found = (int*)(memory + LIST_AT);
+    if (warp == 0) {
+      const int n = list_hits(hits, starts, lane);
+      if (lane == 0) *found = n;
+    }
+    for (int i = threadIdx.x; i < tokens * TOP_K; i += WARPS * 32) places[i] = load_fresh(pairs + i);
+    __syncthreads();
+    const int routed = *found * TILES;
+    if (PREPARED) {
+      items.first = (int)((i64)routed * blockIdx.x / gridDim.x);
+      items.count = items.shared + (int)((i64)routed * (blockIdx.x + 1) / gridDim.x) - items.first;
+    } else {
+      items.strided(SHARED * TILES + routed);
+    }
+  }
+  fill();
+  if (PREPARED || items.shared == 0) soon = tile_scales(0);
+  if (PREPARED) {
+    wait_dependencies();
+    launch_dependents();
+  } else {
+    // The warp's own slice of x, normed but for the root, as the format multiplies it.
+    for (int token = 0; token < tokens; token++) {
+      float square = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const int chunk = lane + i * 32;
+        const bool live = chunk < SLICE / 16;
+        if (TOKENS > 1) load_chunk(x + (i64)token * pitch + warp * SLICE, chunk, live, row[i]);
+#pragma unroll
+        for (int j = 0; j < 16; j++) square += row[i][j] * row[i][j], row[i][j] *= norm[i][j];
+        Chunk made;
+        const float s = round_chunk(row[i], made);
+        if (live) {
+#pragma unroll
+          for (int h = 0; h < X_BYTES; h++) xs[place_of(chunk * X_BYTES + h, X_PITCH) + token * 4] = made.part[h];
+          if (FORMAT == FP8 && chunk % 8 == 0) block_scales[token * BLOCKS_K + chunk / 8] = s;
+        }
+      }
+      square = warp_sum(square);
+      if (lane == 0) squares[token * WARPS + warp] = square;
+    }
+    __syncwarp();
+  }
+  if (TOKENS > 1) {
+    // Rows of a that no expert makes.
+    for (int i = blockIdx.x; i < tokens * TOP_K; i += gridDim.x)
+      if (load_fresh(ids + i) < 0)
+        for (int j = threadIdx.x; j < INNER / 8; j += WARPS * 32)
+          ((uint4*)(a + ((i64)(i / TOP_K) * SLOTS + i % TOP_K) * INNER))[j] = uint4{0, 0, 0, 0};
+  }
+
+  // Of an entry of the list: its columns, which tokens they are, and their rows of a.
+  auto columns_of = [&](int entry) { return entry < 0 || TOKENS == 1 ? tokens : hits[entry].count; };
+  auto token_of = [&](int entry, int c) {
+    return TOKENS == 1 ? 0 : entry < 0 ? c : places[hits[entry].first + c] / TOP_K;
+  };
+  auto row_of = [&](int entry, int c) {
+    if (TOKENS == 1) return entry < 0 ? TOP_K : entry;
+    const int p = entry < 0 ? 0 : places[hits[entry].first + c];
+    return entry < 0 ? c * SLOTS + TOP_K : p / TOP_K * SLOTS + p % TOP_K;
+  };
+
+  // Warp. Adds up the warps' sums of a turn and stores the results.
+  float* partial = (float*)(memory + PARTIAL_AT);
+  auto finish = [&](int n, Turn turn) {
+    const int buffer = n % BUFFERS;
+    const float* sums = partial + buffer * WARPS * PARTIAL;
+    barrier_wait(full + buffer, n / BUFFERS & 1);
+    auto root_of = [&](int token) {
+      if (PREPARED) return 1.0f;
+      float square = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) square += squares[token * WARPS + w];
+      return rsqrtf(square * (1.0f / WIDTH) + eps);
+    };
+    if (TOKENS == 1) {
+      float v = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w += 2)
+        if (w + lane / 16 < WARPS) v += sums[(w + lane / 16) * PARTIAL + lane % 16];
+      v = (v + __shfl_xor_sync(FULL_WARP, v, 16)) * root_of(0);
+      const float up = __shfl_down_sync(FULL_WARP, v, 8);
+      if (lane < 8) a[row_of(turn.entry, 0) * INNER + turn.tile * 8 + lane] = to_bf16(silu(v) * up);
+    } else {
+      float v[4] = {};
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float4 one = *(const float4*)(sums + w * PARTIAL + lane * 4);
+        v[0] += one.x, v[1] += one.y, v[2] += one.z, v[3] += one.w;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int c = turn.eight * 8 + 2 * t + j;
+        if (c < columns_of(turn.entry)) {
+          const float r = root_of(token_of(turn.entry, c));
+          a[(i64)row_of(turn.entry, c) * INNER + turn.tile * 8 + g] = to_bf16(silu(v[j] * r) * (v[2 + j] * r));
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + buffer);
+  };
+
+  int turns = 0, held = -2;
+  Turn before;
+  for (int i = 0; i < items.count; i++) {
+    int entry, tile;
+    items.locate(i, entry, tile);
+    const int expert = expert_of(entry), columns = columns_of(entry), last = columns - 1;
+    const float scales = soon;
+    soon = tile_scales(i + 1);
+    if (PREPARED && entry != held) {
+      // x of the first eight columns; of an expert that more tokens chose, the others are read where they are.
+      held = entry;
+      __syncwarp();
+      for (int c = 0; c < columns && c < 8; c++) {
+        const i64 token = token_of(entry, c);
+        const uint4* from = (const uint4*)((const u8*)x + (token * WIDTH + warp * SLICE) * X_BYTES);
+        for (int n = lane; n < SLICE * X_BYTES / 16; n += 32) xs[place_of(n, X_PITCH) + c * 4] = load_fresh(from + n);
+        for (int n = lane; n < BLOCKS_K; n += 32)
+          block_scales[c * BLOCKS_K + n] = load_fresh(x_scales + token * (WIDTH / 128) + warp * BLOCKS_K + n);
+      }
+      __syncwarp();
+    }
+    // Columns past the last repeat it; nobody reads their sums.
+    auto column = [&](int c) { return PREPARED ? min(c, last) : token_of(entry, min(c, last)); };
+    const uint4* x_at = xs + column(g) * 4 + t;
+    const float *scale0 = block_scales + column(2 * t) * BLOCKS_K, *scale1 = block_scales + column(2 * t + 1) * BLOCKS_K;
+    float acc[EIGHTS][4] = {};
+    if (expert >= 0) {
+#pragma unroll 1
+      for (int s = 0; s < STAGES; s++) {
+        Words w;
+        read_stage(w, ring.front(), lane);
+        __syncwarp();
+        if (lane == 0) ask_next(ring.slot);
+        ring.pop();
+        multiply(
+            acc[0], w, [&](int p, int f) { return x_at[((s * STAGE + p) * FRAGMENTS + f) * X_PITCH]; },
+            [&](int b, float(&to)[4]) {
+              const int k = s * STAGE_BLOCKS + b;
+              const float gate = __shfl_sync(FULL_WARP, scales, k), up = __shfl_sync(FULL_WARP, scales, 16 + k);
+              const float v0 = scale0[k], v1 = TOKENS == 1 ? 0 : scale1[k];
+              to[0] = gate * v0, to[1] = gate * v1, to[2] = up * v0, to[3] = up * v1;
+            });
+#pragma unroll
+        for (int q = 1; q < EIGHTS; q++) {
+          if (q * 8 >= columns) break;
+          const u8* far = (const u8*)x + ((i64)token_of(entry, min(q * 8 + g, last)) * WIDTH + warp * SLICE) * X_BYTES;
+          const float* far0 = x_scales + token_of(entry, min(q * 8 + 2 * t, last)) * (WIDTH / 128) + warp * BLOCKS_K;
+          const float* far1 = x_scales + token_of(entry, min(q * 8 + 2 * t + 1, last)) * (WIDTH / 128) + warp * BLOCKS_K;
+          multiply(
+              acc[q], w,
+              [&](int p, int f) {
+                return load_fresh((const uint4*)far + (s * STAGE + p) * FRAGMENTS * 4 + part_of(f, t));
+              },
+              [&](int b, float(&to)[4]) {
+                const int k = s * STAGE_BLOCKS + b;
+                const float gate = __shfl_sync(FULL_WARP, scales, k), up = __shfl_sync(FULL_WARP, scales, 16 + k);
+                const float v0 = load_fresh(far0 + k), v1 = load_fresh(far1 + k);
+                to[0] = gate * v0, to[1] = gate * v1, to[2] = up * v0, to[3] = up * v1;
+              });
+        }
+      }
+    }
+    // Slices meet in shared memory; warps take turns at adding them up, one turn behind, so that no one waits.
+#pragma unroll
+    for (int q = 0; q < EIGHTS; q++) {
+      if (q * 8 >= columns) break;
+      const int buffer = turns % BUFFERS;
+      if (turns >= BUFFERS) barrier_wait(empty + buffer, (turns / BUFFERS - 1) & 1);
+      float* mine = partial + (buffer * WARPS + warp) * PARTIAL;
+      if (TOKENS > 1) {
+        *(float4*)(mine + lane * 4) = float4{acc[q][0], acc[q][1], acc[q][2], acc[q][3]};
+      } else if (t == 0) {
+        mine[g] = acc[q][0], mine[g + 8] = acc[q][2];
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(full + buffer);
+      if (turns > 0 && (turns - 1) % WARPS == warp) finish(turns - 1, before);
+      before = Turn{entry, tile, q};
+      turns++;
+    }
+  }
+  if (turns > 0 && (turns - 1) % WARPS == warp) finish(turns - 1, before);
+}
+#endif  // UP
+
+// ---------------------------------------------------------------- down, weighted sum and residual
+
+#ifdef DOWN
+constexpr int SLICE = INNER / WARPS;
+constexpr int STAGES = SLICE / STAGE_K;  // of one tile of one expert
+constexpr int TILES = WIDTH / 16;
+constexpr int BLOCKS_K = FORMAT == FP8 ? SLICE / 128 : 0;
+constexpr bool OWN = TOKENS == 1 || (FORMAT == FP8 && !PREPARED);  // whether a's slices come to shared memory
+constexpr int OWN_ROWS = OWN ? TOKENS * SLOTS : 0;
+constexpr int ROW_PARTS = SLICE * X_BYTES / 16;
+constexpr int LISTED = TOKENS == 1 ? SLOTS : MOST_HITS + SHARED;
+constexpr int PLACES = TOKENS * SLOTS;
+
+constexpr int X_AT = WARPS * DEPTH * STAGE_BYTES;
+constexpr int SUM_AT = X_AT + WARPS * OWN_ROWS * SLICE * X_BYTES;
+constexpr int BARS_AT = SUM_AT + WARPS * TOKENS * 16 * 4;
+constexpr int A_SCALE_AT = BARS_AT + WARPS * DEPTH * 8;
+constexpr int ROW_SCALE_AT = A_SCALE_AT + WARPS * OWN_ROWS * BLOCKS_K * 4;
+constexpr int LIST_AT = ROW_SCALE_AT + WARPS * LISTED * BLOCKS_K * 4;
+constexpr int ROW_AT = LIST_AT + 4 + LISTED * 12;
+constexpr int SHARE_AT = ROW_AT + PLACES * 4;
+static_assert(SHARE_AT + PLACES * 4 == BYTES, "the host and this file disagree");
+static_assert(STAGES * STAGE_K * WARPS == INNER, "INNER does not suit the slices");
+
+// A part of a row in shared memory. Rows lie a multiple of 128 bytes apart, or one is all there is to read at a time.
+DEVICE int own_at(int row, int part) { return row * ROW_PARTS + (ROW_PARTS % 8 ? part : part ^ (row & 1) * 4); }
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    expert_down(const bf16* __restrict__ a, const float* __restrict__ a_scales, const int* __restrict__ ids,
+                const float* __restrict__ weights, const int* __restrict__ pairs, const int* __restrict__ starts,
+                const u8* __restrict__ down, const u8* __restrict__ scale, const bf16* __restrict__ residual,
+                bf16* __restrict__ y, int tokens) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, tile = blockIdx.x;
+  Ring<DEPTH, STAGE_BYTES> ring(memory + warp * DEPTH * STAGE_BYTES, (u64*)(memory + BARS_AT) + warp * DEPTH);
+  uint4* xs = (uint4*)(memory + X_AT) + warp * OWN_ROWS * ROW_PARTS;
+  float* block_scales = (float*)(memory + A_SCALE_AT) + warp * OWN_ROWS * BLOCKS_K;
+  float* row_scales = (float*)(memory + ROW_SCALE_AT) + warp * LISTED * BLOCKS_K;
+  float* sums = (float*)(memory + SUM_AT);       // [WARPS][TOKENS][16]
+  Hit* hits = (Hit*)(memory + LIST_AT + 4);
+  int* rows = (int*)(memory + ROW_AT);           // row of a at each place of the lists
+  float* shares = (float*)(memory + SHARE_AT);   // and what it is weighted by
+  if (TOKENS == 1) tokens = 1;
+
+  launch_dependents();
+  if (lane == 0) ring.init();
+  // The experts to walk: one token's in the order of its slots, several tokens' by rising id, the shared one last.
+  int count = SLOTS;
+  if (TOKENS == 1) {
+    for (int i = threadIdx.x; i < SLOTS; i += WARPS * 32) {
+      hits[i] = Hit{i < TOP_K ? load_fresh(ids + i) : EXPERTS, i, 1};
+      rows[i] = i, shares[i] = i < TOP_K ? load_fresh(weights + i) : 1.0f;
+    }
+    __syncthreads();
+  } else {
+    int* found = (int*)(memory + LIST_AT);
+    if (warp == 0) {
+      const int n = list_hits(hits, starts, lane);
+      if (SHARED && lane == 0) hits[n] = Hit{EXPERTS, tokens * TOP_K, tokens};
+      if (lane == 0) *found = n + SHARED;
+    }
+    for (int i = threadIdx.x; i < tokens * SLOTS; i += WARPS * 32) {
+      const bool routed = i < tokens * TOP_K;
+      const int p = routed ? load_fresh(pairs + i) : 0, shared = i - tokens * TOP_K;
+      rows[i] = routed ? p / TOP_K * SLOTS + p % TOP_K : shared * SLOTS + TOP_K;
+      shares[i] = routed ? load_fresh(weights + p) : 1.0f;
+    }
+    for (int i = threadIdx.x; i < WARPS * TOKENS * 16; i += WARPS * 32) sums[i] = 0;
+    __syncthreads();
+    count = *found;
+  }
+
+  int next_entry = 0, next_stage = 0, asked = 0;
+  const u8 *next_words = nullptr, *next_scales = nullptr;
+  const u64 policy = evict_first();
+  auto next = [&]() {  // false where there is none
+    if (next_stage == 0) {
+      while (next_entry < count && hits[next_entry].expert < 0) next_entry++;
+      if (next_entry >= count) return false;
+      const size_t at = (size_t)hits[next_entry].expert * TILES + tile;
+      next_words = down + at * 16 * ROW_BYTES(INNER) + warp * STAGES * STAGE * PIECE;
+      if (FORMAT == INT4) next_scales = scale + (at * (INNER / GROUP) + warp * STAGES * STAGE_GROUPS) * 32;
+    }
+    return true;
+  };
+  auto pass = [&]() {
+    next_words += STAGE * PIECE, next_scales += SCALE_BYTES;
+    if (++next_stage == STAGES) next_stage = 0, next_entry++;
+  };
+  auto ask_next = [&](int slot) {
+    if (!next()) return false;
+    ask(ring.stages + slot * STAGE_BYTES, next_words, next_scales, ring.bars + slot, policy);
+    pass();
+    return true;
+  };
+  if (lane == 0) {
+    while (asked < DEPTH && ask_next(asked)) asked++;
+    if (AHEAD > 0) {
+      // What the ring has no room for comes near at least.
+      const int entry = next_entry, stage = next_stage;
+      const u8 *words = next_words, *scales = next_scales;
+      for (int i = 0; i < AHEAD && next(); i++) {
+        bulk_prefetch(next_words, STAGE * PIECE);
+        if (FORMAT == INT4) bulk_prefetch(next_scales, SCALE_BYTES);
+        pass();
+      }
+      next_entry = entry, next_stage = stage, next_words = words, next_scales = scales;
+    }
+  }
+  for (int i = lane; i < count * BLOCKS_K; i += 32) {
+    const int expert = hits[i / BLOCKS_K].expert;
+    const size_t row = (size_t)expert * ((WIDTH + 127) / 128) + tile * 16 / 128;
+    row_scales[i] = expert < 0 ? 0 : __ldg((const float*)scale + row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
+  }
+  __syncwarp();
+  wait_dependencies();
+
+  // Results of this thread, and what they are added to.
+  constexpr int EACH = (16 * TOKENS + WARPS * 32 - 1) / (WARPS * 32);
+  float base[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int n = threadIdx.x + i * WARPS * 32;
+    base[i] = n < 16 * tokens ? from_bf16(load_fresh(residual + (i64)(n / 16) * WIDTH + tile * 16 + n % 16)) : 0;
+  }
+  if (OWN) {
+    // The warp's own slice of every row, as the format multiplies it.
+    const int chunks = tokens * SLOTS * (SLICE / 16);
+#pragma unroll 3
+    for (int first = 0; first < chunks; first += 32) {
+      const int n = first + lane, own = n / (SLICE / 16), chunk = n % (SLICE / 16);
+      float v[16];
+      load_chunk(a + (i64)own * INNER + warp * SLICE, chunk, n < chunks, v);
+      Chunk made;
+      const float s = round_chunk(v, made);
+      if (n < chunks) {
+#pragma unroll
+        for (int h = 0; h < X_BYTES; h++) xs[own_at(own, place_of(chunk * X_BYTES + h, 4))] = made.part[h];
+        if (FORMAT == FP8 && chunk % 8 == 0) block_scales[own * BLOCKS_K + chunk / 8] = s;
+      }
+    }
+    __syncwarp();
+  }
+
+  float acc[4] = {};
+  for (int i = 0; i < count; i++) {
+    const Hit hit = hits[i];
+    if (hit.expert < 0) continue;
+    const int columns = TOKENS == 1 ? 1 : hit.count, last = columns - 1;
+    float part[EIGHTS][4] = {};
+#pragma unroll 1
+    for (int s = 0; s < STAGES; s++) {
+      Words w;
+      read_stage(w, ring.front(), lane);
+      __syncwarp();
+      if (lane == 0) ask_next(ring.slot);
+      ring.pop();
+#pragma unroll
+      for (int q = 0; q < EIGHTS; q++) {
+        if (q * 8 >= columns) break;
+        auto row_of = [&](int c) { return TOKENS == 1 ? i : rows[hit.first + min(q * 8 + c, last)]; };
+        const int mine = row_of(g);
+        const uint4* from = (const uint4*)((const u8*)a + ((i64)mine * INNER + warp * SLICE) * X_BYTES);
+        multiply(
+            part[q], w,
+            [&](int p, int f) {
+              const int piece = s * STAGE + p;
+              return OWN ? xs[own_at(mine, (piece * FRAGMENTS + f) * 4 + t)]
+                         : load_fresh(from + piece * FRAGMENTS * 4 + part_of(f, t));
+            },
+            [&](int b, float(&to)[4]) {
+              const int k = s * STAGE_BLOCKS + b;
+              const float f = row_scales[i * BLOCKS_K + k];
+              auto block_scale = [&](int c) {
+                if (TOKENS == 1 && c > 0) return 0.0f;
+                const i64 r = row_of(c);
+                return OWN ? block_scales[r * BLOCKS_K + k]
+                           : load_fresh(a_scales + r * (INNER / 128) + warp * BLOCKS_K + k);
+              };
+              to[0] = to[2] = f * block_scale(TOKENS == 1 ? 0 : 2 * t);
+              to[1] = to[3] = f * block_scale(TOKENS == 1 ? 1 : 2 * t + 1);
+            });
+      }
+    }
+    if (TOKENS == 1) {
+      acc[0] += shares[i] * part[0][0], acc[2] += shares[i] * part[0][2];
+    } else {
+      // A warp's sums of all tokens are in shared memory: which of them an expert adds to is known only now.
+#pragma unroll
+      for (int q = 0; q < EIGHTS; q++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+          const int c = q * 8 + 2 * t + j;
+          if (c < columns) {
+            float* to = sums + (warp * TOKENS + rows[hit.first + c] / SLOTS) * 16 + g;
+            const float share = shares[hit.first + c];
+            to[0] += share * part[q][j], to[8] += share * part[q][2 + j];
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+  if (TOKENS == 1 && t == 0) sums[warp * 16 + g] = acc[0], sums[warp * 16 + g + 8] = acc[2];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int n = threadIdx.x + i * WARPS * 32;
+    if (n >= 16 * tokens) break;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += sums[w * TOKENS * 16 + n];
+    y[(i64)(n / 16) * WIDTH + tile * 16 + n % 16] = to_bf16(base[i] + sum);
+  }
+}
+#endif  // DOWN
+#endif  // not ROW

@@ -1,0 +1,312 @@
+"""Tactics of `experts.cu`: experts of 1 to 64 tokens, weights of those that are hit read once.
+
+Shared memory of a block is worked out here and in the CUDA file, which asserts that both agree.
+"""
+
+from dataclasses import dataclass, replace
+
+from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace, align
+
+FORMATS = ("bf16", "fp8", "int4")
+MOST_TOKENS = 64
+
+TILE_ROWS = 16
+PIECE = 1024
+PIECE_K = {"bf16": 32, "fp8": 64, "int4": 128}
+BLOCK = 128
+_BUFFERS = 4
+_BUCKETS = (1, 4, 8, 16, 32, 64)
+
+_WEIGHT = {"bf16": "*bf16", "fp8": "*f8e4m3", "int4": "*i32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a layer's experts, and how many tokens there are.
+
+    Attributes:
+        width: Channels of the residual stream, D.
+        inner: Of one expert, F.
+        experts: Routed ones, E.
+        shared: 1 where one more serves every token.
+        group: Of INT4 along K.
+        pitch: Columns of x.
+    """
+
+    tokens: int
+    width: int
+    inner: int
+    experts: int
+    top_k: int
+    shared: int
+    format: str
+    group: int
+    pitch: int
+    eps: float = 0.0
+
+    @property
+    def slots(self) -> int:
+        return self.top_k + self.shared
+
+    @property
+    def bucket(self) -> int:
+        """Tokens that a kernel is compiled for."""
+        return next(n for n in _BUCKETS if n >= self.tokens)
+
+    @property
+    def x_bytes(self) -> int:
+        return 1 if self.format == "fp8" else 2
+
+    @property
+    def scale_type(self) -> str:
+        return "*f32" if self.format == "fp8" else "*bf16"
+
+    @property
+    def hit(self) -> float:
+        """Experts that are hit, under uniform and independent routing, the shared one with them."""
+        missed = (1 - self.top_k / self.experts) ** self.tokens
+        return self.experts * (1 - missed) + self.shared
+
+    def matrix_bytes(self, rows: int, columns: int) -> float:
+        """Of one expert's matrix and its scales."""
+        numbers = rows * columns
+        if self.format == "bf16":
+            return 2.0 * numbers
+        if self.format == "fp8":
+            return numbers + 4.0 * numbers / BLOCK**2
+        return numbers / 2 + 2.0 * numbers / self.group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What may be chosen.
+
+    Attributes:
+        warps: Of a block; K is split among them.
+        stage: Pieces of one copy.
+        depth: Stages of a warp's ring.
+        ahead: Stages a warp brings into L2 beyond its ring before it waits.
+        blocks: Blocks a multiprocessor.
+        waves: Of the grid of `expert_up`; 0 for a block a tile.
+        prepared: Whether rows are normed and quantized by a launch of their own.
+    """
+
+    warps: int
+    stage: int
+    depth: int
+    blocks: int
+    waves: int = 1
+    ahead: int = 0
+    prepared: bool = False
+
+    def name(self, kind: str) -> str:
+        first = "prepare." if self.prepared else ""
+        ahead = f".a{self.ahead}" if self.ahead else ""
+        name = f"{kind}.{first}w{self.warps}.s{self.stage}.d{self.depth}{ahead}.b{self.blocks}"
+        return name if kind == "down" else f"{name}.x{self.waves}"
+
+
+def _stage_bytes(shape: Shape, config: Config) -> int:
+    scales = 0
+    if shape.format == "int4":
+        scales = config.stage * PIECE_K["int4"] // shape.group * TILE_ROWS * 2
+    return config.stage * PIECE + scales
+
+
+def _hits(shape: Shape) -> int:
+    return min(shape.bucket * shape.top_k, shape.experts)
+
+
+def up_shared_bytes(shape: Shape, config: Config) -> int:
+    """Of one block of `expert_up`, as the CUDA file lays it out."""
+    warps, tokens = config.warps, shape.bucket
+    part, columns = shape.width // warps, min(tokens, 8)
+    blocks = part // BLOCK if shape.format == "fp8" else 0
+    used = warps * config.depth * _stage_bytes(shape, config)
+    used += warps * part * shape.x_bytes * columns
+    used += _BUFFERS * warps * (16 if tokens == 1 else 128) * 4
+    used += warps * columns * blocks * 4
+    used = align(used + columns * warps * 4, 8)
+    used += (warps * config.depth + 2 * _BUFFERS) * 8
+    if tokens == 1:
+        return used + warps * shape.top_k * 4
+    return used + 4 + _hits(shape) * 12 + tokens * shape.top_k * 4
+
+
+def down_shared_bytes(shape: Shape, config: Config) -> int:
+    """Of one block of `expert_down`, as the CUDA file lays it out."""
+    warps, tokens = config.warps, shape.bucket
+    part = shape.inner // warps
+    blocks = part // BLOCK if shape.format == "fp8" else 0
+    own = tokens == 1 or (shape.format == "fp8" and not config.prepared)
+    rows = tokens * shape.slots if own else 0
+    listed = shape.slots if tokens == 1 else _hits(shape) + shape.shared
+    used = warps * config.depth * _stage_bytes(shape, config)
+    used += warps * rows * part * shape.x_bytes
+    used += warps * tokens * TILE_ROWS * 4
+    used += warps * config.depth * 8
+    used += warps * (rows + listed) * blocks * 4
+    return used + 4 + listed * 12 + tokens * shape.slots * 8
+
+
+def _constants(shape: Shape, config: Config, kind: str, shared: int) -> dict[str, int]:
+    return {
+        kind: 1,
+        "FORMAT": FORMATS.index(shape.format),
+        "GROUP": shape.group if shape.format == "int4" else BLOCK,
+        "WIDTH": shape.width,
+        "INNER": shape.inner,
+        "EXPERTS": shape.experts,
+        "TOP_K": shape.top_k,
+        "SHARED": shape.shared,
+        "TOKENS": shape.bucket,
+        "PREPARED": int(config.prepared),
+        "WARPS": config.warps,
+        "BLOCKS": config.blocks,
+        "STAGE": config.stage,
+        "DEPTH": config.depth,
+        "AHEAD": config.ahead,
+        "BYTES": shared,
+    }
+
+
+def _prepare(shape: Shape, rows: int, row: int, source: str, norm: bool) -> Launch:  # noqa: FBT001
+    warps = min(8, max(1, row // 512))
+    fp8 = shape.format == "fp8"
+    kernel = Kernel(
+        language="cuda",
+        source="kernels/experts.cu",
+        entry="prepare_rows",
+        arguments=(
+            ("x", "*bf16"), ("norm_weight", "*bf16"), ("rows", "*u8"), ("scales", "*f32"),
+            ("pitch", "i32"), ("eps", "f32"),
+        ),
+        constants=(
+            ("ROW", row), ("NORM", int(norm)), ("FORMAT", FORMATS.index(shape.format)),
+            ("GROUP", BLOCK), ("WARPS", warps),
+        ),
+        warps=warps,
+        features=("bulk", "fp8"),
+    )  # fmt: skip
+    return Launch(
+        kernel=kernel,
+        grid=(rows, 1, 1),
+        operands=(
+            Tensor(source), Tensor("norm_weight") if norm else None, Tensor("rows"),
+            Tensor("row_scales") if fp8 else None, shape.pitch if norm else row, shape.eps,
+        ),
+        dependent=True,
+        moved_bytes=rows * row * (2.0 + shape.x_bytes),
+        blocks_per_sm=8,
+    )  # fmt: skip
+
+
+def _rows_space(shape: Shape, rows: int, row: int) -> tuple[Workspace, ...]:
+    made = [Workspace(name="rows", bytes=rows * row * shape.x_bytes)]
+    if shape.format == "fp8":
+        made.append(Workspace(name="row_scales", bytes=rows * row // BLOCK * 4))
+    return tuple(made)
+
+
+def _config(config: Config) -> dict[str, int | str]:
+    return {
+        "warps": config.warps, "stage": config.stage, "depth": config.depth,
+        "ahead": config.ahead, "blocks": config.blocks, "waves": config.waves,
+        "prepared": int(config.prepared),
+    }  # fmt: skip
+
+
+def up_tactic(shape: Shape, config: Config, sms: int) -> Tactic:
+    """`expert_up`, after `prepare_rows` where the config says so."""
+    shared = up_shared_bytes(shape, config)
+    kernel = Kernel(
+        language="cuda",
+        source="kernels/experts.cu",
+        entry="expert_up",
+        arguments=(
+            ("x", "*bf16"), ("norm_weight", "*bf16"), ("x_scales", "*f32"), ("ids", "*i32"),
+            ("pairs", "*i32"), ("starts", "*i32"), ("gate_up", _WEIGHT[shape.format]),
+            ("scale", shape.scale_type), ("a", "*bf16"), ("tokens", "i32"), ("pitch", "i32"),
+            ("eps", "f32"),
+        ),
+        constants=tuple(_constants(shape, config, "UP", shared).items()),
+        warps=config.warps,
+        shared_bytes=shared,
+        features=("bulk", "fp8"),
+    )  # fmt: skip
+    tiles = shape.inner // 8
+    most = (min(shape.tokens * shape.top_k, shape.experts) + shape.shared) * tiles
+    each = shape.matrix_bytes(2 * shape.inner, shape.width)
+    columns = max(8.0, shape.tokens * shape.slots / shape.hit)
+    prepared = config.prepared
+    launch = Launch(
+        kernel=kernel,
+        grid=(min(most, sms * config.blocks * config.waves or most), 1, 1),
+        operands=(
+            Tensor("rows" if prepared else "x"), None if prepared else Tensor("norm_weight"),
+            Tensor("row_scales") if prepared and shape.format == "fp8" else None, Tensor("ids"),
+            Tensor("pairs"), Tensor("starts"), Tensor("gate_up"), Tensor("scale"), Tensor("a"),
+            shape.tokens, shape.pitch, shape.eps,
+        ),
+        dependent=True,
+        moved_bytes=shape.hit * each,
+        flops=2.0 * shape.hit * 2 * shape.inner * shape.width * columns,
+        rate="bf16",
+        blocks_per_sm=config.blocks,
+    )  # fmt: skip
+    if not prepared:
+        return Tactic(name=config.name("up"), launches=(launch,), config=_config(config))
+    rows = _prepare(shape, shape.tokens, shape.width, "x", norm=True)
+    return Tactic(
+        name=config.name("up"),
+        launches=(rows, launch),
+        workspaces=_rows_space(shape, shape.tokens, shape.width),
+        config=_config(config),
+    )
+
+
+def down_tactic(shape: Shape, config: Config) -> Tactic:
+    """`expert_down`, after `prepare_rows` where the config says so."""
+    if shape.format != "fp8":
+        config = replace(config, prepared=False)
+    shared = down_shared_bytes(shape, config)
+    kernel = Kernel(
+        language="cuda",
+        source="kernels/experts.cu",
+        entry="expert_down",
+        arguments=(
+            ("a", "*bf16"), ("a_scales", "*f32"), ("ids", "*i32"), ("weights", "*f32"),
+            ("pairs", "*i32"), ("starts", "*i32"), ("down", _WEIGHT[shape.format]),
+            ("scale", shape.scale_type), ("residual", "*bf16"), ("y", "*bf16"), ("tokens", "i32"),
+        ),
+        constants=tuple(_constants(shape, config, "DOWN", shared).items()),
+        warps=config.warps,
+        shared_bytes=shared,
+        features=("bulk", "fp8"),
+    )  # fmt: skip
+    each = shape.matrix_bytes(shape.width, shape.inner)
+    columns = max(8.0, shape.tokens * shape.slots / shape.hit)
+    prepared = config.prepared
+    launch = Launch(
+        kernel=kernel,
+        grid=(shape.width // TILE_ROWS, 1, 1),
+        operands=(
+            Tensor("rows" if prepared else "a"), Tensor("row_scales") if prepared else None,
+            Tensor("ids"), Tensor("weights"), Tensor("pairs"), Tensor("starts"), Tensor("down"),
+            Tensor("scale"), Tensor("residual"), Tensor("y"), shape.tokens,
+        ),
+        dependent=True,
+        moved_bytes=shape.hit * each,
+        flops=2.0 * shape.hit * shape.inner * shape.width * columns,
+        rate="bf16",
+        blocks_per_sm=config.blocks,
+    )  # fmt: skip
+    if not prepared:
+        return Tactic(name=config.name("down"), launches=(launch,), config=_config(config))
+    count = shape.tokens * shape.slots
+    return Tactic(
+        name=config.name("down"),
+        launches=(_prepare(shape, count, shape.inner, "a", norm=False), launch),
+        workspaces=_rows_space(shape, count, shape.inner),
+        config=_config(config),
+    )
