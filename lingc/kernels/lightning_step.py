@@ -1,0 +1,116 @@
+"""Tactics of `lightning_step.cu`: decode and verify of linear attention."""
+
+from collections.abc import Sequence
+
+from lingc.kernel import Kernel, Launch, Tactic, Tensor
+from lingc.math import number
+from lingc.op import Cost
+from lingc.plan import TensorType
+
+WIDTH = 128
+"""Channels of a head, rows and columns of its state."""
+
+PAIRS = (4, 8, 16, 32, 64)
+"""Pairs that rope may turn: partners are a power of two of lanes apart."""
+
+MOST_TOKENS = 8
+"""Of a sequence in verify: the scores among them are one tensor-core product."""
+
+_ARGUMENTS = (
+    ("qkvg", "*bf16"),
+    ("q_weight", "*bf16"),
+    ("k_weight", "*bf16"),
+    ("cos", "*f32"),
+    ("sin", "*f32"),
+    ("decay", "*f32"),
+    ("state", "*f32"),
+    ("pending_k", "*bf16"),
+    ("pending_v", "*bf16"),
+    ("slots", "*i32"),
+    ("accepted", "*i32"),
+    ("positions", "*i32"),
+    ("o", "*bf16"),
+    ("pitch", "i32"),
+    ("pending", "i32"),
+    ("eps", "f32"),
+)
+
+
+def refusal(
+    qkvg: TensorType, q_weight: TensorType, cos: TensorType, state: TensorType,
+    pending_k: TensorType,
+) -> str | None:  # fmt: skip
+    """Why the kernel is not made for these."""
+    _, _, rows, columns = state.shape
+    if (rows, columns) != (WIDTH, WIDTH):
+        return f"states of {rows}x{columns} are not {WIDTH}x{WIDTH}"
+    if (pairs := number(cos.shape[1])) not in PAIRS:
+        return f"rope of {pairs} pairs is not one of {', '.join(map(str, PAIRS))}"
+    for name, kind, want in (
+        ("qkvg", qkvg, "bf16"),
+        ("q_weight", q_weight, "bf16"),
+        ("state", state, "f32"),
+        ("cos", cos, "f32"),
+        ("pending_k", pending_k, "bf16"),
+    ):
+        if kind.dtype != want:
+            return f"{name} is {kind.dtype}, not {want}"
+    return None
+
+
+def tactics(
+    shapes: Sequence[tuple[int, int, int]],
+    qkvg: TensorType,
+    cos: TensorType,
+    state: TensorType,
+    pending_k: TensorType,
+    *,
+    eps: float,
+    draft: int | None,
+    needs: Cost,
+) -> list[Tactic]:
+    """One launch each.
+
+    Args:
+        shapes: Columns a warp, warps that share a column's rows, warps a block.
+        draft: Tokens of a sequence in verify; None for decode.
+    """
+    tokens, pitch = qkvg.bind({})
+    heads, pending = number(state.shape[1]), number(pending_k.shape[1])
+    found = []
+    for columns, split, warps in shapes:
+        blocks = WIDTH // (columns * warps // split)  # of a head
+        constants = {
+            "COLUMNS": columns,
+            "SPLIT": split,
+            "WARPS": warps,
+            "PAIRS": number(cos.shape[1]),
+        }
+        if draft is not None:
+            constants["TOKENS"] = draft
+        kernel = Kernel(
+            language="cuda",
+            source="kernels/lightning_step.cu",
+            entry="lightning_decode" if draft is None else "lightning_verify",
+            arguments=_ARGUMENTS,
+            constants=tuple(constants.items()),
+            warps=warps,
+            features=("bulk",),
+        )
+        tensors = [Tensor(name) for name, kind in _ARGUMENTS if kind.startswith("*")]
+        rows = WIDTH * columns // (128 * split)  # of a thread, four registers each
+        launch = Launch(
+            kernel=kernel,
+            grid=(blocks, heads, tokens // (draft or 1)),
+            operands=(*tensors, pitch, pending, eps),
+            # The first block writes `pending_k` when all of the head have read it.
+            cluster=(1 if draft is None else blocks, 1, 1),
+            dependent=True,
+            moved_bytes=needs.moved_bytes,
+            flops=needs.flops,
+            blocks_per_sm=2048 // (32 * warps) // (2 if rows <= 8 else 4),
+        )
+        config = {"columns": columns, "split": split, "warps": warps}
+        name = f"step.c{columns}.s{split}.w{warps}"
+        found.append(Tactic(name=name, launches=(launch,), config=config))
+    return found
