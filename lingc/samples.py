@@ -57,7 +57,8 @@ class Samples:
 
     def rope(self, positions: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
         rates = 1e4 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-        angle = positions.cpu().double()[:, None] * rates
+        at = torch.zeros(positions.shape) if positions.is_meta else positions.cpu()
+        angle = at.double()[:, None] * rates
         return self._put(angle.cos(), self.table), self._put(angle.sin(), self.table)
 
     def ints(self, values: Sequence[int]) -> Tensor:
