@@ -119,6 +119,73 @@ def shared_bytes(shape: Shape, config: Config) -> int:
     return used + (warps * config.depth + 2 * BUFFERS) * 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wide:
+    """What may be chosen of `gemv_wgmma.cu`.
+
+    Attributes:
+        groups: Warpgroups of a block; K is split among them.
+        slots: Stages of 4 KiB that a warpgroup holds.
+        flight: Of those on their way at a time.
+        buffers: Tiles whose sums are under way.
+    """
+
+    groups: int
+    slots: int
+    flight: int
+    buffers: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"stream.g{self.groups}.s{self.slots}.f{self.flight}.b{self.buffers}"
+
+
+STAGE = 4096
+
+
+def wide_bucket(tokens: int) -> int:
+    return next(n for n in (1, 2, 4, 8, 16, 24, 32) if n >= tokens)
+
+
+def wide_shared_bytes(shape: Shape, config: Wide) -> int:
+    """Of one block, as `gemv_wgmma.cu` lays it out."""
+    tokens, warps = wide_bucket(shape.tokens), 4 * config.groups
+    padded = tokens + tokens % 2
+    most = -(-(shape.width // {"bf16": 128, "fp8": 256}[shape.format]) // config.groups)
+    used = config.groups * (config.slots * STAGE + most * padded * 256)
+    if shape.format == "fp8":
+        used += config.groups * most * 2 * padded * 4
+    used += tokens * warps * 4 + config.buffers * warps * padded * ROWS * 4
+    return used + (2 * config.groups * config.slots + 2 * config.buffers) * 8
+
+
+def wide_tactic(shape: Shape, config: Wide, sms: int) -> Tactic:
+    """One launch."""
+    shared = wide_shared_bytes(shape, config)
+    threads = 128 * config.groups + 32
+    fit = 2 if shared <= 113 * 1024 and threads <= 1024 and wide_bucket(shape.tokens) <= 8 else 1
+    constants = {
+        "FORMAT": FORMATS.index(shape.format),
+        "K": shape.width,
+        "BEFORE": BEFORE.index(shape.before),
+        "GROUPS": shape.groups if shape.before == "group_norm_gate" else 1,
+        "AFTER": AFTER.index(shape.after),
+        "RESIDUAL": int(shape.residual),
+        "WIDE": int(shape.wide),
+        "TOKENS": wide_bucket(shape.tokens),
+        "WGS": config.groups,
+        "SLOTS": config.slots,
+        "FLIGHT": config.flight,
+        "BUFFERS": config.buffers,
+        "FIT": fit,
+        "SHARED": shared,
+    }
+    return _tactic(
+        shape, "kernels/gemv_wgmma.cu", constants, 4 * config.groups + 1, shared,
+        ("bulk", "fp8", "wgmma"), sms, fit, config.name,
+    )  # fmt: skip
+
+
 def tactic(shape: Shape, config: Config, sms: int) -> Tactic:
     """One launch."""
     shared = shared_bytes(shape, config)
@@ -138,13 +205,22 @@ def tactic(shape: Shape, config: Config, sms: int) -> Tactic:
         "AHEAD": config.ahead,
         "SHARED": shared,
     }
-    weight = {"bf16": "*bf16", "fp8": "*f8e4m3", "int4": "*i32"}[shape.format]
+    return _tactic(
+        shape, "kernels/gemv.cu", constants, config.warps, shared, ("bulk", "fp8"),
+        sms * config.blocks, config.blocks, config.name,
+    )  # fmt: skip
+
+
+def _tactic(
+    shape: Shape, source: str, constants: dict[str, int], warps: int, shared: int,
+    features: tuple[str, ...], blocks: int, fit: int, name: str,
+) -> Tactic:  # fmt: skip
     kernel = Kernel(
         language="cuda",
-        source="kernels/gemv.cu",
+        source=source,
         entry="gemv",
         arguments=(
-            ("weight", weight),
+            ("weight", {"bf16": "*bf16", "fp8": "*f8e4m3", "int4": "*i32"}[shape.format]),
             ("scale", "*f32" if shape.format == "fp8" else "*bf16"),
             ("x", "*bf16"),
             ("gate", "*bf16"),
@@ -158,14 +234,14 @@ def tactic(shape: Shape, config: Config, sms: int) -> Tactic:
             ("eps", "f32"),
         ),
         constants=tuple(constants.items()),
-        warps=config.warps,
+        warps=warps,
         shared_bytes=shared,
-        features=("bulk", "fp8"),
+        features=features,
     )
     tiles = shape.rows // ROWS
     launch = Launch(
         kernel=kernel,
-        grid=(min(tiles, sms * config.blocks), 1, 1),
+        grid=(min(tiles, blocks), 1, 1),
         operands=(
             Tensor("weight"), Tensor("scale"), Tensor("x"), Tensor("gate"),
             Tensor("norm_weight"), Tensor("residual"), Tensor("y"),
@@ -175,10 +251,6 @@ def tactic(shape: Shape, config: Config, sms: int) -> Tactic:
         moved_bytes=float(tiles * shape.stages * shape.stage_bytes),
         flops=2.0 * shape.rows * shape.width * -(-shape.tokens // 8) * 8,
         rate="bf16",
-        blocks_per_sm=config.blocks,
+        blocks_per_sm=fit,
     )  # fmt: skip
-    return Tactic(
-        name=config.name,
-        launches=(launch,),
-        config={"warps": config.warps, "depth": config.depth, "ahead": config.ahead},
-    )
+    return Tactic(name=name, launches=(launch,))
