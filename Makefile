@@ -49,7 +49,7 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
-	$(INSTALL) -e '.[build,onnx,dev]'
+	$(INSTALL) -e '.[build,onnx,cuda,dev]'
 	@touch $@ $(VENV)/.demo
 
 # The first interpreter that starts, is new enough and can make environments. Version managers put

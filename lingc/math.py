@@ -416,7 +416,9 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scales = (blocks.abs().amax(-1) / E4M3_MAX).float()
     # Also where a subnormal amax leaves a scale of zero.
     scales = torch.where(scales == 0, 1.0, scales)
-    ratio = (blocks / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)
+    # In f32 whatever x is: BF16 values often lie halfway between two codes, and which of the two
+    # is taken must not depend on the precision of the division.
+    ratio = (blocks.float() / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).flatten(-2)
     return ratio[..., :width].to(torch.float8_e4m3fn), scales
 
 
