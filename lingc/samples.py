@@ -4,12 +4,18 @@ Values are drawn on the CPU and moved, so that one case means the same numbers o
 Weights are drawn in the storage dtype that a plan would give them beside these activations.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lingc.op import TORCH_DTYPE
+
+DRAWN = 2**24 + 1
+"""Numbers after which a tensor repeats itself, so that those of benchmarks are soon drawn. Odd, so
+that no row repeats another.
+"""
 
 
 class Samples:
@@ -30,7 +36,13 @@ class Samples:
         self._generator = torch.Generator().manual_seed(seed)
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        count = math.prod(shape)
+        if self.device == "meta":
+            return torch.empty(shape, dtype=torch.float64, device="meta")
+        if count <= DRAWN:
+            return torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        drawn = torch.randn(DRAWN, generator=self._generator, dtype=torch.float64).to(self.device)
+        return drawn.repeat(-(-count // DRAWN))[:count].reshape(shape)
 
     def _put(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).to(self.device)

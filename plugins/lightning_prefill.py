@@ -20,13 +20,20 @@ Rounding: everything in f32 (f64 where q or the state is f64); o is rounded to t
 
 Source: Qin et al., Lightning Attention-2, 2024, arXiv:2401.04658, eq. 4-8.
 """
+# ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernel import Tensor as Named
+from lingc.kernels import lightning
 from lingc.math import elements, lightning_prefill, stored_bytes
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -70,6 +77,48 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target,
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    decay: TensorType,
+    state: TensorType,
+    *_: TensorType,
+) -> str | None:
+    return lightning.refusal(state, q=q, k=k, v=v)
+
+
+def tactics(
+    target: Target,
+    q: TensorType,
+    k: TensorType,
+    v: TensorType,
+    decay: TensorType,
+    state: TensorType,
+    slots: TensorType,
+    offsets: TensorType,
+    positions: TensorType,
+) -> Sequence[Tactic]:
+    if refusal(target, q, k, v, decay, state) is not None:
+        return ()
+    (tokens, heads, width), (sequences,) = q.bind({}), slots.bind({})
+    return lightning.tactics(
+        target,
+        lightning.Sequences(
+            tokens=tokens,
+            sequences=sequences,
+            heads=heads,
+            q=Named("q"),
+            k=Named("k"),
+            v=Named("v"),
+            o=Named("o"),
+            pitch=heads * width,
+            v_pitch=heads * width,
+        ),
+    )
+
+
 def inputs(
     lengths: tuple[int, ...], heads: int, key: int, value: int, *, dtype: str, device: str
 ) -> tuple[Tensor, ...]:
@@ -95,10 +144,29 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="lightning",
+    # The last have the kernels' width; of them the last has segments.
     cases=(
         ((1,), 1, 4, 4),
         ((5, 0, 70, 3), 3, 6, 10),  # one without tokens, one of two blocks
         ((130, 64), 2, 16, 8),
         ((0, 7), 5, 8, 8),
+        ((1,), 1, 128, 128),
+        ((66, 0, 17, 127), 2, 128, 128),
+        ((3, 1100, 600), 1, 128, 128),
+    ),
+    benchmarks=(
+        Benchmark(
+            name="one sequence, 32 heads",
+            case=lambda tokens: ((tokens,), 32, 128, 128),
+            tokens=(8192, 65536),
+        ),
+        Benchmark(
+            name="8 sequences, 32 heads",
+            case=lambda tokens: ((tokens // 8,) * 8, 32, 128, 128),
+            tokens=(8192,),
+        ),
     ),
 )

@@ -14,12 +14,21 @@ Source: `qk_norm_rope` and `lightning_prefill`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
+from lingc.compare import close
+from lingc.kernel import Tactic, Workspace
+from lingc.kernel import Tensor as Named
+from lingc.kernels import lightning, rows
 from lingc.math import elements, lightning_prefill, number, qk_norm_rope, stored_bytes
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -55,6 +64,82 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target, qkvg: TensorType, q_weight: TensorType, k_weight: TensorType,
+    cos: TensorType, sin: TensorType, decay: TensorType, state: TensorType,
+    *_: TensorType | float,
+) -> str | None:  # fmt: skip
+    if {cos.dtype, sin.dtype} != {"f32"}:
+        return f"cos and sin are {cos.dtype} and {sin.dtype}, not f32"
+    return lightning.refusal(state, qkvg=qkvg, q_weight=q_weight, k_weight=k_weight)
+
+
+def tactics(
+    target: Target, qkvg: TensorType, q_weight: TensorType, k_weight: TensorType,
+    cos: TensorType, sin: TensorType, decay: TensorType, state: TensorType, slots: TensorType,
+    offsets: TensorType, positions: TensorType, heads: int, eps: float,
+) -> Sequence[Tactic]:  # fmt: skip
+    given = (
+        qkvg,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        decay,
+        state,
+        slots,
+        offsets,
+        positions,
+        heads,
+        eps,
+    )
+    if refusal(target, *given) is not None:
+        return ()
+    (tokens, pitch), (sequences,) = qkvg.bind({}), slots.bind({})
+    width = heads * number(q_weight.shape[0])
+    turned = TensorType("bf16", (tokens, width))
+    norms = Cost(flops=8.0 * elements(turned), moved_bytes=4 * stored_bytes(turned))
+    first = rows.rope_heads(qkvg, q_weight, cos, heads, norms, eps, source="qkvg")[0]
+    spaces = [Workspace(name=name, bytes=int(stored_bytes(turned))) for name in ("q", "k")]
+    attended = lightning.tactics(
+        target,
+        lightning.Sequences(
+            tokens=tokens,
+            sequences=sequences,
+            heads=heads,
+            q=Named("q"),
+            k=Named("k"),
+            v=Named("qkvg", offset=2 * 2 * width),
+            o=Named("o"),
+            pitch=width,
+            v_pitch=pitch,
+        ),
+    )
+    return [
+        replace(
+            one, launches=(*first.launches, *one.launches), workspaces=(*spaces, *one.workspaces)
+        )
+        for one in attended
+    ]
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
+    """Compare with FP64 from q and k as they are rounded on their way.
+
+    A q or k that rounds the other way moves a few sums by an ulp of bf16 times a value, which is
+    what the entry for bf16 allows; `lightning_prefill` is held to f32 by itself.
+    """
+    qkvg, q_weight, k_weight, cos, sin, decay, state, *where, heads, eps = arguments
+    q, k = qk_norm_rope(qkvg, q_weight, k_weight, cos, sin, heads, eps)
+    v = qkvg[:, 2 * heads * q.shape[2] : 3 * heads * q.shape[2]].unflatten(1, q.shape[1:])
+    o, after = lightning_prefill(q.double(), k.double(), v.double(), decay, state, tuple(where))
+    for name, one, other in zip(("o", "state"), got, (o.flatten(1), after), strict=True):
+        found = close(one, other, dtype="bf16", mechanism="lightning")
+        if not found.ok:
+            return f"{name}: {found}"
+    return None
+
+
 def inputs(
     lengths: tuple[int, ...], heads: int, key: int, pairs: int, *, dtype: str, device: str
 ) -> tuple[Tensor | float, ...]:
@@ -83,6 +168,16 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    judge=judge,
     mechanism="lightning",
-    cases=(((1,), 1, 4, 1), ((5, 0, 70, 3), 3, 10, 2), ((66, 9), 2, 128, 32)),
+    cases=(((1,), 1, 4, 1), ((5, 0, 70, 3), 3, 10, 2), ((66, 9), 2, 128, 32), ((700,), 1, 128, 32)),
+    benchmarks=(
+        Benchmark(
+            name="one sequence, 32 heads",
+            case=lambda tokens: ((tokens,), 32, 128, 32),
+            tokens=(8192, 65536),
+        ),
+    ),
 )

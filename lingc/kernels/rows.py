@@ -193,9 +193,9 @@ def _tiled(width: int) -> list[Shape]:
 
 def rope_heads(
     qkv: TensorType, q_weight: TensorType, cos: TensorType, heads: int, cost: Cost, eps: float,
-    *, to: tuple[str, str] = ("q", "k"),
+    *, source: str = "qkv",
 ) -> list[Tactic]:  # fmt: skip
-    """Norm and half-split rope of the heads of q and k in qkv [T, >= 2HK], to two tensors."""
+    """Norm and half-split rope of the heads of q and k, the first columns of `source`."""
     (tokens, pitch), (key,), (_, pairs) = (one.bind({}) for one in (qkv, q_weight, cos))
     found = []
     for rows, warps in ((16, 4), (8, 1)):
@@ -213,7 +213,7 @@ def rope_heads(
             ),
             warps=warps,
         )  # fmt: skip
-        names = ("qkv", "q_weight", "k_weight", "cos", "sin", *to)
+        names = (source, "q_weight", "k_weight", "cos", "sin", "q", "k")
         launch = Launch(
             kernel=kernel,
             grid=(-(-tokens * heads // rows), 2, 1),

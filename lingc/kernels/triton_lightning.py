@@ -23,8 +23,8 @@ def _locate(index, offsets, sequences, tokens, span, COUNT: tl.constexpr):
 
     Returns:
         Sequence (`sequences` for the tail of tokens that no sequence has, more for no segment),
-        number of the segment in it, its first segment, first token of the sequence, begin and end
-        of the segment and end of the sequence.
+        number of the segment in it, where its states are in `starts`, first token of the sequence,
+        begin and end of the segment and end of the sequence.
     """
     b = tl.arange(0, COUNT)
     first = tl.load(offsets + b, mask=b <= sequences, other=0)
@@ -34,10 +34,11 @@ def _locate(index, offsets, sequences, tokens, span, COUNT: tl.constexpr):
     after = tl.cumsum(count, 0)
     mine = tl.sum(((after <= index) & (b <= sequences)).to(tl.int32))
     here = b == mine
-    base = tl.sum(tl.where(here, after - count, 0))
+    number = index - tl.sum(tl.where(here, after - count, 0))
+    states = tl.where(count > 1, count, 0)
+    base = tl.sum(tl.where(here, tl.cumsum(states, 0) - states, 0))
     start = tl.sum(tl.where(here, first, 0))
     stop = tl.sum(tl.where(here, last, 0))
-    number = index - base
     begin = start + number * span
     return mine, number, base, start, begin, tl.minimum(begin + span, stop), stop
 
@@ -77,6 +78,7 @@ def segment_ends(
     tokens,
     sequences,
     span,
+    pitch,
     v_pitch,
     HEADS: tl.constexpr,
     K: tl.constexpr,
@@ -92,10 +94,11 @@ def segment_ends(
     `starts` of its own: `outputs` may be done with the sequence and write the slot before it reads
     it for the first segment.
 
-    starts f32 [segments, HEADS, V, K]. Grid: (V / BV, HEADS, segments).
+    starts f32 [segments, HEADS, V, K], of sequences of several segments alone. Grid: (V / BV,
+    HEADS, segments).
     """
     column, head, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    mine, number, _, start, begin, end, stop = _locate(
+    mine, number, base, start, begin, end, stop = _locate(
         index, offsets, sequences, tokens, span, COUNT
     )
     if (mine >= sequences) | (end >= stop):
@@ -105,7 +108,7 @@ def segment_ends(
     dv, dk = column * BV + tl.arange(0, BV), tl.arange(0, K)
     step = tl.arange(0, CHUNK)
     here = head.to(tl.int64) * (V * K) + dv[:, None] * K + dk[None, :]
-    row = index.to(tl.int64) * (HEADS * V * K)
+    row = (base + number).to(tl.int64) * (HEADS * V * K)
     total = tl.zeros([BV, K], tl.float32)
     if number == 0:
         slot = tl.load(slots + mine).to(tl.int64)
@@ -116,7 +119,7 @@ def segment_ends(
     kept, rest = _decay_steps(rate, CHUNK)
     weight = tl.exp2(-fast * (CHUNK - 1 - step))
     at = begin.to(tl.int64) + step
-    k_rows = k + at[:, None] * (HEADS * K) + head * K + dk[None, :]
+    k_rows = k + at[:, None] * pitch + head * K + dk[None, :]
     v_rows = v + at[:, None] * v_pitch + head * V + dv[None, :]
     # All chunks are whole: a segment that is not its sequence's last is `span` long.
     for _ in range(0, span, CHUNK):
@@ -128,7 +131,7 @@ def segment_ends(
         added = tl.dot(high, keys)
         added = tl.dot(low, keys, added)
         total = kept * total + (rest * total + added)
-        k_rows += CHUNK * HEADS * K
+        k_rows += CHUNK * pitch
         v_rows += CHUNK * v_pitch
     tl.store(starts + row + HEADS * V * K + here, total)
 
@@ -148,6 +151,7 @@ def outputs(
     tokens,
     sequences,
     span,
+    pitch,
     v_pitch,
     scale,
     HEADS: tl.constexpr,
@@ -203,8 +207,8 @@ def outputs(
     since = scale * tl.exp2(-fast * (step + 1))
     lag = step[None, :] - step[:, None]  # of query i behind key j, [j, i]
     within = tl.where(lag >= 0, scale * tl.exp2(-fast * tl.maximum(lag, 0)), 0.0)
-    q_rows = q + at[:, None] * (HEADS * K) + head * K + dk[None, :]
-    k_rows = k + at[:, None] * (HEADS * K) + head * K + dk[None, :]
+    q_rows = q + at[:, None] * pitch + head * K + dk[None, :]
+    k_rows = k + at[:, None] * pitch + head * K + dk[None, :]
     v_rows = v + at[:, None] * v_pitch + head * V + dv[None, :]
     for done in range(begin, end, CHUNK):
         live = (done + step < end)[:, None]
@@ -234,8 +238,8 @@ def outputs(
         if count < CHUNK:
             kept, rest = _decay_steps(rate, count)
         total = kept * total + (rest * total + added)
-        q_rows += CHUNK * HEADS * K
-        k_rows += CHUNK * HEADS * K
+        q_rows += CHUNK * pitch
+        k_rows += CHUNK * pitch
         v_rows += CHUNK * v_pitch
         o_rows += CHUNK * HEADS * V
     if (end == stop) & (slot >= 0):
