@@ -5,7 +5,7 @@ Expected counts follow from here. `Context` counts the parts of one phase, so th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lingc.model.config import ModelConfig
@@ -13,6 +13,26 @@ from lingc.plan import WeightSpec
 from lingc.quantize.formats import FP8_BLOCK
 from lingc.quantize.recipes import Format, Recipe
 from lingc.targets.spec import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One product with a weight matrix, as a phase has it.
+
+    Attributes:
+        modules: Whose rows stand in the matrix, in order; a merged pair has two.
+        before: What its input comes from: `norm` of the residual stream, `latent` norm of the
+            query, `gate` behind linear attention, or `other`.
+        is_gated: Whether both halves of a SwiGLU are in it.
+        is_added: Whether its result is added to the residual stream.
+        shared_layer: The layer whose shared expert it belongs to, else -1.
+    """
+
+    modules: tuple[str, ...]
+    before: str
+    is_gated: bool = False
+    is_added: bool = False
+    shared_layer: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +85,11 @@ class Context:
     def dynamic_fp8(self) -> bool:
         """Whether activations are quantized on the fly where weights are FP8."""
         return self.target.fp8_activations and self.recipe.activations == "fp8"
+
+    @property
+    def fuses_launches(self) -> bool:
+        """Whether programs are made of the ops that our own GPU kernels are launched for."""
+        return self.target.default_engine == "cuda"
 
     def format_of(self, spec: WeightSpec) -> Format:
         """Storage format that the recipe asks for a weight, whose sources agree."""
@@ -134,6 +159,68 @@ class Context:
     def merged_pairs(self) -> int:
         """How many of `pairs` are stored as one matrix."""
         return sum(self.join_refusal(*pair) is None for pair in self.pairs())
+
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear of this phase, the head last."""
+        merged = {pair[0]: pair[1] for pair in self.pairs() if self.join_refusal(*pair) is None}
+        found: list[Linear] = []
+        if self.phase == "draft":
+            eh_proj = f"model.layers.{self.config.mtp_layer}.eh_proj"
+            found.append(Linear(modules=(eh_proj,), before="other"))
+        for layer in self.layers:
+            found += self._attention_linears(layer, merged)
+            if self.config.is_dense(layer):
+                found += _swiglu(f"model.layers.{layer}.mlp", merged, -1)
+            elif layer in self.shared_layers:
+                found += _swiglu(f"model.layers.{layer}.mlp.shared_experts", merged, layer)
+        return (*found, Linear(modules=("lm_head",), before="other"))
+
+    def _attention_linears(self, layer: int, merged: Mapping[str, str]) -> list[Linear]:
+        at, config = f"model.layers.{layer}.attention", self.config
+        dense = f"{at}.dense"
+        if not config.is_mla(layer):
+            pair = (f"{at}.query_key_value", f"{at}.g_proj")
+            output = Linear(modules=(dense,), before="gate", is_added=True)
+            return [*_joined(pair, "norm", merged), output]
+        output = Linear(modules=(dense,), before="other", is_added=True)
+        latent = f"{at}.kv_a_proj_with_mqa"
+        if config.q_lora_rank is None:
+            names = (f"{at}.q_proj", latent)
+            return [*(Linear(modules=(name,), before="norm") for name in names), output]
+        query = Linear(modules=(f"{at}.q_b_proj",), before="latent")
+        return [*_joined((f"{at}.q_a_proj", latent), "norm", merged), query, output]
+
+    def is_joined_expert(self, layer: int) -> bool:
+        """Whether a layer's shared expert can be stored as one more behind the routed ones."""
+        if (
+            layer not in self.shared_layers
+            or self.shared_width != self.config.moe_intermediate_size
+        ):
+            return False
+        mlp = f"model.layers.{layer}.mlp"
+        gate, up, down = (f"{mlp}.shared_experts.{m}_proj" for m in ("gate", "up", "down"))
+        modules = (gate, up, down, f"{mlp}.experts.0.gate_proj")
+        one_format = len({self.recipe.format_of(module) for module in modules}) == 1
+        return one_format and self.join_refusal(gate, up, self.shared_width) is None
+
+
+def _joined(pair: tuple[str, str], before: str, merged: Mapping[str, str]) -> list[Linear]:
+    """The linears of two projections of one input: one, where they are merged."""
+    if merged.get(pair[0]) == pair[1]:
+        return [Linear(modules=pair, before=before)]
+    return [Linear(modules=(module,), before=before) for module in pair]
+
+
+def _swiglu(mlp: str, merged: Mapping[str, str], shared_layer: int) -> list[Linear]:
+    pair = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    inner = _joined(pair, "norm", merged)
+    down = Linear(
+        modules=(f"{mlp}.down_proj",), before="other", is_added=True, shared_layer=shared_layer
+    )
+    return [
+        *(replace(one, is_gated=len(inner) == 1, shared_layer=shared_layer) for one in inner),
+        down,
+    ]
 
 
 @cache

@@ -1,7 +1,9 @@
 """Fused programs to a plan: names, numbers, and nothing else."""
 
+import logging
 import operator
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -9,8 +11,22 @@ from torch import fx
 from lingc.capture import Sizes, input_types, state_types
 from lingc.context import Context
 from lingc.errors import StageError
-from lingc.graph import Fused, Value, target_name, tensor_type, where
-from lingc.plan import Arg, Plan, Program, Ref, Size, Step, TensorType, WeightSpec
+from lingc.graph import Fused, Value, is_weight, target_name, tensor_type, type_of, where
+from lingc.op import OPS
+from lingc.plan import (
+    DTYPE_BYTES,
+    Arg,
+    Plan,
+    Program,
+    Ref,
+    Size,
+    Step,
+    TensorType,
+    WeightSpec,
+)
+from lingc.quantize.layouts import PLAIN, layout_refusal
+
+log = logging.getLogger(__name__)
 
 
 def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan:
@@ -21,10 +37,6 @@ def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan
         context: Model, target and recipe; its phase is not read.
         sizes: What the programs were captured with.
     """
-    weights: dict[str, WeightSpec] = {}
-    for program in programs.values():
-        for name, node in program.weights.items():
-            weights[name] = node.meta["weight"]
     activation = context.target.activations
     has_draft = "draft" in programs
     states = {}
@@ -41,12 +53,56 @@ def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan
         page_size=sizes.page_size,
         max_draft=sizes.max_draft,
         states=states,
-        weights=dict(sorted(weights.items())),
+        weights=_weights(programs, context),
         programs={
             phase: _Lowering(program).program(tuple(input_types(context.config, phase)))
             for phase, program in programs.items()
         },
     )
+
+
+def _weights(programs: Mapping[str, Fused], context: Context) -> dict[str, WeightSpec]:
+    """Every weight by name, in the layout that the target's own kernels want it in."""
+    specs: dict[str, WeightSpec] = {}
+    refused: dict[str, str] = {}
+    for program in programs.values():
+        layouts = _layouts(program) if context.fuses_launches else {}
+        for name, node in program.weights.items():
+            spec, layout = node.meta["weight"], layouts.get(name, PLAIN)
+            reason = _refusal(layout, spec.type)
+            if reason is not None:
+                refused[name], layout = reason, PLAIN
+            made = replace(spec, layout=layout)
+            if specs.setdefault(name, made) != made:
+                raise StageError(f"two phases want weight {name!r} made differently")
+    for name, reason in sorted(refused.items())[:1]:
+        message = "%s has no kernels for %d of %d weights, such as %s: %s"
+        log.warning(message, context.target.name, len(refused), len(specs), name, reason)
+    return dict(sorted(specs.items()))
+
+
+def _layouts(program: Fused) -> dict[str, str]:
+    """The layout that the op which reads it wants each weight in."""
+    found: dict[str, str] = {}
+    for node in program.calls():
+        op = OPS.get(target_name(node).removeprefix("lingc."))
+        if op is None:
+            continue
+        given: tuple[Value, ...] = tuple(node.args)
+        wanted = op.layouts(*map(type_of, given))
+        for argument, value in zip(op.arguments, given, strict=True):
+            if is_weight(value):
+                layout = wanted.get(argument, PLAIN)
+                if found.setdefault(value.meta["name"], layout) != layout:
+                    raise StageError(f"{where(node)} wants {value.name} in another layout")
+    return found
+
+
+def _refusal(layout: str, kind: TensorType) -> str | None:
+    if layout == PLAIN:
+        return None
+    *_, rows, width = kind.bind({})
+    return layout_refusal(layout, rows, width * DTYPE_BYTES[kind.dtype])
 
 
 class _Lowering:

@@ -89,7 +89,12 @@ class WeightSpec:
 
     For every expert e in range(experts), or once where `experts` is 0: read each source
     (`{e}` replaced), in the storage format; join them along the output axis; take the part.
-    Experts are stacked along a new first axis.
+    Experts are stacked along a new first axis, the matrix of `last` behind them. Last of all, rows
+    and bytes are put in the order of the layout.
+
+    A shard of it is made the same way from shards of its sources: each is cut along its own axis
+    into as many runs as there are ranks, at the borders of scale blocks and groups, then joined,
+    stacked and put in the layout. Neither a joined matrix nor a layout can be cut.
 
     Attributes:
         name: Name in the plan, e.g. `layers.3.attention.qkv_a.weight`.
@@ -97,6 +102,8 @@ class WeightSpec:
         sources: Checkpoint names without any quantization suffix, `{e}` for the expert's number.
             Empty for a weight computed from the config (`format="decay"`).
         experts: How many experts are stacked; 0 for a plain matrix.
+        last: Sources of one more matrix of the same size behind the experts, as many as `sources`:
+            a shared expert. Empty where there is none.
         format: `plain` (rounded to `type.dtype`), `fp8_block` (E4M3, one FP32 scale a 128x128
             block), `int4_group` (symmetric, 8 nibbles an int32 along the input axis, lowest nibble
             first, value + 8; bf16 scales), or `decay` (per-head decay rate of a layer, from the
@@ -108,7 +115,7 @@ class WeightSpec:
         split: For `take`: (H, nope, V).
         layer: Absolute layer index, for `decay`; -1 otherwise.
         shard_axis: Axis that tensor parallelism splits, or None where every rank holds all of it.
-        layout: Order of the rows in the engine's weights, as its kernels want them: a name of
+        layout: Order of rows and bytes in the engine's weights, as its kernels want them: a name of
             `lingc.quantize.layouts`. Type and shape stay those of the plan.
     """
 
@@ -124,6 +131,15 @@ class WeightSpec:
     layer: int = -1
     shard_axis: int | None = None
     layout: str = "plain"
+    last: tuple[str, ...] = ()
+
+    def members(self) -> tuple[tuple[str, ...], ...]:
+        """Names in the checkpoint of what each stacked matrix is made of, or of the one matrix."""
+        each = (
+            tuple(source.replace("{e}", str(expert)) for source in self.sources)
+            for expert in range(max(self.experts, 1))
+        )
+        return (*each, self.last) if self.last else tuple(each)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +349,7 @@ def _weight(item: Mapping[str, Any]) -> WeightSpec:
         layer=_whole(item["layer"]),
         shard_axis=None if axis is None else _whole(axis),
         layout=_text(item["layout"]),
+        last=_texts(item["last"]),
     )
 
 

@@ -1,12 +1,14 @@
 """A plan as text for people: what is the same in several layers is written once.
 
 `{l}` stands for the number of the layer, `{l-1}` for that of the layer before, `{e}` for that of an
-expert; among the steps of a layer, a name that begins with a dot is the layer's own. A full-size
-plan takes a few hundred lines; golden files hold some.
+expert; among the steps of a layer, a name that begins with a dot is the layer's own. Beside the
+layer's number stands how many steps it takes in all, views left out. A full-size plan takes a few
+hundred lines; golden files hold some.
 """
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +30,9 @@ FACTS: Mapping[str, str] = {
 
 SHOWN = 4
 """Numbers of a vector, such as rotary frequencies, before the rest is counted."""
+
+VIEWS = frozenset({"aten.slice.Tensor", "aten.reshape.default"})
+"""Steps that are no work."""
 
 _LAYER = re.compile(r"\b(layers|linear_state|pending_k|pending_v|latent_cache)\.(\d+)\b")
 
@@ -82,9 +87,12 @@ def _made(spec: WeightSpec) -> str:
         parts.append(f"{spec.format}{group}{part}")
     if spec.sources:
         taken = f"{spec.take} of " if spec.take else ""
-        parts.append(f"= {taken}{_joined(spec.sources)}")
+        last = f", {_joined(spec.last)}" if spec.last else ""
+        parts.append(f"= {taken}{_joined(spec.sources)}{last}")
     if spec.shard_axis is not None:
         parts.append(f"/ axis {spec.shard_axis}")
+    if spec.layout != "plain":
+        parts.append(f"as {spec.layout}")
     return " ".join(parts)
 
 
@@ -112,14 +120,15 @@ def _program(phase: str, program: Program) -> Iterator[str]:
     """Every step; runs of steps that differ in nothing but the layer's number as one."""
     yield f"{phase}({', '.join(_typed(program.types, name) for name in program.inputs)})"
     blocks: dict[Hashable, tuple[list[int], list[str]]] = {}
+    counts = Counter(step.layer for step in program.steps if step.op not in VIEWS)
     for layer, steps in itertools.groupby(program.steps, key=lambda step: step.layer):
         written = [_step(program, step) for step in steps]
         # Steps outside the layers stay where they are.
-        key = tuple(written) if layer >= 0 else len(blocks)
+        key = (counts[layer], *written) if layer >= 0 else len(blocks)
         blocks.setdefault(key, ([], written))[0].append(layer)
     for layers, written in blocks.values():
         if layers[0] >= 0:
-            yield f"  layer {ranges(layers)}"
+            yield f"  layer {ranges(layers)} ({counts[layers[0]]} steps)"
         indent = "    " if layers[0] >= 0 else "  "
         yield from (indent + line for line in written)
     for role, name in program.outputs.items():

@@ -146,6 +146,7 @@ class Rewrite:
             follow from the config (cleaning up).
         shares: Whether inner nodes may have readers outside the match (they are then computed
             twice, which is only right for views and casts).
+        again: Ops that may be computed twice all the same: cheap beside what they feed.
         repeat: Whether to go over the program again until nothing fires.
     """
 
@@ -155,6 +156,7 @@ class Rewrite:
     replacement: Callable[[Builder, Match, Any], tuple[Value, ...]]
     expected: Callable[[Any], int | None] = lambda _context: None
     shares: bool = False
+    again: tuple[Any, ...] = ()
     repeat: bool = False
 
 
@@ -379,10 +381,18 @@ def _shared(rule: Rewrite, match: Match) -> str | None:
         return None
     inner = set(match.nodes.values())
     for node in sorted(inner - set(match.outputs)):
+        if _is_again(rule, node):
+            continue
         outside = [user for user in node.users if user not in inner]
         if outside:
             return f"{target_name(node)} is also read by {where(outside[0])}"
     return None
+
+
+def _is_again(rule: Rewrite, node: fx.Node) -> bool:
+    """Whether a call, or the call that it is a result of, may be computed twice."""
+    made = node.args[0] if node.target is operator.getitem else node
+    return isinstance(made, fx.Node) and made.target in rule.again
 
 
 def _replace(program: Program, rule: Rewrite, context: Any, match: Match) -> set[fx.Node]:

@@ -3,7 +3,8 @@
 captured: functional ATen and the structural ops; every value typed
 canonical: one spelling per idea
 fused: only fused ops, views, and linears whose storage is not chosen yet
-legal: only what every engine kind lowers; every type as its op says
+legal: only what an engine kind lowers; every type as its op says
+launched: legal, and nothing left that our own GPU kernels take in
 """
 
 import operator
@@ -26,6 +27,24 @@ STRUCTURAL = frozenset(
 
 NOT_LOWERED = frozenset({"expert_dispatch"})
 """Ops that a fused program may not hold."""
+
+TAKEN_IN = frozenset(
+    {
+        *("linear", "fp8_linear", "int4_weight_linear", "quantize_fp8", "router", "mla_latent"),
+        *("linear_f32", "fp8_linear_f32", "int4_weight_linear_f32", "add_rms_norm"),
+        *("lightning_prefill", "lightning_decode", "lightning_verify", "qk_norm_rope"),
+        *("experts", "fp8_experts", "int4_weight_experts", "mla_absorbed_attention"),
+    }
+)
+"""Ops that are part of a larger one where our own GPU kernels are launched."""
+
+LAUNCHED_OPS = frozenset(
+    {
+        *("fused_linear", "norm_router", "expert_up", "expert_down", "mla_latent_attention"),
+        *("lightning_prefill_qkv", "lightning_decode_qkv", "lightning_verify_qkv"),
+    }
+)
+"""Ops that stand in the plans of our own GPU kernels alone."""
 
 LOWERED_ATEN = frozenset(
     {
@@ -84,7 +103,7 @@ def _faults(node: fx.Node, stage: str) -> Iterator[str]:
     illegal = _illegal(node, stage)
     if illegal is not None:
         yield illegal
-    elif stage == "legal" and kind is not None and kind != (said := _infer(node)):
+    elif stage in ("legal", "launched") and kind is not None and kind != (said := _infer(node)):
         yield f"is {_show(kind)}, its op says {_show(said)}"
 
 
@@ -98,10 +117,19 @@ def _illegal(node: fx.Node, stage: str) -> str | None:
         return None
     name = target_name(node)
     ours = name.removeprefix("lingc.") if name.startswith("lingc.") else None
-    if stage in ("fused", "legal"):
+    if stage == "launched" and ours in TAKEN_IN:
+        return "is left over: no GPU kernel of its own computes it"
+    if stage == "fused" and ours in LAUNCHED_OPS:
+        return "is there before formats are chosen"
+    if stage in ("fused", "legal", "launched"):
         lowers = (ours in OPS and ours not in NOT_LOWERED) or target in LOWERED_ATEN
         later = stage == "fused" and target is aten.linear.default
         return None if lowers or later else "is left over: no engine kind lowers it"
+    return _not_captured(node, ours, stage)
+
+
+def _not_captured(node: fx.Node, ours: str | None, stage: str) -> str | None:
+    target = node.target
     if stage == "captured" and ours is not None and ours not in STRUCTURAL:
         return "is a fused op in a captured program"
     if target in SIZE_ARITHMETIC:

@@ -100,7 +100,8 @@ class CheckpointWeights(Mapping[str, Array]):
         for expert, parts in enumerate(made):
             for part, values in parts.items():
                 if part not in stacks:
-                    stacks[part] = np.empty((spec.experts, *values.shape), values.dtype)
+                    count = len(spec.members())
+                    stacks[part] = np.empty((count, *values.shape), values.dtype)
                 stacks[part][expert] = values
         return stacks
 
@@ -108,8 +109,8 @@ class CheckpointWeights(Mapping[str, Array]):
 def _matrix_of(spec: WeightSpec) -> Hashable:
     """What the two parts of a quantized matrix have in common, and no other weight has."""
     dtype = spec.type.dtype if spec.part == "values" else ""
-    made_of = spec.sources, spec.experts, spec.format, spec.group, spec.take, spec.split
-    return *made_of, spec.layer, dtype
+    made_of = spec.sources, spec.experts, spec.last, spec.format, spec.group, spec.take
+    return *made_of, spec.split, spec.layer, dtype
 
 
 def _pieces(
@@ -119,8 +120,7 @@ def _pieces(
     if spec.format == "decay":
         yield {"values": config.decay(spec.layer).astype(DTYPES[TAGS[spec.type.dtype]])}
         return
-    for expert in range(max(spec.experts, 1)):
-        names = [source.replace("{e}", str(expert)) for source in spec.sources]
+    for names in spec.members():
         try:
             parts = _parts(spec, names, checkpoint)
             _refuse_wild(parts)

@@ -3,7 +3,8 @@
     h = x + residual, y = rms_norm(h; weight)    ->    y, h = add_rms_norm(x, residual, weight)
 
 Why: the pair passes five times over [T, D], the fused op four; h stays a result, because the next
-block adds to it.
+block adds to it. Where our own kernels are launched, the add ends the product before it instead
+(`fuse_linear`).
 
 Runs after `fuse_shared_expert_add`, which takes the add of the shared expert. Costs nothing: h is
 rounded before the mean in both forms.
@@ -16,7 +17,7 @@ import torch
 from lingc.context import Context
 from lingc.graph import Value
 from lingc.plugins import add_rms_norm
-from lingc.rewrite import Builder, Match, Rewrite
+from lingc.rewrite import NOT_MINE, Builder, Match, Rewrite
 
 aten = torch.ops.aten
 
@@ -26,7 +27,9 @@ def pattern(x: Value, residual: Value, dims: Value, weight: Value, eps: Value) -
     return h, aten.rms_norm.default(h, dims, weight, eps)
 
 
-def check(match: Match, _context: Any) -> str | None:
+def check(match: Match, context: Context) -> str | None:
+    if context.fuses_launches:
+        return NOT_MINE
     x, residual = match.type("x"), match.type("residual")
     if x.shape != residual.shape:
         return f"the add broadcasts {residual} to {x}"
@@ -44,7 +47,7 @@ def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...
 
 def expected(context: Context) -> int:
     """Two a layer: attention and feed-forward; the last one meets the final norm."""
-    return 2 * len(context.layers)
+    return 0 if context.fuses_launches else 2 * len(context.layers)
 
 
 RULE = Rewrite(

@@ -9,6 +9,8 @@ and likewise `lightning_verify` -> `verify_mixer`, with the pending tokens among
 Why: four launches with round trips of a few kilobytes become one; at batch 1 its floor is the
 state's bytes, about a microsecond.
 
+Where our own kernels are launched, `fuse_lightning` stands in its place.
+
 Runs after `fuse_qk_norm_rope`, `fuse_group_norm_gate` and `merge_projections`. Costs nothing in
 precision: q and k stay in FP32 where the unfused form rounds them.
 """
@@ -28,7 +30,7 @@ from lingc.plugins import (
     qk_norm_rope,
     verify_mixer,
 )
-from lingc.rewrite import Builder, Match, Rewrite
+from lingc.rewrite import NOT_MINE, Builder, Match, Rewrite
 
 aten = torch.ops.aten
 
@@ -80,7 +82,9 @@ def verify(
     return *after, _gate(operator.getitem(mixed, 0), qkvg, v_end, end, norm_weight, groups, eps)
 
 
-def check(match: Match, _context: Any) -> str | None:
+def check(match: Match, context: Context) -> str | None:
+    if context.fuses_launches:
+        return NOT_MINE
     width = match.type("qkvg").shape[1]
     block = match["k_end"] // 2
     if (match["v_end"], match["end"], width) != (3 * block, 4 * block, 4 * block):
@@ -108,7 +112,8 @@ def verify_replacement(build: Builder, match: Match, _context: Any) -> tuple[Val
 
 
 def _expected(phase: str, context: Context) -> int:
-    return len(context.linear_layers) if context.phase == phase else 0
+    fires = context.phase == phase and not context.fuses_launches
+    return len(context.linear_layers) if fires else 0
 
 
 DECODE_RULE = Rewrite(

@@ -5,7 +5,8 @@
     codes, scales = quantize_fp8(silu_mul(...))           ->    silu_mul_fp8(...)
 
 Why: the separate quantization reads what was just written and costs a launch; fused, the row is
-still in registers.
+still in registers. Where our own kernels are launched, what reads the codes makes them
+(`fuse_linear`).
 
 Costs nothing in precision: the value is rounded to the activations' dtype first, as when apart.
 """
@@ -24,7 +25,7 @@ from lingc.plugins import (
     silu_mul,
     silu_mul_fp8,
 )
-from lingc.rewrite import Builder, Match, Rewrite
+from lingc.rewrite import NOT_MINE, Builder, Match, Rewrite
 
 
 def _quantized(x: Value) -> tuple[Value, Value]:
@@ -32,8 +33,13 @@ def _quantized(x: Value) -> tuple[Value, Value]:
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 
-def _fires(_match: Match, _context: Any) -> None:
-    return None
+def _check(_match: Match, context: Context) -> str | None:
+    return NOT_MINE if context.fuses_launches else None
+
+
+def _is_quantized(context: Context) -> bool:
+    """Whether ops of their own make codes."""
+    return context.dynamic_fp8 and not context.fuses_launches
 
 
 # --------------------------------------------------------------------------------- add and norm
@@ -60,7 +66,7 @@ def replace_add_norm(build: Builder, match: Match, _context: Any) -> tuple[Value
 
 def expected_add_norm(context: Context) -> int:
     """A layer's norms whose readers take FP8, but the first, which follows no add."""
-    if not context.dynamic_fp8:
+    if not _is_quantized(context):
         return 0
     attention = sum(_reads_fp8(context, layer) for layer in context.layers[1:])
     feed = sum(_feeds_fp8(context, layer) for layer in context.layers)
@@ -90,7 +96,7 @@ def _feeds_fp8(context: Context, layer: int) -> bool:
 ADD_NORM_RULE = Rewrite(
     name="fuse_add_rms_norm_quantize",
     patterns=(add_norm, last_add_norm),
-    check=_fires,
+    check=_check,
     replacement=replace_add_norm,
     expected=expected_add_norm,
 )
@@ -111,13 +117,13 @@ def replace_norm(build: Builder, match: Match, _context: Any) -> tuple[Value, ..
 
 def expected_norm(context: Context) -> int:
     """The first layer's input norm."""
-    return int(context.dynamic_fp8 and _reads_fp8(context, context.layers[0]))
+    return int(_is_quantized(context) and _reads_fp8(context, context.layers[0]))
 
 
 NORM_RULE = Rewrite(
     name="fuse_rms_norm_quantize",
     patterns=(norm,),
-    check=_fires,
+    check=_check,
     replacement=replace_norm,
     expected=expected_norm,
 )
@@ -142,13 +148,13 @@ def expected_swiglu(context: Context) -> int:
         at.format(layer, "" if config.is_dense(layer) else "shared_experts.")
         for layer in context.mlp_layers
     ]
-    return sum(context.is_fp8(module) for module in modules) if context.dynamic_fp8 else 0
+    return sum(context.is_fp8(module) for module in modules) if _is_quantized(context) else 0
 
 
 SWIGLU_RULE = Rewrite(
     name="fuse_silu_mul_quantize",
     patterns=(swiglu,),
-    check=_fires,
+    check=_check,
     replacement=replace_swiglu,
     expected=expected_swiglu,
 )

@@ -1,8 +1,9 @@
-"""A norm that no add feeds: the first of a phase, and those of the MTP layer's inputs.
+"""A norm that no add was fused with: the first of a phase, and those of the MTP layer's inputs.
 
     rms_norm(x, [D], weight, eps)    ->    rms_norm(x, weight, eps)
 
-Why: the weight stays in its storage format. Runs after every larger fusion that takes a norm.
+Why: the weight stays in its storage format. Runs after every larger fusion that takes a norm. Where
+our own kernels are launched, that is every norm, until `fuse_linear` takes them.
 
 Costs nothing in precision.
 """
@@ -36,8 +37,9 @@ def replacement(build: Builder, match: Match, _context: Any) -> tuple[Value, ...
 
 
 def expected(context: Context) -> int:
-    """The first layer's input norm; in the draft phase also those of its two inputs."""
-    return 3 if context.phase == "draft" else 1
+    """The first layer's input norm, or all norms; in the draft phase also those of its inputs."""
+    behind_adds = 2 * len(context.layers) if context.fuses_launches else 0
+    return behind_adds + (3 if context.phase == "draft" else 1)
 
 
 RULE = Rewrite(

@@ -63,13 +63,7 @@ def replacement(build: Builder, match: Match, context: Context) -> tuple[Value, 
 
 def expected(context: Context) -> int:
     """Every linear, a merged pair as one; the head only where it is quantized."""
-    config = context.config
-    single = len(context.linear_layers) + len(context.mlp_layers)  # dense, down
-    single += len(context.mla_layers) * (2 if config.q_lora_rank is not None else 3)
-    pairs = len(context.pairs())
-    both = 2 * pairs - context.merged_pairs
-    head = context.recipe.format_of("lm_head").kind != "plain"
-    return single + both + head + (context.phase == "draft")
+    return len(context.linears()) - (context.recipe.format_of("lm_head").kind == "plain")
 
 
 RULE = Rewrite(

@@ -1,7 +1,7 @@
 """Drives a backend by hand: packed batches of sequences in any slots and pages, with padding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from lingc.interpret import InterpreterBackend
 from lingc.model.loading import from_source
 from lingc.model.model import LingModel
-from lingc.plan import Plan, dumps, loads
+from lingc.op import OPS
+from lingc.plan import Arg, Plan, Step, TensorType
 from lingc.runtime.backend import Limits
 from lingc.weights import CheckpointWeights
 from tests.evaluate import synthetic
@@ -109,17 +110,44 @@ def backend(model: str, precision: str = "bf16", target: str = "cpu") -> Interpr
     return InterpreterBackend(plan, _weights(model, precision, target), LIMITS)
 
 
-def backend_float64(model: str) -> InterpreterBackend:
-    """The same with every activation, state and decay rate in float64."""
-    plan = compiled(model)
-    wide = loads(dumps(plan).replace("f32[", "f64[").replace('"f32"]', '"f64"]'))
-    weights = dict(_weights(model, "bf16", "cpu"))
+def backend_float64(model: str, precision: str = "bf16", target: str = "cpu") -> InterpreterBackend:
+    """The same with every activation, state and f32 weight in float64."""
+    plan = compiled(model, precision, target)
+    weights = dict(_weights(model, precision, target))
     for name, spec in plan.weights.items():
         if spec.format == "decay":
             weights[name] = config(model).decay(spec.layer)
         elif spec.type.dtype == "f32":
             weights[name] = weights[name].astype(np.float64)
-    return InterpreterBackend(wide, weights, LIMITS)
+    return InterpreterBackend(_in_float64(plan), weights, LIMITS)
+
+
+def _in_float64(plan: Plan) -> Plan:
+    def wide(kinds: Mapping[str, TensorType], narrow: Sequence[str]) -> dict[str, TensorType]:
+        return {
+            name: TensorType("f64", kind.shape) if kind.dtype in narrow else kind
+            for name, kind in kinds.items()
+        }
+
+    made = wide({name: spec.type for name, spec in plan.weights.items()}, ["f32"])
+    weights = {name: replace(spec, type=made[name]) for name, spec in plan.weights.items()}
+    programs = {
+        phase: replace(
+            program,
+            types=wide(program.types, ["f32", "bf16"]) | {n: made[n] for n in program.weights},
+            steps=tuple(replace(step, args=_args_in_float64(step)) for step in program.steps),
+        )
+        for phase, program in plan.programs.items()
+    }
+    states = wide(plan.states, ["f32", "bf16"])
+    return replace(plan, weights=weights, programs=programs, states=states)
+
+
+def _args_in_float64(step: Step) -> tuple[Arg, ...]:
+    op = OPS.get(step.op.removeprefix("lingc."))
+    names = op.arguments if op else ()
+    at = names.index("dtype") if "dtype" in names else -1
+    return tuple("f64" if i == at else arg for i, arg in enumerate(step.args))
 
 
 @cache

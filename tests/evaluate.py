@@ -11,13 +11,13 @@ from torch import Tensor, fx
 
 from lingc.checkpoint import SyntheticCheckpoint
 from lingc.compare import assert_close
-from lingc.graph import Program
+from lingc.graph import Program, target_name
 from lingc.interpret import stored_tensor
-from lingc.op import TORCH_DTYPE, Mechanism
+from lingc.op import OPS, TORCH_DTYPE, Mechanism
 from lingc.plan import TensorType, WeightSpec
 from lingc.samples import Samples
 from lingc.weights import materialize
-from tests.programs import SIZES, config
+from tests.programs import SIZES, config, copy
 
 LENGTHS = {"prefill": (5, 3, 2), "decode": (1, 1, 1), "verify": (2, 2, 2), "draft": (5, 3, 2)}
 """Tokens of three sequences: one that begins, one that goes on, and padding."""
@@ -44,6 +44,20 @@ def evaluate(program: Program, model: str, *, layout: str = "bf16") -> dict[str,
                 values[node] = _call(node, args, kwargs)
     results = (values[node] for node in program.results())
     return dict(zip((*program.outputs, *program.updates), results, strict=True))
+
+
+def in_f32(program: Program) -> Program:
+    """A copy whose activations are f32, so that nothing is rounded between its calls."""
+    made = copy(program)
+    for node in made.graph.nodes:
+        kind = node.meta.get("type")
+        if node.op == "placeholder" and node.meta["role"] != "weight" and kind.dtype == "bf16":
+            node.meta["type"] = TensorType("f32", kind.shape)
+        op = OPS.get(target_name(node).removeprefix("lingc."))
+        if op and "dtype" in op.arguments:
+            at = op.arguments.index("dtype")
+            node.args = (*node.args[:at], "f32", *node.args[at + 1 :])
+    return made
 
 
 @contextmanager

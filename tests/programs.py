@@ -1,6 +1,6 @@
 """Small models whose programs the tests share: captured once a process, copied to be edited."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,8 +13,9 @@ from lingc.graph import Captured, Fused, Program, target_name
 from lingc.lower import lower
 from lingc.model.config import ModelConfig
 from lingc.plan import PHASES, Plan
-from lingc.quantize.recipes import load_recipe
+from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.rewrite import Outcome, Rewrite, apply, sweep
+from lingc.targets.spec import Target
 
 SIZES = Sizes(page_size=4, max_draft=3)
 RULES = tuple((stage, rule) for stage in pipeline.PIPELINE for rule in stage.rules)
@@ -64,6 +65,9 @@ TINY: dict[str, Any] = {
 }
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+WIDE_GPU = "h20 in f32"
+"""A GPU that our own kernels are launched on, with activations that rewrites cannot round apart."""
 
 CHANGES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -122,13 +126,26 @@ def phases(model: str) -> tuple[str, ...]:
     return tuple(p for p in PHASES if p != "draft" or config(model).has_mtp)
 
 
-def context(model: str, phase: str, precision: str = "bf16", target: str = "cpu") -> Context:
+def context(
+    model: str,
+    phase: str,
+    precision: str = "bf16",
+    target: str = "cpu",
+    *,
+    recipe: Recipe | None = None,
+) -> Context:
     return Context(
         config=config(model),
         phase=phase,
-        target=targets.get(target),
-        recipe=load_recipe(precision),
+        target=_target(target),
+        recipe=recipe or load_recipe(precision),
     )
+
+
+def _target(name: str) -> Target:
+    if name != WIDE_GPU:
+        return targets.get(name)
+    return replace(targets.get("h20"), activations="f32", fp8_activations=False)
 
 
 @cache
@@ -208,10 +225,21 @@ def fire(
 
 
 def before(
-    rule: Rewrite, model: str, phase: str, precision: str = "bf16", target: str = "cpu"
+    rule: Rewrite,
+    model: str,
+    phase: str,
+    precision: str = "bf16",
+    target: str = "cpu",
+    *,
+    recipe: Recipe | None = None,
 ) -> Program:
     """The program that the rules before a rule leave; the caller may edit it."""
-    return copy(_after(_place(rule), model, phase, precision, target))
+    if recipe is None:
+        return copy(_after(_place(rule), model, phase, precision, target))
+    program = captured(model, phase)
+    for stage, other in RULES[: _place(rule)]:
+        _apply(program, stage, other, context(model, phase, precision, target, recipe=recipe))
+    return program
 
 
 def _place(rule: Rewrite) -> int:
@@ -225,12 +253,16 @@ def _after(count: int, model: str, phase: str, precision: str, target: str) -> P
         return captured(model, phase)
     stage, rule = RULES[count - 1]
     program = copy(_after(count - 1, model, phase, precision, target))
-    apply(program, rule, context(model, phase, precision, target))
+    _apply(program, stage, rule, context(model, phase, precision, target))
+    return program
+
+
+def _apply(program: Program, stage: pipeline.Stage, rule: Rewrite, given: Context) -> None:
+    apply(program, rule, given)
     if rule is stage.rules[-1]:
         sweep(program)
         if stage.ensures == "fused":
-            stages.retype(program, targets.get(target).activations)
-    return program
+            stages.retype(program, given.target.activations)
 
 
 def names(program: Program) -> list[str]:

@@ -128,19 +128,59 @@ def test_steps_of_any_kind_agree_with_one_pass_of_eager(model: str, data: st.Dat
     assert worst < max(1e-4, 4 * float(np.abs(want - exact).max()))
 
 
+@pytest.mark.parametrize("target", ["cpu", "h20"])
 @pytest.mark.parametrize("model", EVERY_MODEL)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_steps_of_any_kind_agree_with_each_other_in_float64(
-    model: str, data: st.DataObject
+    model: str, target: str, data: st.DataObject
 ) -> None:
     held = draw_sequences(data, config(model).vocab_size)
-    run = backend_float64(model)
+    run = backend_float64(model, target=target)
     one_by_one = [step(run, "prefill", [(h, h.tokens)])[0][0] for h in held]
 
     worst = drive(data, run, np.concatenate(one_by_one), held)
 
     assert worst < 1e-9
+
+
+def in_pieces(run: InterpreterBackend, tokens: list[int], **hidden: Array) -> list[Array]:
+    """Logits and hidden states of 13 tokens in steps of every kind, or as drafts."""
+    held, made = Held(tokens=tokens, slot=2, pages=[3, 1, 8, 5]), []
+    phases = ["draft"] if hidden else ["prefill", "decode", "verify", "verify", "decode"]
+    for phase, count in zip(phases * 5, [6, 1, 3, 2, 1], strict=False):
+        span = slice(held.done, held.done + count)
+        extra = {name: value[span] for name, value in hidden.items()}
+        made += step(run, phase, [(held, tokens[span])], **extra)
+        held.done, held.pending = held.done + count, count if phase == "verify" else 0
+    return [np.concatenate(one) for one in zip(*made, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        *((model, "bf16") for model in EVERYDAY),
+        *(("whole-blocks", precision) for precision in ("bf16", "int4", "int4-all")),
+    ],
+)
+def test_a_plan_for_a_gpu_is_that_for_a_cpu_in_float64(model: str, precision: str) -> None:
+    tokens = np.random.default_rng(5).integers(0, config(model).vocab_size, 13).tolist()
+    gpu, cpu = (backend_float64(model, precision, target) for target in ("h20", "cpu"))
+
+    got, want = (in_pieces(run, tokens) for run in (gpu, cpu))
+
+    assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-9
+    if config(model).has_mtp:
+        got, want = (in_pieces(run, tokens, hidden=want[1]) for run in (gpu, cpu))
+        assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-9
+
+
+def test_weights_of_a_gpu_plan_lie_in_layouts_of_their_own() -> None:
+    plan = backend_float64("whole-blocks", "int4-all", "h20").plan
+
+    layouts = {spec.layout for spec in plan.weights.values()}
+
+    assert layouts == {"plain", "tiled", "tiled_gated", "tiled_scales", "tiled_gated_scales"}
 
 
 @pytest.mark.parametrize("model", [m for m in EVERYDAY if config(m).has_mtp])
@@ -192,9 +232,10 @@ def test_a_plan_for_a_gpu_runs_by_its_references() -> None:
     assert error < 0.02  # a row of this batch routes elsewhere in bf16
 
 
-def test_a_rejected_draft_leaves_no_trace() -> None:
+@pytest.mark.parametrize("target", ["cpu", "h20"])
+def test_a_rejected_draft_leaves_no_trace(target: str) -> None:
     tokens = np.random.default_rng(4).integers(0, config("tiny").vocab_size, 10).tolist()
-    straight, detour = backend("tiny"), backend("tiny")
+    straight, detour = (backend_float64("tiny", target=target) for _ in range(2))
 
     def finish(run: InterpreterBackend, held: Held) -> tuple[Array, Array]:
         ((logits, _),) = step(run, "decode", [(held, [tokens[6]])])

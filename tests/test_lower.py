@@ -1,5 +1,7 @@
 """Lowering: a fused program becomes named steps, and nothing of torch is left."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,3 +197,57 @@ def test_refuses_a_value_that_nothing_makes() -> None:
 
     with pytest.raises(StageError, match=r"embedding.* is read before it is made"):
         lowered(program)
+
+
+def test_weights_are_laid_out_where_our_own_kernels_are_launched() -> None:
+    plain, laid = (compiled("whole-blocks", "int4-all", t).weights for t in ("rtx-120", "h20"))
+
+    assert {spec.layout for spec in plain.values()} == {"plain"}
+    assert {
+        name: laid[f"layers.1.{name}"].layout
+        for name in (
+            "attention.qkvg.weight_packed",
+            "attention.qkvg.weight_scale",
+            "mlp.all_experts.gate_up_packed",
+            "mlp.all_experts.gate_up_scale",
+            "mlp.gate.weight",
+        )
+    } == {
+        "attention.qkvg.weight_packed": "tiled",
+        "attention.qkvg.weight_scale": "tiled_scales",
+        "mlp.all_experts.gate_up_packed": "tiled_gated",
+        "mlp.all_experts.gate_up_scale": "tiled_gated_scales",
+        "mlp.gate.weight": "plain",
+    }
+
+
+def test_a_matrix_that_cannot_have_its_layout_stays_plain_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plan = compiled.__wrapped__("odd", "bf16", "h20")
+
+    assert plan.weights["lm_head.weight"].layout == "plain"
+    assert re.search(
+        r"h20 has no kernels for \d+ of \d+ weights, such as layers\.\d[^:]*: "
+        r"\d+ rows are not a multiple of 16",
+        caplog.text,
+    )
+
+
+def test_refuses_a_weight_that_two_ops_want_in_two_layouts() -> None:
+    program = fused("draft", "bf16", "h20")
+    (head, *_) = (n for n in calls(program, "lingc.fused_linear") if n.args[7] == "swiglu")
+    (down, *_) = (n for n in calls(program, "lingc.fused_linear") if n.args[6] == "none")
+    down.args = (*down.args[:3], head.args[3], *down.args[4:])
+
+    with pytest.raises(StageError, match=r"wants layers_4_mlp_\w+ in another layout"):
+        lower({"draft": program}, context("tiny", "draft", "bf16", "h20"), SIZES)
+
+
+def test_refuses_a_weight_that_two_phases_make_differently() -> None:
+    decode, draft = fused("decode"), fused("draft")
+    node = draft.weights["lm_head.weight"]
+    node.meta["weight"] = replace(node.meta["weight"], sources=("other",))
+
+    with pytest.raises(StageError, match=r"two phases want weight 'lm_head\.weight' made diff"):
+        lower({"decode": decode, "draft": draft}, context("tiny", "decode"), SIZES)

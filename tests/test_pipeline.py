@@ -220,7 +220,7 @@ def test_shows_the_program_after_each_stage() -> None:
 
     run(captured("tiny", "prefill"), dump=lambda stage, now: shown.update({stage: {*names(now)}}))
 
-    assert [*shown] == ["captured", "canonicalize", "fuse", "quantize"]
+    assert [*shown] == ["captured", "canonicalize", "fuse", "quantize", "launch"]
     assert "aten.split.Tensor" in shown["captured"] - shown["canonicalize"]
     assert "lingc.router" in shown["fuse"] - shown["canonicalize"]
     assert "aten.linear.default" in shown["fuse"] - shown["quantize"]
@@ -241,7 +241,7 @@ def test_a_contract_is_checked_after_every_rule_on_request() -> None:
 
     report = run(program, check=True, dump=lambda stage, _program: seen.append(stage))
 
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert all(not line.missed for line in report.lines)
 
 

@@ -52,7 +52,8 @@ def shipped(precision: str, target: str) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("precision", "target"), [("bf16", "cpu"), ("fp8", "cpu"), ("int4", "cpu"), ("fp8", "h20")]
+    ("precision", "target"),
+    [("bf16", "cpu"), ("fp8", "cpu"), ("int4", "cpu"), ("fp8", "h20"), ("fp8", "rtx-120")],
 )
 def test_the_plan_of_the_shipped_checkpoint_is_the_one_that_was_reviewed(
     precision: str, target: str, golden: Callable[[str, str], None]
@@ -149,7 +150,7 @@ def test_names_the_tensors_among_arguments() -> None:
 def test_layers_that_do_the_same_are_written_once() -> None:
     text = plan_text.text(compiled("tiny"))
 
-    assert "  layer 2\n" in text
+    assert "  layer 2 (12 steps)\n" in text
     assert (
         text.count("lingc.lightning_prefill(") == 3
     )  # after the embedding, a dense layer, experts
@@ -158,14 +159,24 @@ def test_layers_that_do_the_same_are_written_once() -> None:
 def test_a_weight_says_how_it_is_made() -> None:
     lines = plan_text.text(compiled("tiny", "fp8", "h20"))
 
-    made = "model.layers.{l}.mlp.experts.{e}.(gate_proj + up_proj).weight"
+    made = "model.layers.{l}.mlp.experts.{e}.(gate_proj + up_proj).weight / axis 1 as tiled_gated"
     for line in (
-        f"  layers.{{1-4}}.mlp.experts.gate_up_codes: f8e4m3[16, 64, 64] fp8_block codes = {made}",
+        f"layers.{{1-4}}.mlp.experts.gate_up_codes: f8e4m3[16, 64, 64] fp8_block codes = {made}",
         "  layers.{0-2}.attention.decay: f32[4] decay / axis 0\n",
         "  norm.weight: bf16[64] = model.norm.weight\n",
         "absorb_k: bf16[4, 16, 16] = absorb_k of model.layers.{l}.attention.kv_b_proj.weight",
     ):
         assert line in lines
+
+
+def test_a_stack_says_what_stands_behind_its_experts() -> None:
+    lines = plan_text.text(compiled("whole-blocks", "bf16", "h20"))
+
+    assert (
+        "  layers.{1-4}.mlp.all_experts.down_proj: bf16[17, 256, 128] = "
+        "model.layers.{l}.mlp.experts.{e}.down_proj.weight, "
+        "model.layers.{l}.mlp.shared_experts.down_proj.weight / axis 2 as tiled\n"
+    ) in lines
 
 
 def test_a_long_vector_is_counted() -> None:

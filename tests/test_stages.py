@@ -11,10 +11,15 @@ from torch import fx
 from lingc import stages
 from lingc.errors import StageError
 from lingc.graph import Program
-from lingc.passes import canonicalize_calls, fuse_embedding, fuse_quantize
+from lingc.passes import (
+    canonicalize_calls,
+    fuse_embedding,
+    fuse_latent_attention,
+    fuse_quantize,
+)
 from lingc.plan import TensorType
 from lingc.rewrite import Builder
-from tests.programs import before, calls, captured, fire, output
+from tests.programs import before, calls, captured, copy, fire, output
 
 aten = torch.ops.aten
 KIND = TensorType("f32", ("T", 64))
@@ -111,6 +116,28 @@ def test_a_structural_op_is_not_lowered() -> None:
 
     with pytest.raises(StageError, match=r"lingc\.expert_dispatch .*: no engine kind lowers it"):
         stages.check(program, "fused")
+
+
+def test_gpu_kernels_are_chosen_after_formats() -> None:
+    program = fire(fuse_embedding.RULE, "tiny", "draft").after
+    x = embedding(program)
+    plant(program, torch.ops.lingc.expert_down.default, *[x] * 8, "bf16", 0, 0)
+
+    with pytest.raises(StageError, match=r"lingc\.expert_down .* before formats are chosen"):
+        stages.check(program, "fused")
+
+
+def test_what_a_gpu_kernel_takes_in_is_not_launched() -> None:
+    program = copy(fire(fuse_latent_attention.ATTENTION_RULE, "tiny", "draft", "bf16", "h20").after)
+    stages.check(program, "launched")
+
+    (norm, *_) = calls(program, "lingc.rms_norm")
+    weight = program.weights["layers.4.mlp.gate.weight"]
+    kind = TensorType("bf16", ("T", 16))
+    plant(program, torch.ops.lingc.linear.default, norm, weight, kind=kind)
+
+    with pytest.raises(StageError, match=r"lingc\.linear .*: no GPU kernel of its own computes"):
+        stages.check(program, "launched")
 
 
 def test_a_type_must_be_what_the_op_says() -> None:

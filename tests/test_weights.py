@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint, write_checkpoint
 from lingc.checkpoint.source import Source
-from lingc.errors import CheckpointError, IntegrityError
+from lingc.errors import CheckpointError, InputError, IntegrityError
 from lingc.model.config import ModelConfig
 from lingc.plan import TensorType, WeightSpec
 from lingc.quantize.formats import (
@@ -26,6 +26,7 @@ from lingc.quantize.formats import (
     round_bf16,
     widen_bf16,
 )
+from lingc.quantize.layouts import restore
 from lingc.quantize.stored import fp8_specs, int4_specs
 from lingc.weights import CheckpointWeights, materialize, open_weights, write_weights
 
@@ -308,6 +309,41 @@ def test_rows_come_in_the_layout_of_the_weight() -> None:
 
     assert np.array_equal(turned[:, 0::2], plain[:, :44])
     assert np.array_equal(turned[:, 1::2], plain[:, 44:])
+
+
+def test_a_layout_that_a_matrix_cannot_have_is_refused_with_the_reason() -> None:
+    spec = _plain("bf16", (136, 36), DENSE, layout="tiled")
+
+    with pytest.raises(InputError, match="136 rows are not a multiple of 16"):
+        materialize(spec, _source(), CONFIG)
+
+
+@pytest.mark.parametrize("layout", ["bf16", "fp8"])
+def test_a_shared_expert_stands_behind_the_routed_ones(layout: str, tmp_path: Path) -> None:
+    source = _source(layout, WIDE)
+    last = tuple(f"model.layers.1.mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up"))
+    specs = [
+        replace(spec, layout="tiled_gated" if spec.part == "codes" else "plain")
+        for spec in fp8_specs(
+            _plain("bf16", (17, 256, 256), *EXPERT_GATE_UP, experts=16, last=last)
+        )
+    ]
+
+    codes, scales = _made(specs, source)
+    stored = open_weights(write_weights(specs, source, WIDE, tmp_path))
+
+    want = [quantized(source, name) for name in last]
+    assert np.array_equal(scales[16], np.concatenate([pair[1] for pair in want]))
+    rows = np.concatenate([pair[0] for pair in want])
+    assert np.array_equal(restore("tiled_gated", codes)[16], rows)
+    assert specs[0].type.bind({}) == codes.shape == (17, 256, 256)
+    assert np.array_equal(stored["w_codes"], codes)
+    assert np.array_equal(stored["w_scale"], scales)
+
+
+def quantized(source: Source, name: str) -> tuple[Array, Array]:
+    stored = source.quantized(name) if source.kind(name) == "fp8_block" else None
+    return (stored[0], stored[1]) if stored else quantize_fp8_block(source.dense(name))
 
 
 # ------------------------------------------------------------------------------------------ costs

@@ -131,6 +131,4 @@ def _format(spec: WeightSpec) -> Format | None:
 
 
 def _sources(spec: WeightSpec) -> list[str]:
-    if not spec.experts:
-        return list(spec.sources)
-    return [s.replace("{e}", str(e)) for s in spec.sources for e in range(spec.experts)]
+    return [name for names in spec.members() for name in names]

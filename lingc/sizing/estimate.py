@@ -171,10 +171,18 @@ class Sizing:
         sums = dict.fromkeys(weights.PARTS, (0, 0.0))
         decode = self._reads("decode", 1)
         for name, form in self.forms.items():
-            part = weights.part_of(self.config, name)
-            held, read = sums[part]
-            sums[part] = held + form.total, read + decode.get(name, 0.0)
+            for part, held, read in self._by_part(name, form.total, decode.get(name, 0.0)):
+                sums[part] = sums[part][0] + held, sums[part][1] + read
         return {part: found for part, found in sums.items() if found[0]}
+
+    def _by_part(self, name: str, held: int, read: float) -> list[tuple[str, int, float]]:
+        """A weight's bytes: of one part, or of routed experts and the shared one behind them."""
+        part, spec = weights.part_of(self.config, name), self.specs[name]
+        if part != "routed experts" or not spec.last:
+            return [(part, held, read)]
+        last = held // len(spec.members())
+        of_last = float(last if read else 0)
+        return [(part, held - last, read - of_last), ("shared experts", last, of_last)]
 
     # ---------------------------------------------------------------------------------- memory
 
@@ -231,7 +239,9 @@ class Sizing:
             if name == "word_embeddings.weight":
                 reads[name] = tokens * row / self.ranks
             else:
-                reads[name] = self.forms[name].total * (hit if spec.experts else 1.0)
+                count = len(spec.members())
+                read = spec.experts * hit + (count - spec.experts) if spec.experts else 1.0
+                reads[name] = self.forms[name].total * read / count
         return reads
 
     def traffic(self, batch: int, context: int, *, queries: int = 1) -> Traffic:

@@ -13,8 +13,15 @@ from lingc.checkpoint.expected import expected_tensors, matrix_modules
 from lingc.context import Context, module_of
 from lingc.errors import RecipeError
 from lingc.model.config import ModelConfig
-from lingc.plan import PHASES, TensorType, WeightSpec
+from lingc.plan import DTYPE_BYTES, PHASES, TensorType, WeightSpec
 from lingc.quantize.formats import FP8_BLOCK, NIBBLES
+from lingc.quantize.layouts import (
+    TILED,
+    TILED_GATED,
+    TILED_GATED_SCALES,
+    TILED_SCALES,
+    layout_refusal,
+)
 from lingc.quantize.recipes import Recipe
 from lingc.quantize.stored import fp8_specs, int4_specs
 from lingc.targets.spec import Target
@@ -142,7 +149,10 @@ def _phase(context: Context, parameters: Specs) -> dict[str, WeightSpec]:
     _stack(context, specs)
     if context.phase != "prefill":
         _absorb(context, specs)
-    return {made.name: made for spec in specs.values() for made in _stored(context, spec)}
+    if context.fuses_launches:
+        _join_shared(context, specs)
+    made = (made for spec in specs.values() for made in _stored(context, spec))
+    return {spec.name: _laid_out(context, spec) for spec in made}
 
 
 def _join(specs: dict[str, WeightSpec], first: str, second: str, name: str) -> None:
@@ -173,6 +183,21 @@ def _stack(context: Context, specs: dict[str, WeightSpec]) -> None:
                 hint="give gate_proj, up_proj and down_proj of an expert one format",
             )
         _join(specs, names[0], names[1], f"{prefix}gate_up")
+
+
+def _join_shared(context: Context, specs: dict[str, WeightSpec]) -> None:
+    """Put a shared expert of the routed ones' width and format behind them."""
+    for layer in context.shared_layers:
+        if not context.is_joined_expert(layer):
+            continue
+        mlp = f"layers.{layer}.mlp"
+        for leaf in ("gate_up", "down_proj"):
+            stack = specs.pop(f"{mlp}.experts.{leaf}")
+            last = specs.pop(f"{mlp}.shared_experts.{leaf}.weight")
+            name = f"{mlp}.all_experts.{leaf}"
+            count, *shape = stack.type.bind({})
+            kind = TensorType(stack.type.dtype, (count + 1, *shape))
+            specs[name] = replace(stack, name=name, type=kind, last=last.sources)
 
 
 def _absorb(context: Context, specs: dict[str, WeightSpec]) -> None:
@@ -209,6 +234,25 @@ def _stored(context: Context, spec: WeightSpec) -> Iterable[WeightSpec]:
     return int4_specs(spec, stored.group) if stored.kind == "int4_group" else (spec,)
 
 
+def _laid_out(context: Context, spec: WeightSpec) -> WeightSpec:
+    """The weight in the layout that the kernels of its linear or its experts want."""
+    is_matrix = len(spec.type.shape) > 1 and spec.take is None
+    stem = spec.name.removesuffix("_codes").removesuffix("_packed").removesuffix("_scale")
+    if not (context.fuses_launches and is_matrix) or _module(stem) in PLAIN_MODULES:
+        return spec
+    if spec.part == "scales" and spec.format == "fp8_block":
+        return spec
+    layout = {
+        (False, False): TILED,
+        (False, True): TILED_GATED,
+        (True, False): TILED_SCALES,
+        (True, True): TILED_GATED_SCALES,
+    }[spec.part == "scales", _module(stem) == "gate_up"]
+    *_, rows, width = spec.type.bind({})
+    refused = layout_refusal(layout, rows, width * DTYPE_BYTES[spec.type.dtype])
+    return spec if refused else replace(spec, layout=layout)
+
+
 # ------------------------------------------------------------------------------------------- parts
 
 PARTS = (
@@ -223,6 +267,7 @@ _BY_MARK = (
     ("word_embeddings", "embedding"),
     ("norm", "norms"),
     (".mlp.experts.", "routed experts"),
+    (".mlp.all_experts.", "routed experts"),
     (".shared_experts.", "shared experts"),
     (".mlp.gate.", "router"),
     (".mlp.", "dense MLP"),
@@ -230,7 +275,7 @@ _BY_MARK = (
 
 
 def part_of(config: ModelConfig, name: str) -> str:
-    """Which of `PARTS` a weight of the plan belongs to."""
+    """Which of `PARTS` a weight of the plan belongs to; of stacked experts that of the routed."""
     layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
     if layer == config.mtp_layer:
         return "MTP layer"
