@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lingc.interpret import InterpreterBackend
+from lingc.model.config import ModelConfig
 from lingc.model.loading import from_source
 from lingc.model.model import LingModel
 from lingc.op import OPS
@@ -112,17 +113,24 @@ def backend(model: str, precision: str = "bf16", target: str = "cpu") -> Interpr
 
 def backend_float64(model: str, precision: str = "bf16", target: str = "cpu") -> InterpreterBackend:
     """The same with every activation, state and f32 weight in float64."""
-    plan = compiled(model, precision, target)
-    weights = dict(_weights(model, precision, target))
+    plan, weights = compiled(model, precision, target), _weights(model, precision, target)
+    return in_float64(plan, weights, config(model), LIMITS)
+
+
+def in_float64(
+    plan: Plan, weights: Weights, model: ModelConfig, limits: Limits
+) -> InterpreterBackend:
+    """A plan with every activation, state and f32 weight in float64."""
+    given = dict(weights)
     for name, spec in plan.weights.items():
         if spec.format == "decay":
-            weights[name] = config(model).decay(spec.layer)
+            given[name] = model.decay(spec.layer)
         elif spec.type.dtype == "f32":
-            weights[name] = weights[name].astype(np.float64)
-    return InterpreterBackend(_in_float64(plan), weights, LIMITS)
+            given[name] = weights[name].astype(np.float64)
+    return InterpreterBackend(_plan_in_float64(plan), given, limits)
 
 
-def _in_float64(plan: Plan) -> Plan:
+def _plan_in_float64(plan: Plan) -> Plan:
     def wide(kinds: Mapping[str, TensorType], narrow: Sequence[str]) -> dict[str, TensorType]:
         return {
             name: TensorType("f64", kind.shape) if kind.dtype in narrow else kind

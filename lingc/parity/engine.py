@@ -30,14 +30,14 @@ _PHASES: Mapping[Mode, tuple[str, ...]] = {
 }
 
 
-ROUTER = "lingc.router"
-"""The op that chooses experts; its first result is the ids."""
+ROUTERS = ("lingc.router", "lingc.norm_router")
+"""The ops that choose experts; their first result is the ids."""
 
 
 def router_outputs(plan: Plan) -> dict[str, int]:
     """Name of the ids of each router -> its layer."""
     steps = (step for program in plan.programs.values() for step in program.steps)
-    return {step.outputs[0]: step.layer for step in steps if step.op == ROUTER}
+    return {step.outputs[0]: step.layer for step in steps if step.op in ROUTERS}
 
 
 def tap_outputs(plan: Plan) -> Tap:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lingc.interpret import InterpreterBackend
-from lingc.parity.engine import ROUTER
+from lingc.math import rms
+from lingc.parity.engine import ROUTERS
 from lingc.parity.side import Choice
 from lingc.plan import Ref, Step
 from lingc.runtime.backend import Array
@@ -25,7 +26,7 @@ class RouterWatch:
             arg.name
             for program in backend.plan.programs.values()
             for step in program.steps
-            if step.op == ROUTER and isinstance(arg := step.args[0], Ref)
+            if step.op in ROUTERS and isinstance(arg := step.args[0], Ref)
         }
         self._values: dict[str, Tensor] = {}
         self._found: dict[int, Choice] = {}
@@ -40,13 +41,17 @@ class RouterWatch:
         for name, value in zip(step.outputs, results, strict=True):
             if name in self._inputs:
                 self._values[name] = value
-        if step.op == ROUTER:
+        if step.op in ROUTERS:
             self._found[step.layer] = Choice(
                 ids=results[0].cpu().numpy(), biased=self._biased(step).cpu().numpy()
             )
 
     def _biased(self, step: Step) -> Tensor:
-        x, weight, bias = (arg.name for arg in step.args[:3] if isinstance(arg, Ref))
-        weights = self._backend.weights
-        logits = self._values[x].float() @ weights[weight].float().T
+        read, *norm, weight, bias = (arg.name for arg in step.args if isinstance(arg, Ref))
+        weights, x = self._backend.weights, self._values[read].float()
+        for name in norm:
+            eps = step.args[-1]
+            assert isinstance(eps, float), "the norm's eps stands last"
+            x = rms(x, weights[name], eps)
+        logits = x @ weights[weight].float().T
         return torch.sigmoid(logits) + weights[bias].float()

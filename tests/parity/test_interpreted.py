@@ -1,6 +1,7 @@
 """The watch on an interpreted plan tells which experts its router steps chose, and by what."""
 
 import numpy as np
+import pytest
 
 from lingc.interpret import InterpreterBackend
 from lingc.parity.experts import Routing, gap
@@ -9,23 +10,34 @@ from lingc.plan import Plan, Program, Ref, Step, TensorType, WeightSpec
 from lingc.runtime import Limits
 
 TOKENS, WIDTH, EXPERTS = 5, 8, 6
-NAMES = ("x", "router.weight", "router.bias")
+NAMES = ("x", "router.weight", "router.bias", "norm")
+EPS = 1e-6
 
 
-def routed_plan() -> Plan:
-    """Doubles x, and routes the result."""
+def routed_plan(op: str) -> Plan:
+    """Doubles x, and routes the result, by `norm_router` with a norm before."""
     shapes: dict[str, tuple[int | str, ...]] = {
         "x": ("T", WIDTH), "h": ("T", WIDTH), "ids": ("T", 2), "weights": ("T", 2),
-        "router.weight": (EXPERTS, WIDTH), "router.bias": (EXPERTS,),
+        "router.weight": (EXPERTS, WIDTH), "router.bias": (EXPERTS,), "norm": (WIDTH,),
+        "pairs": ("T*2",), "starts": (EXPERTS + 1,),
     }  # fmt: skip
-    types = {name: TensorType("i32" if name == "ids" else "f32", s) for name, s in shapes.items()}
-    router = (Ref("h"), Ref("router.weight"), Ref("router.bias"), 3, 2, 2, 2.5, True)
+    whole = {"ids", "pairs", "starts"}
+    types = {name: TensorType("i32" if name in whole else "f32", s) for name, s in shapes.items()}
+    router = (Ref("router.weight"), Ref("router.bias"), 3, 2, 2, 2.5, True)
+    routed = {
+        "lingc.router": ((Ref("h"), *router), ("ids", "weights")),
+        "lingc.norm_router": (
+            (Ref("h"), Ref("norm"), *router, EPS),
+            ("ids", "weights", "pairs", "starts"),
+        ),
+    }
+    args, outputs = routed[op]
     program = Program(
         inputs=("x",), states=(), outputs={"logits": "weights"}, updates={}, weights=NAMES[1:],
         types=types,
         steps=(
             Step(op="aten.add.Tensor", args=(Ref("x"), Ref("x")), outputs=("h",)),
-            Step(op="lingc.router", args=router, outputs=("ids", "weights"), layer=7),
+            Step(op=op, args=args, outputs=outputs, layer=7),
         ),
     )  # fmt: skip
     return Plan(
@@ -35,13 +47,15 @@ def routed_plan() -> Plan:
     )  # fmt: skip
 
 
-def test_choices_are_those_of_the_step_with_the_scores_behind_them() -> None:
+@pytest.mark.parametrize("op", ["lingc.router", "lingc.norm_router"])
+def test_choices_are_those_of_the_step_with_the_scores_behind_them(op: str) -> None:
     rng = np.random.default_rng(0)
     weights = {
         "router.weight": rng.standard_normal((EXPERTS, WIDTH)).astype(np.float32),
         "router.bias": rng.random(EXPERTS).astype(np.float32),
+        "norm": rng.random(WIDTH).astype(np.float32),
     }
-    backend = InterpreterBackend(routed_plan(), weights, Limits(slots=1, pages=1))
+    backend = InterpreterBackend(routed_plan(op), weights, Limits(slots=1, pages=1))
     watch = RouterWatch(backend)
     x = rng.standard_normal((TOKENS, WIDTH)).astype(np.float32)
 
@@ -50,7 +64,10 @@ def test_choices_are_those_of_the_step_with_the_scores_behind_them() -> None:
 
     assert list(found) == [7]
     choice = found[7]
-    logits = (2 * x) @ weights["router.weight"].T
+    h = 2 * x
+    if op == "lingc.norm_router":
+        h *= weights["norm"] / np.sqrt(np.square(h).mean(1, keepdims=True) + EPS)
+    logits = h @ weights["router.weight"].T
     want = 1 / (1 + np.exp(-logits)) + weights["router.bias"]
     assert choice.biased is not None
     np.testing.assert_allclose(choice.biased, want, rtol=1e-5)
