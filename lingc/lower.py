@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from lingc.capture import Sizes, input_types, state_types
+from lingc.capture import Sizes, input_types
 from lingc.context import Context
 from lingc.errors import StageError
 from lingc.graph import Fused, Value, is_weight, target_name, tensor_type, type_of, where
@@ -25,6 +25,7 @@ from lingc.plan import (
     WeightSpec,
 )
 from lingc.quantize.layouts import PLAIN, layout_refusal
+from lingc.sizing.memory import state_types
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +39,6 @@ def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan
         sizes: What the programs were captured with.
     """
     activation = context.target.activations
-    has_draft = "draft" in programs
-    states = {}
-    for name, kind in state_types(context.config, sizes).items():
-        if name == f"latent_cache.{context.config.mtp_layer}" and not has_draft:
-            continue
-        wide = name.startswith("linear_state")
-        states[name] = kind if wide else TensorType(activation, kind.shape)
     return Plan(
         config=dict(context.config.raw),
         precision=context.recipe.name,
@@ -52,7 +46,9 @@ def lower(programs: Mapping[str, Fused], context: Context, sizes: Sizes) -> Plan
         activation=activation,
         page_size=sizes.page_size,
         max_draft=sizes.max_draft,
-        states=states,
+        states=state_types(
+            context.config, activation, max_draft=sizes.max_draft, has_mtp="draft" in programs
+        ),
         weights=_weights(programs, context),
         programs={
             phase: _Lowering(program).program(tuple(input_types(context.config, phase)))

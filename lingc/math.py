@@ -47,7 +47,7 @@ def number(size: Dim) -> int:
 
 def times(size: Dim, by: int) -> Dim:
     """A multiple of a size, symbolic or not."""
-    return f"{size}*{by}" if isinstance(size, str) else size * by
+    return f"{by}*{size}" if isinstance(size, str) else size * by
 
 
 def ceil_div(size: Dim, by: int) -> int:

@@ -27,7 +27,7 @@ FORMAT = 1
 PHASES = ("prefill", "decode", "verify", "draft")
 
 Dim = int | str
-"""A size: a number, the name of a symbolic axis (`"T"`), or a multiple of one (`"T*8"`)."""
+"""A size: a number, the name of a symbolic axis (`"T"`), or a multiple of one (`"8*T"`)."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     "f64": 8, "f32": 4, "bf16": 2, "f8e4m3": 1, "i64": 8, "i32": 4, "u8": 1, "bool": 1,
@@ -35,7 +35,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 
 def _size(name: str, dims: Mapping[str, int]) -> int:
-    axis, _, times = name.partition("*")
+    times, _, axis = name.rpartition("*")
     return dims[axis] * int(times or 1)
 
 

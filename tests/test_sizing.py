@@ -186,9 +186,17 @@ def test_limits_are_those_of_the_engines() -> None:
     parameters = inspect.signature(Generator).parameters
 
     assert parameters["prefill_tokens"].default == memory.PREFILL_TOKENS
-    assert Sizes() == Sizes(page_size=memory.PAGE_SIZE, max_draft=memory.MAX_DRAFT)
     assert memory.WIDEN_LIMIT_BYTES == LARGEST_WIDENED_BYTES
     assert PREPACKED_LIMIT_BYTES == onnx_backend.PREPACKED_BYTES
+
+
+def test_a_joined_shared_expert_counts_as_shared() -> None:
+    joined, apart = (sizing(FULL, "fp8", target).part_bytes() for target in ("h20", "rtx-120"))
+
+    assert joined.keys() == apart.keys()
+    for part, (held, read) in joined.items():
+        assert held == apart[part][0]
+        assert read == pytest.approx(apart[part][1])
 
 
 @pytest.mark.parametrize("method", [None, "fp8", "compressed-tensors"])

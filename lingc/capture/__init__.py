@@ -10,6 +10,6 @@ target and is set by `lingc.stages.retype`, where every op says what it rounds.
 """
 
 from lingc.capture.capturer import Capturer
-from lingc.capture.inputs import MAX_DRAFT, PAGE_SIZE, Sizes, input_types, state_types
+from lingc.capture.inputs import Sizes, input_types, state_types
 
-__all__ = ["MAX_DRAFT", "PAGE_SIZE", "Capturer", "Sizes", "input_types", "state_types"]
+__all__ = ["Capturer", "Sizes", "input_types", "state_types"]

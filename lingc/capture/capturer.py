@@ -9,13 +9,14 @@ from torch import fx, nn
 from lingc.capture.blocks import DraftEntry, Entry, Exit, LatentLayer, LinearLayer
 from lingc.capture.export import Piece, export_block
 from lingc.capture.inputs import Sizes, input_types
-from lingc.capture.stitch import Stitcher, weight_spec
+from lingc.capture.stitch import Stitcher
 from lingc.errors import StageError
 from lingc.graph import Captured
 from lingc.model.block import Block
 from lingc.model.config import ModelConfig
 from lingc.model.mtp import MTP
 from lingc.plan import PHASES, TensorType
+from lingc.sizing.weights import parameters
 
 READ = {
     "latent": ("positions", "offsets", "cache_rows", "page_table"),
@@ -36,6 +37,7 @@ class Capturer:
         self.config = config
         self.sizes = sizes or Sizes()
         self.pieces: dict[tuple[Any, ...], Piece] = {}
+        self._parameters = parameters(config)
 
     def capture(self, phase: str) -> Captured:
         """Capture one phase.
@@ -66,7 +68,7 @@ class Capturer:
         names = ("entry", *types["token_ids"].shape, *dims)
         piece = self._piece(names, lambda: Entry(config, dims), given)
         arguments = (stitch.inputs["token_ids"], stitch.inputs["positions"])
-        x, *tables = stitch.add(piece, arguments, self._weights(stitch, "model.", -1), -1)
+        x, *tables = stitch.add(piece, arguments, self._weights(stitch, "model."), -1)
         ropes: dict[int, tuple[fx.Node, ...]] = {
             d: (tables[2 * i], tables[2 * i + 1]) for i, d in enumerate(dims)
         }
@@ -74,7 +76,7 @@ class Capturer:
             prefix = f"model.layers.{config.mtp_layer}."
             wide = TensorType("f32", ("T", config.hidden_size))
             piece = self._piece(("draft", "entry"), lambda: DraftEntry(MTP(config)), (wide, wide))
-            weights = self._weights(stitch, prefix, config.mtp_layer)
+            weights = self._weights(stitch, prefix)
             (x,) = stitch.add(piece, (x, stitch.inputs["hidden"]), weights, config.mtp_layer)
         return x, ropes
 
@@ -110,7 +112,7 @@ class Capturer:
         attention = ("latent", tokens) if latent else ("lightning", phase)
         kind = (*attention, "dense" if config.is_dense(layer) else "experts")
         piece = self._piece(kind, module, given)
-        weights = self._weights(stitch, f"model.layers.{layer}.", layer)
+        weights = self._weights(stitch, f"model.layers.{layer}.")
         arguments = (x, cos, sin, *meta.values(), *states.values())
         x, *updated = stitch.add(piece, arguments, weights, layer)
         after.update(zip(states, updated, strict=False))
@@ -130,7 +132,7 @@ class Capturer:
         piece = self._piece(kind, lambda: Exit(config, norm=name), tuple(given))
         layer = config.mtp_layer if phase == "draft" else -1
         prefix = f"model.layers.{layer}." if phase == "draft" else "model."
-        weights = self._weights(stitch, prefix, -1)
+        weights = self._weights(stitch, prefix)
         logits, hidden = stitch.add(piece, tuple(arguments), weights, -1)
         return logits, hidden
 
@@ -144,10 +146,8 @@ class Capturer:
             self.pieces[kind] = export_block(module, types, " ".join(map(str, kind)))
         return self.pieces[kind]
 
-    def _weights(
-        self, stitch: Stitcher, prefix: str, layer: int
-    ) -> Callable[[str, fx.Node], fx.Node]:
-        """Maps a parameter of a piece onto the program's weight for this layer."""
+    def _weights(self, stitch: Stitcher, prefix: str) -> Callable[[str, fx.Node], fx.Node]:
+        """Maps a parameter of a piece onto the program's weight of that name."""
 
         def weight(name: str, node: fx.Node) -> fx.Node:
             local = name.removeprefix("block.")
@@ -156,7 +156,9 @@ class Capturer:
                 values = tuple(float(f) for f in self.config.inv_freq(dim))
                 return stitch.constant(f"inv_freq_{dim}", values)
             full = local if local.startswith("lm_head") else prefix + local
-            kind = node.meta["type"]
-            return stitch.program.weight(weight_spec(self.config, full, layer, kind))
+            spec, shape = self._parameters[full.removeprefix("model.")], node.meta["type"].shape
+            if spec.type.shape != shape:
+                raise StageError(f"the model's {full!r} is {list(shape)}, not {spec.type}")
+            return stitch.program.weight(spec)
 
         return weight

@@ -4,12 +4,7 @@ from dataclasses import dataclass
 
 from lingc.model.config import ModelConfig
 from lingc.plan import TensorType
-
-PAGE_SIZE = 64
-"""Tokens a page of the latent cache."""
-
-MAX_DRAFT = 3
-"""Drafts that a verify step takes beside the pending token, unless the build asks for more."""
+from lingc.sizing import MAX_DRAFT, PAGE_SIZE, memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +36,7 @@ def input_types(config: ModelConfig, phase: str) -> dict[str, TensorType]:
 
 def state_types(config: ModelConfig, sizes: Sizes) -> dict[str, TensorType]:
     """Every state tensor of the model; S and R hold a scratch row each, at the end."""
-    heads, dim = config.num_attention_heads, config.head_dim
-    states = {}
-    for layer in config.linear_layers:
-        states[f"linear_state.{layer}"] = TensorType("f32", ("S", heads, dim, dim))
-        pending = TensorType("f32", ("S", sizes.max_draft + 1, heads, dim))
-        states[f"pending_k.{layer}"] = pending
-        states[f"pending_v.{layer}"] = pending
-    for layer in config.mla_layers + ((config.mtp_layer,) if config.has_mtp else ()):
-        states[f"latent_cache.{layer}"] = TensorType("f32", ("R", config.latent_dim))
-    return states
+    return memory.state_types(config, "f32", max_draft=sizes.max_draft, has_mtp=config.has_mtp)
 
 
 def phase_states(config: ModelConfig, phase: str, sizes: Sizes) -> dict[str, TensorType]:

@@ -10,7 +10,7 @@ from lingc.capture.inputs import Sizes, input_types, phase_states
 from lingc.errors import StageError
 from lingc.graph import Program
 from lingc.model.config import ModelConfig
-from lingc.plan import TensorType, WeightSpec
+from lingc.plan import TensorType
 
 aten = torch.ops.aten
 
@@ -67,37 +67,3 @@ class Stitcher:
             else:
                 return tuple(here[n] for n in node.args[0])
         raise StageError("a captured block has no output")
-
-
-SHARD_AXIS = {
-    "query_key_value": 0, "g_proj": 0, "g_norm": 0, "decay": 0, "dense": 1,
-    "q_b_proj": 0, "q_proj": 0, "kv_b_proj": 0, "lm_head": 0, "word_embeddings": 0,
-    "gate_proj": 0, "up_proj": 0, "down_proj": 1,
-}  # fmt: skip
-"""Axis that tensor parallelism splits, by module; a matrix not named is whole on every rank."""
-
-
-def weight_spec(config: ModelConfig, name: str, layer: int, kind: TensorType) -> WeightSpec:
-    """The plan's record of one parameter.
-
-    Args:
-        name: Full name in the checkpoint, `.weight` included; experts as one stacked parameter.
-        kind: Type of the parameter as captured.
-    """
-    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    short = name.removeprefix("model.")
-    if module == "decay":
-        stored = TensorType("f32", kind.shape)
-        return WeightSpec(
-            name=short, type=stored, sources=(), format="decay", layer=layer, shard_axis=0
-        )
-    stored = TensorType("f32" if module == "expert_bias" else "bf16", kind.shape)
-    axis = SHARD_AXIS.get(module)
-    if ".experts." in name:
-        parent, _, leaf = name.rpartition(".experts.")
-        source = f"{parent}.experts.{{e}}.{leaf}.weight"
-        whole = None if axis is None else axis + 1
-        return WeightSpec(
-            name=short, type=stored, sources=(source,), experts=config.num_experts, shard_axis=whole
-        )
-    return WeightSpec(name=short, type=stored, sources=(name,), shard_axis=axis)

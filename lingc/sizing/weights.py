@@ -55,9 +55,9 @@ def plan_weights(
         RecipeError: A pattern matches nothing, or the recipe asks for what cannot be compiled.
     """
     recipe.check_matches(matrix_modules(config))
-    parameters = _parameters(config)
+    records = parameters(config)
     return {
-        phase: _phase(Context(config=config, phase=phase, target=target, recipe=recipe), parameters)
+        phase: _phase(Context(config=config, phase=phase, target=target, recipe=recipe), records)
         for phase in PHASES
         if phase != "draft" or has_mtp
     }
@@ -96,7 +96,7 @@ def _unit(spec: WeightSpec, *, is_last: bool) -> int:
 # ------------------------------------------------------------------------------------------ phases
 
 
-def _parameters(config: ModelConfig) -> dict[str, WeightSpec]:
+def parameters(config: ModelConfig) -> dict[str, WeightSpec]:
     """The model's parameters by their names in the plan; the experts of a layer as one."""
     specs: dict[str, WeightSpec] = {}
     for full, shape in expected_tensors(config).items():
