@@ -5,19 +5,25 @@ a model that no checkpoint is there for.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lingc import targets
 from lingc.bench.kernels import poisoned
 from lingc.device import Binary, Device, launch_all
 from lingc.kernel import Kernel, align
 from lingc.op import TORCH_DTYPE
-from lingc.plan import TensorType
-from lingc.targets.cuda.schedule import Schedule, Scheduled
+from lingc.plan import Plan, TensorType
+from lingc.runtime.backend import Array, Limits
+from lingc.runtime.slots import Piece, SlotTable
+from lingc.targets.cuda.binaries import compile_all
+from lingc.targets.cuda.binaries import kernels as kernels_of
+from lingc.targets.cuda.schedule import Schedule, Scheduled, schedule
 
 _DRAWN = 1 << 28
 """Values that are drawn once and repeated: more than any cache holds."""
@@ -41,10 +47,10 @@ class StepTiming:
 
 
 class DeviceStep:
-    """One phase on the device: buffers, and the launches over them.
+    """One phase for one set of sizes: its buffers, and the launches over them.
 
     Args:
-        weights: Packed weights by name, as stored; drawn at random where None.
+        held: Tensors that are there already, by buffer: weights and state.
     """
 
     def __init__(
@@ -52,22 +58,16 @@ class DeviceStep:
         device: Device,
         schedule: Schedule,
         binaries: Mapping[Kernel, Binary],
-        *,
-        weights: Mapping[str, Any] | None,
-        inputs: Mapping[str, np.ndarray[Any, Any]],
-        weight_names: frozenset[str],
-        state_names: frozenset[str],
+        held: Mapping[str, torch.Tensor],
     ) -> None:
         self.device, self.schedule, self.binaries = device, schedule, binaries
-        self.tensors: dict[str, torch.Tensor] = {}
-        drawn = None if weights is not None else _Drawn()
-        for name, kind in schedule.buffers.items():
-            self.tensors[name] = _filled(name, kind, weights, inputs, drawn, weight_names,
-                                         state_names)  # fmt: skip
-        self._scratch = torch.full((schedule.workspace_bytes + 256,), 0xFF, dtype=torch.uint8,
-                                   device="cuda")  # fmt: skip
-        self._counters = torch.zeros(schedule.counter_bytes + 256, dtype=torch.uint8,
-                                     device="cuda")  # fmt: skip
+        self.tensors = {
+            name: held[name] if name in held else poisoned(kind.bind({}), TORCH_DTYPE[kind.dtype])
+            for name, kind in schedule.buffers.items()
+        }
+        room = schedule.workspace_bytes + 256
+        self._scratch = torch.full((room,), 0xFF, dtype=torch.uint8, device="cuda")
+        self._counters = torch.zeros(schedule.counter_bytes + 256, dtype=torch.uint8, device="cuda")
         self._addresses = [self._addresses_of(one) for one in schedule.steps]
         torch.cuda.synchronize()
 
@@ -83,6 +83,12 @@ class DeviceStep:
             else:
                 found[space.name], scratch = scratch, scratch + align(space.bytes)
         return found
+
+    def give(self, inputs: Mapping[str, Array]) -> None:
+        """Put the inputs of a step where it reads them."""
+        for name, value in inputs.items():
+            into = self.tensors[name]
+            into.copy_(torch.from_numpy(np.ascontiguousarray(value)).to(into.dtype))
 
     def launch(self, only: tuple[str, str] | None = None) -> int:
         """Put the step on the stream, or only the calls of one op and tactic."""
@@ -119,21 +125,157 @@ class DeviceStep:
         return StepTiming(
             microseconds=whole,
             launches=count,
-            moved_bytes=sum(self.cost(one) for one in self.schedule.steps),
+            moved_bytes=sum(one.moved_bytes for one in self.schedule.steps),
             by_op=by_op,
         )
 
-    def cost(self, one: Scheduled) -> float:
-        """Bytes that a step must move."""
-        sizes = self.schedule.buffers
-        arguments: list[Any] = []
-        for name, arg in zip(one.op.arguments, one.step.args, strict=True):
-            buffer = one.buffers.get(name)
-            arguments.append(sizes[buffer] if buffer is not None else arg)
-        return one.op.cost(*arguments).moved_bytes
+
+def decode_inputs(plan: Plan, sequences: int, context: int) -> tuple[dict[str, Array], Limits]:
+    """A decode step of sequences with that many tokens each, and the room that they need."""
+    limits = Limits.from_tokens(
+        slots=sequences, tokens_per_sequence=context + 1, page_size=plan.page_size
+    )
+    table = SlotTable(limits, plan.page_size)
+    pieces = []
+    for i in range(sequences):
+        lease = table.admit(context + 1)
+        token = (7919 * i + 11) % plan.config["vocab_size"]
+        pieces.append(Piece(lease=lease, position=context, tokens=(token,)))
+    given = table.pack(pieces) | {"accepted": np.zeros(sequences, np.int32)}
+    wanted = plan.programs["decode"].inputs
+    return {name: given[name] for name in wanted}, limits
 
 
-class _Drawn:
+def time_decode(
+    plan: Plan, *, sequences: int, context: int, cache_dir: Path
+) -> tuple[StepTiming, dict[str, Any]]:
+    """Draw a model's weights on the device and time a whole decode step as one graph.
+
+    Also says whether every logit is finite, and how many experts were hit a layer.
+    """
+    inputs, limits = decode_inputs(plan, sequences, context)
+    backend = KernelBackend(plan, None, limits, cache_dir=cache_dir, phases=("decode",))
+    logits = backend.run("decode", inputs)["logits"]
+    step = backend.step("decode", inputs)
+    timing = step.time()
+    hit = [
+        int(step.tensors[one.buffers["ids"] or ""].unique().numel())
+        for one in step.schedule.steps
+        if one.op.name == "norm_router"
+    ]
+    about = {
+        "finite": bool(np.isfinite(logits).all()),
+        "experts_hit": sum(hit) / max(len(hit), 1),
+        "context": context,
+        "sequences": sequences,
+        "steps": len(step.schedule.steps),
+    }
+    backend.close()
+    return timing, about
+
+
+def document(timing: StepTiming, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A step in JSON's types."""
+    return {
+        **facts,
+        "microseconds": timing.microseconds,
+        "launches": timing.launches,
+        "moved_bytes": timing.moved_bytes,
+        "ops": [
+            {"op": op, "tactic": tactic, "calls": calls, "microseconds": each}
+            for (op, tactic), (calls, each) in timing.by_op.items()
+        ],
+    }
+
+
+class KernelBackend:
+    """A plan run by its kernels, launch by launch: a backend for the runtime's loops.
+
+    Args:
+        plan: For a target of this device's architecture.
+        weights: Packed weights by name, as stored; drawn at random where None.
+    """
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Array] | None, limits: Limits, *, cache_dir: Path,
+        phases: Iterable[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.limits = plan, limits
+        self.device = Device()
+        self.target = targets.get(plan.target)
+        self._cache_dir = cache_dir
+        self._steps: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceStep] = {}
+        dims = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
+        self._dims = dims
+        self.held = {
+            name: torch.zeros(kind.bind(dims), dtype=TORCH_DTYPE[kind.dtype], device="cuda")
+            for name, kind in plan.states.items()
+        }
+        wanted = tuple(phases or plan.programs)
+        names = dict.fromkeys(name for phase in wanted for name in plan.programs[phase].weights)
+        drawn = Drawn() if weights is None else None
+        for name in names:
+            kind = plan.weights[name].type
+            if weights is not None:
+                self.held[name] = _stored(weights[name], kind)
+            else:
+                assert drawn is not None, "weights are given or drawn"
+                made = torch.empty(kind.bind({}), dtype=TORCH_DTYPE[kind.dtype], device="cuda")
+                drawn.fill(name, made)
+                self.held[name] = made
+
+    def step(self, phase: str, inputs: Mapping[str, Array]) -> DeviceStep:
+        """The phase for inputs of these sizes, made when it is first asked for."""
+        program = self.plan.programs[phase]
+        sizes = self._dims | {
+            size: value
+            for name in program.inputs
+            for size, value in zip(program.types[name].shape, inputs[name].shape, strict=True)
+            if isinstance(size, str)
+        }
+        key = (phase, tuple(sorted(sizes.items())))
+        if key not in self._steps:
+            made = schedule(self.plan, phase, sizes, self.target)
+            kernels = kernels_of(one.choice.tactic for one in made.steps)
+            binaries = compile_all(kernels, self.target.arch, self._cache_dir)
+            self._steps[key] = DeviceStep(self.device, made, binaries, self.held)
+        return self._steps[key]
+
+    def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one phase; state is updated in place."""
+        step = self.step(phase, inputs)
+        step.give(inputs)
+        torch.cuda.synchronize()
+        step.launch()
+        self.device.synchronize()
+        outputs = self.plan.programs[phase].outputs
+        return {role: step.value(name).float().cpu().numpy() for role, name in outputs.items()}
+
+    def state(self, name: str) -> Array:
+        """A copy of a state tensor, in f32."""
+        found: Array = self.held[name].float().cpu().numpy()
+        return found
+
+    def save_slot(self, slot: int) -> dict[str, Array]:
+        """Linear state and pending tokens of one slot."""
+        return {
+            name: _bits(self.held[name][slot].clone().cpu())
+            for name, kind in self.plan.states.items()
+            if kind.shape[0] == "S"
+        }
+
+    def load_slot(self, slot: int, saved: Mapping[str, Array]) -> None:
+        """Put back what `save_slot` gave."""
+        for name, value in saved.items():
+            self.held[name][slot] = _stored(value, self.plan.states[name])
+
+    def close(self) -> None:
+        """Free weights, state and buffers."""
+        self._steps.clear()
+        self.held.clear()
+
+
+class Drawn:
     """Random values of each element type, repeated over whatever is asked for."""
 
     def __init__(self) -> None:
@@ -170,24 +312,14 @@ class _Drawn:
         return scaled.to(tensor.dtype)
 
 
-def _filled(
-    name: str, kind: TensorType, weights: Mapping[str, Any] | None,
-    inputs: Mapping[str, np.ndarray[Any, Any]], drawn: _Drawn | None,
-    weight_names: frozenset[str], state_names: frozenset[str],
-) -> torch.Tensor:  # fmt: skip
-    shape, dtype = kind.bind({}), TORCH_DTYPE[kind.dtype]
-    if name in inputs:
-        return torch.from_numpy(np.ascontiguousarray(inputs[name])).to("cuda", dtype)
-    if name in state_names:
-        return torch.zeros(shape, dtype=dtype, device="cuda")
-    if name not in weight_names:
-        return poisoned(shape, dtype)
-    if weights is not None:
-        array = np.ascontiguousarray(weights[name])
-        raw = torch.from_numpy(array.view(np.uint8).reshape(-1).copy()).to("cuda")
-        stored: torch.Tensor = raw.view(dtype).reshape(shape)
-        return stored
-    made = torch.empty(shape, dtype=dtype, device="cuda")
-    assert drawn is not None, "weights are given or drawn"
-    drawn.fill(name, made)
-    return made
+def _stored(array: Array, kind: TensorType) -> torch.Tensor:
+    """A stored array on the device, with the plan's element type."""
+    raw = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1).copy())
+    dtype = TORCH_DTYPE[kind.dtype]
+    found: torch.Tensor = raw.to("cuda").view(dtype).reshape(array.shape)
+    return found
+
+
+def _bits(tensor: torch.Tensor) -> Array:
+    found: Array = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found

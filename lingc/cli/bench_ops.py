@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,10 +13,11 @@ from lingc.cli.output import Output
 from lingc.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lingc.bench.kernels import Timing
-    from lingc.bench.ops import Report
+    from lingc.bench.ops import Report, Settings
+    from lingc.bench.step import StepTiming
 
 
 @click.command()
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
 @click.option("--cases/--no-cases", default=True, help="Gate the ops' small cases too.")
 @click.option("--time/--no-time", "timed", default=True, help="Time what passed the gate.")
 @click.option("--all", "every", is_flag=True, help="List every tactic, not the fastest alone.")
+@click.option(
+    "--step",
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    help="Instead time a whole decode step of this model, its weights drawn at random.",
+)
+@click.option("--precision", default="fp8", show_default=True, help="Of the step's model.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=400,
+    show_default=True,
+    help="Tokens in the cache before the step.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
@@ -40,6 +55,9 @@ def command(
     cases: bool,
     timed: bool,
     every: bool,
+    checkpoint: Path | None,
+    precision: str,
+    context: int,
     jobs: int | None,
     path: Path | None,
 ) -> None:
@@ -54,6 +72,7 @@ def command(
       lingc bench-ops --op fused_linear --tokens 1
       lingc bench-ops --no-time
       lingc bench-ops -o artifacts/bench/ops-h200.json
+      lingc bench-ops --step artifacts/checkpoints/ling-2.6-flash --precision fp8
     """  # noqa: D301 click's mark for a block that is not rewrapped
     from lingc import targets
     from lingc.bench import ops as bench
@@ -69,12 +88,13 @@ def command(
         timed=timed,
         jobs=jobs,
     )
-    report = bench.run(settings, out.stage)
     date = datetime.now(UTC).date().isoformat()
+    if checkpoint is not None:
+        _step(out, settings, checkpoint, precision, context, about(versions(), date), path)
+        return
+    report = bench.run(settings, out.stage)
     document = bench.document(report, settings, about(versions(), date))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _save(path, document)
     if out.as_json:
         out.emit(document)
     else:
@@ -84,6 +104,63 @@ def command(
             f"{len(report.faults)} of {report.gated} runs are wrong",
             hint="the first: {0.op}, {0.case}, {0.tactic}: {0.problem}".format(report.faults[0]),
         )
+
+
+def _save(path: Path | None, document: object) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _step(
+    out: Output, settings: "Settings", checkpoint: Path, precision: str, context: int,
+    about: dict[str, Any], path: Path | None,
+) -> None:  # fmt: skip
+    """A whole decode step as one graph."""
+    from lingc import compile as compiler
+    from lingc.bench import step
+    from lingc.model.config import ModelConfig
+    from lingc.quantize.recipes import load_recipe
+
+    config, recipe = ModelConfig.from_file(checkpoint), load_recipe(precision)
+    target = settings.target
+    request = compiler.Request(precision=recipe.name, target=target.name)
+    plan = compiler.compile_plan(
+        config, recipe, target, has_mtp=config.has_mtp, request=request, stage=out.stage
+    ).plan
+    found = []
+    for sequences in settings.tokens or (1,):
+        timing, facts = step.time_decode(
+            plan, sequences=sequences, context=context, cache_dir=settings.cache_dir
+        )
+        found.append(step.document(timing, facts))
+        if not out.as_json:
+            _print_step(out, timing, facts)
+    document = {"kind": "bench-step", "format": 1, **about, "target": target.name,
+                "model": checkpoint.absolute().name, "precision": recipe.name,
+                "steps": found}  # fmt: skip
+    _save(path, document)
+    if out.as_json:
+        out.emit(document)
+    if not all(one["finite"] for one in found):
+        raise GateError("the step's logits are not finite", hint="run `lingc bench-ops --no-time`")
+
+
+def _print_step(out: Output, timing: "StepTiming", facts: "Mapping[str, Any]") -> None:
+    out.line(
+        f"one decode step of {facts['sequences']} sequences after {facts['context']} tokens: "
+        f"{timing.microseconds / 1e3:.3f} ms, {timing.launches} launches, "
+        f"{timing.moved_bytes / 1e9:.2f} GB, "
+        f"{timing.moved_bytes / timing.microseconds / 1e6:.2f} TB/s, "
+        f"{facts['experts_hit']:.1f} experts hit a layer"
+    )
+    out.table(
+        ("op", "tactic", "calls", "µs a call, alone", "µs in all"),
+        [
+            (op, tactic, calls, f"{each:.2f}", f"{calls * each:.1f}")
+            for (op, tactic), (calls, each) in timing.by_op.items()
+        ],
+    )
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

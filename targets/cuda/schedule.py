@@ -6,6 +6,7 @@ that share memory are resolved to one buffer: results that an op updates in plac
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lingc.errors import StageError
 from lingc.kernel import align
@@ -25,13 +26,20 @@ class Scheduled:
     """One step and how it runs.
 
     Attributes:
+        arguments: Of the op, as `tactics` and `cost` take them.
         buffers: Name in the tactic's launches -> buffer of the program; workspaces as they are.
     """
 
     step: Step
     op: Op
+    arguments: tuple[Any, ...]
     choice: Choice
     buffers: Mapping[str, str | None]
+
+    @property
+    def moved_bytes(self) -> float:
+        """What the op must read and write."""
+        return self.op.cost(*self.arguments).moved_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +117,7 @@ def _scheduled(
             buffers[name] = of[arg.name] if isinstance(arg, Ref) else None
     for result, value in zip(op.results, step.outputs, strict=True):
         of[value] = buffers.setdefault(result, value) or value
-    return Scheduled(step=step, op=op, choice=choice, buffers=buffers)
+    return Scheduled(step=step, op=op, arguments=tuple(arguments), choice=choice, buffers=buffers)
 
 
 def _name(arg: Arg) -> str:
