@@ -19,11 +19,16 @@ Source: DeepSeek-V2, 2024, arXiv:2405.04434, eq. 9-19.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernel import Tensor as Operand
+from lingc.kernels import mla
 from lingc.math import (
     accumulator,
     cached_rows,
@@ -33,9 +38,10 @@ from lingc.math import (
     stored_bytes,
     wide,
 )
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -84,13 +90,54 @@ def cost(
     )
 
 
+def sizes_of(
+    q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, kv_b: TensorType, page_size: int, nope_dim: int, scale: float,
+) -> mla.Sizes:  # fmt: skip
+    (tokens, heads, key), (sequences, pages) = q.bind({}), page_table.bind({})
+    together = number(kv_b.shape[0]) // heads
+    return mla.Sizes(
+        tokens=tokens,
+        sequences=sequences,
+        pages=pages,
+        page_size=page_size,
+        heads=heads,
+        nope=nope_dim,
+        rope=key - nope_dim,
+        value=together - nope_dim,
+        latent=number(kv_b.shape[1]),
+        head_pitch=together,
+        scale=scale,
+    )
+
+
+def refusal(
+    target: Target, q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, kv_b: TensorType, page_size: int, nope_dim: int, scale: float,
+) -> str | None:  # fmt: skip
+    if {q.dtype, cache.dtype, kv_b.dtype} != {"bf16"}:
+        return f"q is {q.dtype}, the cache {cache.dtype}, kv_b {kv_b.dtype}; all must be bf16"
+    heads, key = number(q.shape[1]), number(q.shape[2])
+    value = number(kv_b.shape[0]) // heads - nope_dim
+    return mla.size_refusal(nope_dim, key - nope_dim, value, number(kv_b.shape[1]))
+
+
+def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, *args) is not None:
+        return ()
+    sizes = sizes_of(*args)
+    w_v = Operand("kv_b", 2 * sizes.nope * sizes.latent)
+    return mla.attention_tactics(sizes, Operand("kv_b"), w_v, "out", mla.tiles_of(target))
+
+
 def inputs(
     lengths: tuple[int, ...], heads: int, nope: int, pairs: int, value: int, latent: int,
-    page_size: int, *, dtype: str, device: str,
+    page_size: int, past: tuple[int, ...] | None = None, *, dtype: str, device: str,
 ) -> tuple[Tensor | float, ...]:  # fmt: skip
+    """Arguments for sequences of `lengths` new tokens, each after `past` cached ones."""
     some = Samples(dtype=dtype, device=device)
-    _, offsets, positions = some.sequences(lengths)
-    pages, rows = some.pages(lengths, page_size)
+    held = tuple(5 * b for b in range(len(lengths))) if past is None else past
+    offsets, positions, _, pages, rows = some.histories(lengths, held, page_size)
     key = nope + 2 * pairs
     return (
         some.normal(sum(lengths), heads, key),
@@ -105,6 +152,16 @@ def inputs(
     )
 
 
+def _benchmark(name: str, past: int) -> Benchmark:
+    """One sequence of the full model."""
+    return Benchmark(
+        name=f"causal MLA, {name}",
+        case=lambda tokens: ((tokens,), 32, 128, 32, 128, 512, 64, (past,)),
+        tokens=(2048, 8192),
+        context=past,
+    )
+
+
 OP = define(
     "mla_attention(Tensor q, Tensor cache, Tensor page_table, Tensor offsets, Tensor positions, "
     "Tensor kv_b, int page_size, int nope_dim, float scale) -> Tensor",
@@ -116,5 +173,12 @@ OP = define(
         ((1,), 1, 2, 1, 2, 4, 4),
         ((5, 0, 9, 1), 3, 10, 2, 6, 12, 4),
         ((33, 1), 2, 16, 4, 16, 20, 16),
+        ((1,), 1, 16, 8, 16, 32, 4),
+        ((3, 0, 129, 1), 2, 32, 8, 16, 64, 8, (70, 2, 0, 130)),
+        ((17, 127), 2, 128, 32, 128, 512, 64, (0, 200)),
     ),
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="attention",
+    benchmarks=(_benchmark("from the start", 0), _benchmark("after 24576", 24576)),
 )

@@ -1,0 +1,212 @@
+"""Launches of the kernels of MLA for many tokens (`triton_mla`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace
+from lingc.kernels.rows import power
+from lingc.targets.spec import KIB, Target
+
+MODULE = "lingc.kernels.triton_mla"
+LOG2_E = 1.4426950408889634
+DEPTH = 64
+"""Latent channels of one step of the products that make keys and values."""
+
+EXPANDED_ROWS = 128
+SPACE = 1 << 30
+"""Bytes of keys and values of one pass; heads beyond go to more passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of one call of attention over packed sequences.
+
+    Attributes:
+        pages: Pages of a sequence, at the most.
+        head_pitch: From the matrix of one head to the next, in rows.
+    """
+
+    tokens: int
+    sequences: int
+    pages: int
+    page_size: int
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    latent: int
+    head_pitch: int
+    scale: float
+
+    @property
+    def room(self) -> int:
+        """Rows of a sequence, at the most."""
+        return self.pages * self.page_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Keys and values of one head and row."""
+        return 2 * (self.nope + self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tokens, keys, warps and pipeline stages of a block of attention."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return f"rows{self.rows}.keys{self.keys}.w{self.warps}.s{self.stages}"
+
+
+TILES = (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3))
+SMALL_TILES = (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2))
+"""Where a block has less than 200 KiB of shared memory."""
+
+
+def size_refusal(nope: int, rope: int, value: int, latent: int) -> str | None:
+    """Why the kernels do not take heads of these widths."""
+    for name, size in (("plain key", nope), ("rope key", rope), ("value", value)):
+        if size < 16 or size != power(size):
+            return f"{name}s have {size} channels, not a power of two from 16 on"
+    if latent % min(DEPTH, power(latent)):
+        return f"{latent} latent channels are not a multiple of {DEPTH}, or a power of two below"
+    return None
+
+
+def latent_tactics(
+    *, tokens: int, pitch: int, latent: int, pairs: int, eps: float, moved_bytes: float
+) -> list[Tactic]:
+    """Rows of the cache from the last columns of a."""
+    found = []
+    for rows, warps in ((4, 4), (1, 1)):
+        kernel = Kernel(
+            language="triton",
+            source=f"{MODULE}:latent_rows",
+            entry="latent_rows",
+            arguments=(
+                ("a", "*bf16"), ("kv_weight", "*bf16"), ("cos", "*f32"), ("sin", "*f32"),
+                ("cache", "*bf16"), ("rows", "*i32"), ("tokens", "i32"), ("eps", "f32"),
+            ),
+            constants=(
+                ("PITCH", pitch), ("LATENT", latent), ("PAIRS", pairs), ("BLOCK", power(latent)),
+                ("TURN", power(pairs)), ("ROWS", rows),
+            ),
+            warps=warps,
+        )  # fmt: skip
+        launch = Launch(
+            kernel=kernel,
+            grid=(-(-tokens // rows), 1, 1),
+            operands=(
+                *map(Tensor, ("a", "kv_weight", "cos", "sin", "cache", "rows")), tokens, eps,
+            ),
+            moved_bytes=moved_bytes,
+            blocks_per_sm=48 // warps,
+        )  # fmt: skip
+        found.append(Tactic(name=f"rows{rows}.w{warps}", launches=(launch,)))
+    return found
+
+
+def heads_of_a_pass(sizes: Sizes) -> int:
+    """Heads whose keys and values fit in the workspace, a divisor of all."""
+    fit = SPACE // (sizes.row_bytes * sizes.sequences * sizes.room)
+    return next(n for n in range(sizes.heads, 0, -1) if sizes.heads % n == 0 and n <= max(fit, 1))
+
+
+def tiles_of(target: Target) -> Sequence[Tile]:
+    """What is worth choosing between on a target."""
+    return TILES if (target.smem_per_block_bytes or 0) > 200 * KIB else SMALL_TILES
+
+
+def attention_tactics(
+    sizes: Sizes, w_k: Tensor, w_v: Tensor, y: str, tiles: Sequence[Tile]
+) -> list[Tactic]:
+    """Keys and values of some heads, then attention of these heads, until all are done."""
+    return [_attention(sizes, w_k, w_v, y, tile) for tile in tiles]
+
+
+def _attention(sizes: Sizes, w_k: Tensor, w_v: Tensor, y: str, tile: Tile) -> Tactic:
+    heads = heads_of_a_pass(sizes)
+    launches: list[Launch] = []
+    for first in range(0, sizes.heads, heads):
+        launches += [_expand(sizes, w_k, w_v, first, heads), _attend(sizes, y, tile, first, heads)]
+    rows = sizes.sequences * sizes.room
+    return Tactic(
+        name=tile.name,
+        launches=tuple(launches),
+        workspaces=(
+            Workspace(name="keys", bytes=2 * heads * rows * sizes.nope),
+            Workspace(name="values", bytes=2 * heads * rows * sizes.value),
+            Workspace(name="rope_keys", bytes=2 * rows * sizes.rope),
+        ),
+        config={"rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages},
+    )
+
+
+def _expand(sizes: Sizes, w_k: Tensor, w_v: Tensor, first: int, heads: int) -> Launch:
+    rows = sizes.sequences * sizes.room
+    return Launch(
+        kernel=Kernel(
+            language="triton",
+            source=f"{MODULE}:expand_rows",
+            entry="expand_rows",
+            arguments=(
+                ("cache", "*bf16"), ("page_table", "*i32"), ("offsets", "*i32"),
+                ("positions", "*i32"), ("w_k", "*bf16"), ("w_v", "*bf16"), ("k", "*bf16"),
+                ("v", "*bf16"), ("rope", "*bf16"), ("pages", "i32"), ("first_head", "i32"),
+            ),
+            constants=(
+                ("HEAD_PITCH", sizes.head_pitch * sizes.latent),
+                ("PAGE", sizes.page_size), ("LATENT", sizes.latent), ("NOPE", sizes.nope),
+                ("VALUE", sizes.value), ("ROPE", sizes.rope), ("ROWS", EXPANDED_ROWS),
+                ("DEPTH", min(DEPTH, sizes.latent)), ("WIDE", 0),
+            ),
+            warps=8,
+            stages=3,
+        ),
+        grid=(2 * heads, -(-sizes.room // EXPANDED_ROWS), sizes.sequences),
+        operands=(
+            *map(Tensor, ("cache", "page_table", "offsets", "positions")), w_k, w_v,
+            *map(Tensor, ("keys", "values", "rope_keys")), sizes.pages, first,
+        ),
+        moved_bytes=rows * (2 * (sizes.latent + sizes.rope) + heads * sizes.row_bytes),
+        flops=rows * heads * sizes.row_bytes * sizes.latent,
+        rate="bf16",
+    )  # fmt: skip
+
+
+def _attend(sizes: Sizes, y: str, tile: Tile, first: int, heads: int) -> Launch:
+    pairs = sizes.tokens * (sizes.room - sizes.tokens / sizes.sequences / 2)
+    rows = sizes.sequences * sizes.room
+    return Launch(
+        kernel=Kernel(
+            language="triton",
+            source=f"{MODULE}:attend_rows",
+            entry="attend_rows",
+            arguments=(
+                ("q", "*bf16"), ("k", "*bf16"), ("v", "*bf16"), ("rope", "*bf16"),
+                ("offsets", "*i32"), ("positions", "*i32"), ("y", "*bf16"), ("tokens", "i32"),
+                ("sequences", "i32"), ("room", "i32"), ("first_head", "i32"),
+            ),
+            constants=(
+                ("SCALE", sizes.scale * LOG2_E), ("HEADS", sizes.heads), ("NOPE", sizes.nope),
+                ("ROPE", sizes.rope), ("VALUE", sizes.value), ("ROWS", tile.rows),
+                ("KEYS", tile.keys), ("COUNT", power(sizes.sequences + 1)), ("WIDE", 0),
+            ),
+            warps=tile.warps,
+            stages=tile.stages,
+        ),
+        grid=(sizes.tokens // tile.rows + sizes.sequences + 1, heads, 1),
+        operands=(
+            *map(Tensor, ("q", "keys", "values", "rope_keys", "offsets", "positions", y)),
+            sizes.tokens, sizes.sequences, sizes.room, first,
+        ),
+        moved_bytes=rows * heads * sizes.row_bytes
+        + 2 * sizes.tokens * heads * (sizes.nope + sizes.rope + sizes.value),
+        flops=2.0 * pairs * heads * (sizes.nope + sizes.rope + sizes.value),
+        rate="bf16",
+    )  # fmt: skip
