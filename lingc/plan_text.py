@@ -120,7 +120,7 @@ def _program(phase: str, program: Program) -> Iterator[str]:
     """Every step; runs of steps that differ in nothing but the layer's number as one."""
     yield f"{phase}({', '.join(_typed(program.types, name) for name in program.inputs)})"
     blocks: dict[Hashable, tuple[list[int], list[str]]] = {}
-    counts = Counter(step.layer for step in program.steps if step.op not in VIEWS)
+    counts = step_counts(program)
     for layer, steps in itertools.groupby(program.steps, key=lambda step: step.layer):
         written = [_step(program, step) for step in steps]
         # Steps outside the layers stay where they are.
@@ -134,6 +134,11 @@ def _program(phase: str, program: Program) -> Iterator[str]:
     for role, name in program.outputs.items():
         yield f"  return {role} = {name}"
     yield from _folded((f"update {name}", value) for name, value in program.updates.items())
+
+
+def step_counts(program: Program) -> dict[int, int]:
+    """Layer -> how many of its steps are work; -1 for those outside the layers."""
+    return dict(Counter(step.layer for step in program.steps if step.op not in VIEWS))
 
 
 def _step(program: Program, step: Step) -> str:

@@ -10,6 +10,7 @@ from lingc.cli import output
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output
 from lingc.errors import StageError
+from lingc.plan import PHASES
 
 
 @click.command()
@@ -47,7 +48,7 @@ def command(
 
     with held():
         from lingc import compile as compiler
-        from lingc import pipeline, targets
+        from lingc import pipeline, plan_text, targets
     from lingc.model.config import ModelConfig
     from lingc.quantize.recipes import load_recipe
 
@@ -57,9 +58,9 @@ def command(
     request = compiler.Request(
         precision=recipe.name, target=target, waive=pipeline.names(), dump_dir=dump_ir
     )
-    report, failure = pipeline.Report(), None
+    report, failure, steps = pipeline.Report(), None, dict[str, dict[int, int]]()
     try:
-        compiler.compile_plan(
+        compiled = compiler.compile_plan(
             config,
             recipe,
             device,
@@ -68,6 +69,7 @@ def command(
             stage=out.stage,
             report=report,
         )
+        steps = {phase: plan_text.step_counts(p) for phase, p in compiled.plan.programs.items()}
     except StageError as error:
         failure = error  # the table says where; what it cannot say is raised below
     lines = [line for line in report.lines if show_all or line.found or line.expected]
@@ -82,10 +84,15 @@ def command(
                 "target": target,
                 "missed": len(missed),
                 "passes": [{**asdict(line), "missed": line.missed} for line in lines],
+                "steps": steps,
             }
         )
     else:
-        _table(out, lines)
+        order = [(stage.name, rule.name) for stage in pipeline.PIPELINE for rule in stage.rules]
+        _table(out, sorted(lines, key=lambda line: order.index((line.stage, line.name))))
+        for phase, each in steps.items():
+            layers = sorted(count for layer, count in each.items() if layer >= 0)
+            out.line(f"{phase}: {sum(each.values())} steps, {layers[0]} to {layers[-1]} in a layer")
         for line in missed:
             out.line(f"{line.phase}: {pipeline.sentence(line)}")
         if failure is not None:
@@ -96,7 +103,7 @@ def command(
 
 def _table(out: Output, lines: Sequence[Any]) -> None:
     """One row a pass, one column a phase: found/expected."""
-    phases = list(dict.fromkeys(line.phase for line in lines))
+    phases = [phase for phase in PHASES if any(line.phase == phase for line in lines)]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
         wanted = "" if line.expected is None else f"/{line.expected}"

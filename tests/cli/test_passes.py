@@ -10,6 +10,16 @@ from lingc.cli import main
 TINY = Path(__file__).parents[2] / "artifacts/checkpoints/ling-tiny"
 
 
+def test_tells_how_many_steps_a_layer_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["passes", str(TINY), "--precision", "fp8", "--target", "h20", "--json", "-q"])
+
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert code == 0
+    assert steps["decode"] == {"-1": 4, "0": 5} | {
+        str(layer): 7 if layer in (3, 7) else 6 for layer in range(1, 8)
+    }
+
+
 def test_a_missed_fusion_is_shown_with_its_reason_beside_those_that_fired(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
