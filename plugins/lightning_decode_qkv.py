@@ -162,9 +162,10 @@ def inputs(
         slots, positions = some.ints(range(sequences, 0, -1)), positions + 7
         counts = some.ints([accepted] * sequences)
     waiting = [some.normal(held, pending, heads, key) for _ in range(2)]
-    for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-        for tokens in waiting:
-            tokens[slot, count:] = float("nan")
+    stale = torch.arange(pending, device=device) >= counts[:, None]
+    for tokens in waiting:
+        kept = tokens[slots.long()]
+        tokens[slots.long()] = torch.where(stale[..., None, None], torch.nan, kept)
     return (
         some.normal(sequences, 4 * width),
         some.norm_weight(key),

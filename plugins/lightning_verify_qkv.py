@@ -177,10 +177,12 @@ def inputs(
         slots, positions = some.ints(range(sequences, 0, -1)), positions + 7
         counts = some.ints([accepted] * sequences)
     waiting = [some.normal(held, pending, heads, key) for _ in range(2)]
-    for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-        for tokens in waiting:
-            if slot >= 0:  # what this step writes over anyway
-                tokens[slot, count:draft] = float("nan")
+    index = torch.arange(pending, device=device)
+    # What this step writes over anyway.
+    stale = (index >= counts[:, None]) & (index < draft) & (slots >= 0)[:, None]
+    for tokens in waiting:
+        kept = tokens[slots.long()]
+        tokens[slots.long()] = torch.where(stale[..., None, None], torch.nan, kept)
     return (
         some.normal(sequences * draft, 4 * width),
         some.norm_weight(key),

@@ -15,7 +15,7 @@ from lingc.device import Binary, Device
 from lingc.errors import UsageError
 from lingc.kernel import Kernel, Tactic
 from lingc.op import OPS, Benchmark, Op
-from lingc.targets.cuda.binaries import compile_all
+from lingc.targets.cuda.binaries import Compilers, compile_all
 from lingc.targets.cuda.binaries import kernels as kernels_of
 from lingc.targets.spec import Target
 
@@ -44,6 +44,7 @@ class Settings:
         large: Tokens from which on the gate leaves a benchmark's shape out: its reference in FP64
             would not fit. The cases cover it.
         jobs: Processes that compile.
+        compilers: Whose binaries to take from the cache; those installed here where None.
     """
 
     target: Target
@@ -55,6 +56,7 @@ class Settings:
     timed: bool = True
     large: int = 2048
     jobs: int | None = None
+    compilers: Compilers | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,28 +98,8 @@ def run(settings: Settings, stage: Stage) -> Report:
     """
     device = Device()
     _same_architecture(device, settings.target)
-    wanted = list(_work(settings))
-    if not wanted:
-        raise UsageError(
-            "nothing matches what was asked for",
-            hint="`lingc bench-ops` alone runs every op that has kernels",
-        )
-    found: list[tuple[Work, Sequence[Tactic]]] = []
-    refused: list[tuple[str, str, str]] = []
-    for one in wanted:
-        types = _types(one)
-        reason = one.op.refusal(settings.target, *types)
-        if reason is None:
-            found.append((one, one.op.tactics(settings.target, *types)))
-        else:
-            refused.append((one.op.name, one.label, reason))
-    needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
-    wanted_kernels = list(dict.fromkeys([*needed, *kernels.ceiling_kernels()]))
-    with stage("compile", total=len(wanted_kernels), unit="kernels") as advance:
-        binaries = compile_all(
-            wanted_kernels, settings.target.arch, settings.cache_dir,
-            jobs=settings.jobs, advance=advance,
-        )  # fmt: skip
+    found, refused = _tactics(settings)
+    binaries = _compiled(settings, found, stage)
     with stage("run", total=len(found), unit="shapes") as advance:
         faults, timings, gated = _measure(settings, device, found, binaries, advance)
     return Report(
@@ -133,6 +115,59 @@ def run(settings: Settings, stage: Stage) -> Report:
         timings=tuple(timings),
         ceilings=kernels.ceilings(device, binaries) if settings.timed else {},
     )
+
+
+Found = list[tuple[Work, Sequence[Tactic]]]
+
+
+def compile_kernels(settings: Settings, stage: Stage) -> int:
+    """Compile everything that `run` would, which needs no device; how many kernels that is."""
+    found, _ = _tactics(settings)
+    return len(_compiled(settings, found, stage))
+
+
+def compile_some(settings: Settings, wanted: Sequence[Kernel], stage: Stage) -> int:
+    """Compile kernels that somebody else needs; how many there are."""
+    distinct = list(dict.fromkeys(wanted))
+    with stage("compile", total=len(distinct), unit="kernels") as advance:
+        compile_all(
+            distinct, settings.target.arch, settings.cache_dir, jobs=settings.jobs, advance=advance
+        )
+    return len(distinct)
+
+
+def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
+    """What to run, and (op, case, reason) of what own kernels refuse."""
+    wanted = list(_work(settings))
+    if not wanted:
+        raise UsageError(
+            "nothing matches what was asked for",
+            hint="`lingc bench-ops` alone runs every op that has kernels",
+        )
+    found: Found = []
+    refused: list[tuple[str, str, str]] = []
+    for one in wanted:
+        types = _types(one)
+        reason = one.op.refusal(settings.target, *types)
+        if reason is None:
+            found.append((one, one.op.tactics(settings.target, *types)))
+        else:
+            refused.append((one.op.name, one.label, reason))
+    return found, refused
+
+
+def _compiled(settings: Settings, found: Found, stage: Stage) -> dict[Kernel, Binary]:
+    needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
+    wanted = list(dict.fromkeys([*needed, *kernels.ceiling_kernels()]))
+    with stage("compile", total=len(wanted), unit="kernels") as advance:
+        return compile_all(
+            wanted,
+            settings.target.arch,
+            settings.cache_dir,
+            compilers=settings.compilers,
+            jobs=settings.jobs,
+            advance=advance,
+        )
 
 
 def _measure(

@@ -21,7 +21,7 @@ from lingc.op import TORCH_DTYPE
 from lingc.plan import Plan, TensorType
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.slots import Piece, SlotTable
-from lingc.targets.cuda.binaries import compile_all
+from lingc.targets.cuda.binaries import Compilers, compile_all
 from lingc.targets.cuda.binaries import kernels as kernels_of
 from lingc.targets.cuda.schedule import Schedule, Scheduled, schedule
 
@@ -146,15 +146,36 @@ def decode_inputs(plan: Plan, sequences: int, context: int) -> tuple[dict[str, A
     return {name: given[name] for name in wanted}, limits
 
 
+def sizes_of(plan: Plan, phase: str, inputs: Mapping[str, Array], limits: Limits) -> dict[str, int]:
+    """The value of every symbolic axis of a phase."""
+    program = plan.programs[phase]
+    return {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1} | {
+        size: value
+        for name in program.inputs
+        for size, value in zip(program.types[name].shape, inputs[name].shape, strict=True)
+        if isinstance(size, str)
+    }
+
+
+def decode_kernels(plan: Plan, *, sequences: int, context: int) -> list[Kernel]:
+    """The kernels of a decode step, which needs no device to know."""
+    inputs, limits = decode_inputs(plan, sequences, context)
+    sizes = sizes_of(plan, "decode", inputs, limits)
+    made = schedule(plan, "decode", sizes, targets.get(plan.target))
+    return kernels_of(one.choice.tactic for one in made.steps)
+
+
 def time_decode(
-    plan: Plan, *, sequences: int, context: int, cache_dir: Path
+    plan: Plan, *, sequences: int, context: int, cache_dir: Path, compilers: Compilers | None = None
 ) -> tuple[StepTiming, dict[str, Any]]:
     """Draw a model's weights on the device and time a whole decode step as one graph.
 
     Also says whether every logit is finite, and how many experts were hit a layer.
     """
     inputs, limits = decode_inputs(plan, sequences, context)
-    backend = KernelBackend(plan, None, limits, cache_dir=cache_dir, phases=("decode",))
+    backend = KernelBackend(
+        plan, None, limits, cache_dir=cache_dir, phases=("decode",), compilers=compilers
+    )
     logits = backend.run("decode", inputs)["logits"]
     step = backend.step("decode", inputs)
     timing = step.time()
@@ -198,12 +219,12 @@ class KernelBackend:
 
     def __init__(
         self, plan: Plan, weights: Mapping[str, Array] | None, limits: Limits, *, cache_dir: Path,
-        phases: Iterable[str] | None = None,
+        phases: Iterable[str] | None = None, compilers: Compilers | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.limits = plan, limits
         self.device = Device()
         self.target = targets.get(plan.target)
-        self._cache_dir = cache_dir
+        self._cache_dir, self._compilers = cache_dir, compilers
         self._steps: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceStep] = {}
         dims = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
         self._dims = dims
@@ -226,18 +247,14 @@ class KernelBackend:
 
     def step(self, phase: str, inputs: Mapping[str, Array]) -> DeviceStep:
         """The phase for inputs of these sizes, made when it is first asked for."""
-        program = self.plan.programs[phase]
-        sizes = self._dims | {
-            size: value
-            for name in program.inputs
-            for size, value in zip(program.types[name].shape, inputs[name].shape, strict=True)
-            if isinstance(size, str)
-        }
+        sizes = sizes_of(self.plan, phase, inputs, self.limits)
         key = (phase, tuple(sorted(sizes.items())))
         if key not in self._steps:
             made = schedule(self.plan, phase, sizes, self.target)
             kernels = kernels_of(one.choice.tactic for one in made.steps)
-            binaries = compile_all(kernels, self.target.arch, self._cache_dir)
+            binaries = compile_all(
+                kernels, self.target.arch, self._cache_dir, compilers=self._compilers
+            )
             self._steps[key] = DeviceStep(self.device, made, binaries, self.held)
         return self._steps[key]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lingc.bench.kernels import Timing
     from lingc.bench.ops import Report, Settings
     from lingc.bench.step import StepTiming
+    from lingc.plan import Plan
 
 
 @click.command()
@@ -42,6 +43,17 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the cache before the step.",
 )
+@click.option(
+    "--compile",
+    "into",
+    type=click.Path(path_type=Path),
+    help="Only compile, into this directory; needs no GPU.",
+)
+@click.option(
+    "--binaries",
+    type=click.Path(path_type=Path),
+    help="Take what `--compile` made elsewhere, and compile nothing.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
@@ -58,6 +70,8 @@ def command(
     checkpoint: Path | None,
     precision: str,
     context: int,
+    into: Path | None,
+    binaries: Path | None,
     jobs: int | None,
     path: Path | None,
 ) -> None:
@@ -72,15 +86,21 @@ def command(
       lingc bench-ops --op fused_linear --tokens 1
       lingc bench-ops --no-time
       lingc bench-ops -o artifacts/bench/ops-h200.json
+      lingc bench-ops --compile kernels/ && lingc bench-ops --binaries kernels/
       lingc bench-ops --step artifacts/checkpoints/ling-2.6-flash --precision fp8
     """  # noqa: D301 click's mark for a block that is not rewrapped
     from lingc import targets
     from lingc.bench import ops as bench
     from lingc.bench.record import about
+    from lingc.bench.step import decode_kernels
+    from lingc.targets.cuda.binaries import read_compilers, write_compilers
 
+    if into is not None and binaries is not None:
+        raise UsageError("--compile and --binaries contradict each other; give one of them")
     settings = bench.Settings(
         target=targets.get(target_name),
-        cache_dir=cache_dir(),
+        cache_dir=into or binaries or cache_dir(),
+        compilers=None if binaries is None else read_compilers(binaries),
         ops=ops,
         tokens=_numbers(tokens),
         match=match,
@@ -90,7 +110,21 @@ def command(
     )
     date = datetime.now(UTC).date().isoformat()
     if checkpoint is not None:
-        _step(out, settings, checkpoint, precision, context, about(versions(), date), path)
+        plan = _plan(out, settings, checkpoint, precision)
+        if into is None:
+            _step(out, settings, plan, context, about(versions(), date), path)
+            return
+        wanted = [
+            kernel
+            for sequences in settings.tokens or (1,)
+            for kernel in decode_kernels(plan, sequences=sequences, context=context)
+        ]
+        made = bench.compile_some(settings, wanted, out.stage)
+    else:
+        made = 0 if into is None else bench.compile_kernels(settings, out.stage)
+    if into is not None:
+        write_compilers(into)
+        out.line(f"{made} kernels for {settings.target.arch} are in {into}")
         return
     report = bench.run(settings, out.stage)
     document = bench.document(report, settings, about(versions(), date))
@@ -112,32 +146,44 @@ def _save(path: Path | None, document: object) -> None:
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def _step(
-    out: Output, settings: "Settings", checkpoint: Path, precision: str, context: int,
-    about: dict[str, Any], path: Path | None,
-) -> None:  # fmt: skip
-    """A whole decode step as one graph."""
+def _plan(out: Output, settings: "Settings", checkpoint: Path, precision: str) -> "Plan":
     from lingc import compile as compiler
-    from lingc.bench import step
     from lingc.model.config import ModelConfig
     from lingc.quantize.recipes import load_recipe
 
     config, recipe = ModelConfig.from_file(checkpoint), load_recipe(precision)
-    target = settings.target
-    request = compiler.Request(precision=recipe.name, target=target.name)
-    plan = compiler.compile_plan(
-        config, recipe, target, has_mtp=config.has_mtp, request=request, stage=out.stage
+    request = compiler.Request(precision=recipe.name, target=settings.target.name)
+    return compiler.compile_plan(
+        config,
+        recipe,
+        settings.target,
+        has_mtp=config.has_mtp,
+        request=request,
+        stage=out.stage,
     ).plan
+
+
+def _step(
+    out: Output, settings: "Settings", plan: "Plan", context: int, about: dict[str, Any],
+    path: Path | None,
+) -> None:  # fmt: skip
+    """A whole decode step as one graph."""
+    from lingc.bench import step
+
     found = []
     for sequences in settings.tokens or (1,):
         timing, facts = step.time_decode(
-            plan, sequences=sequences, context=context, cache_dir=settings.cache_dir
+            plan,
+            sequences=sequences,
+            context=context,
+            cache_dir=settings.cache_dir,
+            compilers=settings.compilers,
         )
         found.append(step.document(timing, facts))
         if not out.as_json:
             _print_step(out, timing, facts)
-    document = {"kind": "bench-step", "format": 1, **about, "target": target.name,
-                "model": checkpoint.absolute().name, "precision": recipe.name,
+    document = {"kind": "bench-step", "format": 1, **about, "target": plan.target,
+                "layers": plan.config["num_hidden_layers"], "precision": plan.precision,
                 "steps": found}  # fmt: skip
     _save(path, document)
     if out.as_json:

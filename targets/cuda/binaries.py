@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lingc.device import Binary
-from lingc.errors import MissingExtraError, StageError
+from lingc.errors import IncompatibleError, InputError, MissingExtraError, StageError
 from lingc.kernel import Kernel, Tactic
+from lingc.staging import writing
 
 FEATURES: Mapping[str, frozenset[str]] = {
     "sm_89": frozenset({"fp8"}),
@@ -37,6 +38,8 @@ FEATURES: Mapping[str, frozenset[str]] = {
 CUDA_OPTIONS = ("--std=c++17", "--fmad=true", "--extra-device-vectorization", "-default-device")
 TRITON_OPTIONS = {"enable_fp_fusion": True}
 
+_COMPILERS = "compilers.json"
+_IMPORT = re.compile(r"^from (lingc\.kernels\.\w+) import", re.MULTILINE)
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 _FORMAT = 1
 
@@ -56,6 +59,7 @@ def compile_all(
     arch: str,
     cache_dir: Path,
     *,
+    compilers: "Compilers | None" = None,
     jobs: int | None = None,
     advance: Callable[[int], None] = lambda _done: None,
 ) -> dict[Kernel, Binary]:
@@ -65,6 +69,8 @@ def compile_all(
         wanted: Kernels that `arch` has the features for.
         arch: `sm_90a`, for example.
         cache_dir: Where binaries are kept, each under its digest.
+        compilers: Which compilers' binaries to take; those installed here where None. Of other
+            compilers, only what is in the cache can be had.
         jobs: Processes that compile; one for each core where None.
         advance: Called with the number of kernels done since the last call.
 
@@ -73,14 +79,25 @@ def compile_all(
         StageError: A kernel does not compile, with the compiler's words.
     """
     distinct = list(dict.fromkeys(wanted))
-    found = {kernel: stored for kernel in distinct if (stored := _read(kernel, arch, cache_dir))}
+    named = {kernel: digest(kernel, arch, compilers) for kernel in distinct}
+    found = {
+        kernel: stored
+        for kernel, name in named.items()
+        if (stored := _read(_place(name, cache_dir)))
+    }
     missing = [kernel for kernel in distinct if kernel not in found]
     advance(len(found))
     if not missing:
         return found
+    if compilers is not None and compilers != installed():
+        raise IncompatibleError(
+            f"{len(missing)} of {len(distinct)} kernels are not in {str(cache_dir)!r}, the first "
+            f"{missing[0].entry!r} of {missing[0].source}, and {compilers} is not what is here",
+            hint="compile them again where those compilers are: `lingc bench-ops --compile DIR`",
+        )
     workers = min(jobs or len(os.sched_getaffinity(0)), len(missing))
     for kernel, binary in _compiled(missing, arch, workers):
-        _write(kernel, arch, cache_dir, binary)
+        _write(_place(named[kernel], cache_dir), binary)
         found[kernel] = binary
         advance(1)
     return {kernel: found[kernel] for kernel in distinct}
@@ -129,18 +146,61 @@ class _Identity:
     sources: tuple[tuple[str, str], ...]
 
 
-def digest(kernel: Kernel, arch: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Compilers:
+    """Versions of what compiles kernels."""
+
+    nvrtc: str
+    triton: str
+
+    def __str__(self) -> str:
+        return f"nvrtc {self.nvrtc} with triton {self.triton}"
+
+
+def installed() -> Compilers:
+    """The compilers here.
+
+    Raises:
+        MissingExtraError: There are none.
+    """
+    return Compilers(nvrtc=nvrtc_version(), triton=triton_version())
+
+
+def read_compilers(folder: Path) -> Compilers:
+    """Which compilers made the binaries in a folder.
+
+    Raises:
+        InputError: The folder does not say.
+    """
+    try:
+        said = json.loads((folder / _COMPILERS).read_text(encoding="utf-8"))
+        return Compilers(nvrtc=str(said["nvrtc"]), triton=str(said["triton"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{str(folder)!r} holds no compiled kernels ({error})",
+            hint="make it with `lingc bench-ops --compile DIR`",
+        ) from error
+
+
+def write_compilers(folder: Path) -> None:
+    """Say in a folder of binaries which compilers made them: those here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(installed()), sort_keys=True) + "\n"
+    (folder / _COMPILERS).write_text(text, encoding="utf-8")
+
+
+def digest(kernel: Kernel, arch: str, compilers: Compilers | None = None) -> str:
     """The name of a binary: a SHA-256 over everything that it is made of."""
     if kernel.language == "cuda":
-        compiler, options = f"nvrtc {nvrtc_version()}", list(CUDA_OPTIONS)
+        version = nvrtc_version() if compilers is None else compilers.nvrtc
+        compiler, options = f"nvrtc {version}", list(CUDA_OPTIONS)
         sources = tuple((name, _hash(text)) for name, text in cuda_sources(kernel.source).items())
     else:
-        compiler, options = (
-            f"triton {triton_version()}",
-            [f"{key}={value}" for key, value in TRITON_OPTIONS.items()],
-        )
-        module = kernel.source.partition(":")[0]
-        sources = ((module, _hash(_module_text(module))),)
+        version = triton_version() if compilers is None else compilers.triton
+        compiler = f"triton {version}"
+        options = [f"{key}={value}" for key, value in TRITON_OPTIONS.items()]
+        modules = triton_sources(kernel.source.partition(":")[0])
+        sources = tuple((name, _hash(text)) for name, text in modules.items())
     identity = _Identity(_FORMAT, asdict(kernel), arch, compiler, options, sources)
     text = json.dumps(asdict(identity), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -151,9 +211,18 @@ def _hash(text: str) -> str:
 
 
 @cache
-def _module_text(module: str) -> str:
-    package, _, name = module.rpartition(".")
-    return (resources.files(package) / f"{name}.py").read_text(encoding="utf-8")
+def triton_sources(module: str) -> Mapping[str, str]:
+    """A module of Triton kernels and every such module that it imports, by name."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        full = waiting.pop()
+        if full in found:
+            continue
+        package, _, name = full.rpartition(".")
+        found[full] = (resources.files(package) / f"{name}.py").read_text(encoding="utf-8")
+        waiting += _IMPORT.findall(found[full])
+    return found
 
 
 @cache
@@ -341,22 +410,21 @@ class _without_line_info:  # noqa: N801 (reads as what it does)
 # ------------------------------------------------------------------------------------------ cache
 
 
-def _place(kernel: Kernel, arch: str, cache_dir: Path) -> Path:
-    name = digest(kernel, arch)
+def _place(name: str, cache_dir: Path) -> Path:
     return cache_dir / "kernels" / name[:2] / name
 
 
-def _read(kernel: Kernel, arch: str, cache_dir: Path) -> Binary | None:
+def _read(place: Path) -> Binary | None:
     """The cached binary, or None where there is none or it is not whole."""
     try:
-        return Binary.from_bytes(_place(kernel, arch, cache_dir).read_bytes())
+        return Binary.from_bytes(place.read_bytes())
     except (OSError, ValueError):
         return None
 
 
-def _write(kernel: Kernel, arch: str, cache_dir: Path, binary: Binary) -> None:
-    place = _place(kernel, arch, cache_dir)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f"{place.name}.{os.getpid()}.part")
-    part.write_bytes(binary.to_bytes())
-    part.replace(place)
+def _write(place: Path, binary: Binary) -> None:
+    with writing(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        part.write_bytes(binary.to_bytes())
+        part.replace(place)
