@@ -9,12 +9,14 @@ What they say is written in docstrings, tables and help texts, and changed there
 
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 
@@ -31,6 +33,7 @@ from lingc.targets import cpu, nvidia
 from lingc.targets.spec import KIB, MIB, Target
 
 DOCS = Path(__file__).parent
+RECORDS = DOCS.parent / "artifacts" / "bench"
 FULL = DOCS.parent / "artifacts" / "checkpoints" / "ling-2.6-flash"
 WIDTH = 92
 
@@ -60,6 +63,7 @@ def pages() -> dict[str, str]:
     made = {
         "passes.md": _passes(),
         "ops.md": _ops(),
+        "kernels.md": _kernels(),
         "targets.md": _targets(),
         "cli.md": _cli(),
     }
@@ -100,6 +104,101 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str
 def _room(module: ModuleType) -> str:
     """`passes/fuse_router.py` of `lingc.passes.fuse_router`."""
     return module.__name__.removeprefix("lingc.").replace(".", "/") + ".py"
+
+
+# ----------------------------------------------------------------------------------------- kernels
+
+
+def _kernels() -> list[str]:
+    """From the records under artifacts/bench: only what was measured is told."""
+    lines = [
+        *_page("Kernels"),
+        (
+            "How fast the kernels of ops are, by the records in"
+            " [`artifacts/bench`](../artifacts/bench)."
+        ),
+        (
+            "`lingc bench-ops` makes them: binaries compiled ahead of time, held to the references in"
+            " FP64 first, then timed as nodes of one graph over cold data."
+        ),
+        "A time holds the hand-off to the next call.",
+        "Read and copy are what kernels with nothing to compute reached in the same process.",
+        "What the kernels are, and why, is in [decision 5](decisions/0005-kernels.md).",
+        "",
+    ]
+    for path in sorted(RECORDS.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["kind"] == "bench-ops":
+            lines += _measured_ops(path.name, record)
+        elif record["kind"] == "bench-step":
+            lines += _measured_steps(path.name, record)
+    return lines
+
+
+def _measured_ops(name: str, record: Mapping[str, Any]) -> list[str]:
+    device, ceilings = record["device"], record["ceilings"]
+    fastest: dict[tuple[str, str, int], Mapping[str, Any]] = {}
+    for row in record["timings"]:
+        key = (row["op"], row["benchmark"], row["tokens"])
+        if key not in fastest or row["microseconds"][1] < fastest[key]["microseconds"][1]:
+            fastest[key] = row
+    rows = [
+        (
+            f"`{op}`",
+            benchmark,
+            tokens,
+            f"`{row['tactic']}`",
+            f"{row['microseconds'][1]:.2f}",
+            f"{row['bytes_per_s'] / 1e9:.0f}",
+            f"{100 * row['share_of_read']:.0f} %",
+            f"{row['flops_per_s'] / 1e12:.0f}",
+        )
+        for (op, benchmark, tokens), row in sorted(fastest.items())
+    ]
+    speeds = ", ".join(f"{key} {value / 1e12:.2f} TB/s" for key, value in ceilings.items())
+    columns = ("op", "shape", "tokens", "tactic", "µs", "GB/s", "of read", "TFLOP/s")
+    return [
+        f"## {device['name']}, {record['date']}",
+        "",
+        f"[`{name}`](../artifacts/bench/{name}), commit {record['commit']}: {speeds}.",
+        (
+            f"The gate passed {record['gate']['runs'] - len(record['gate']['faults'])} of "
+            f"{record['gate']['runs']} runs."
+        ),
+        "The fastest tactic of each shape:",
+        "",
+        *_table(columns, rows),
+    ]
+
+
+def _measured_steps(name: str, record: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"## A whole decode step, {record['precision']}, {record['date']}",
+        "",
+        (
+            f"[`{name}`](../artifacts/bench/{name}), commit {record['commit']}: the full-size model's"
+            " decode program as one graph, weights drawn at random."
+        ),
+        "",
+    ]
+    for step in record["steps"]:
+        milliseconds, moved = step["microseconds"] / 1e3, step["moved_bytes"]
+        lines += [
+            (f"{step['sequences']} sequences after {step['context']} tokens:"
+            f" **{milliseconds:.3f} ms**, {step['launches']} launches, {moved / 1e9:.2f} GB,"
+            f" {moved / milliseconds / 1e9:.2f} TB/s,"
+            f" {step['experts_hit']:.1f} experts hit a layer."),
+            "",
+            *_table(
+                ("op", "tactic", "calls", "µs a call, alone"),
+                [
+                    (f"`{one['op']}`", f"`{one['tactic']}`", one["calls"],
+                     f"{one['microseconds']:.2f}")
+                    for one in step["ops"]
+                ],
+            ),
+        ]  # fmt: skip
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ passes

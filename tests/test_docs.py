@@ -19,7 +19,7 @@ from lingc.cli import VERBS, lingc
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), *ROOT.glob("README.md")]
-MADE = ("passes.md", "ops.md", "targets.md", "cli.md")
+MADE = ("passes.md", "ops.md", "kernels.md", "targets.md", "cli.md")
 ROOMS = ("artifacts", "demo", "docs", "lingc", "passes", "plugins", "targets", "tests")
 
 ABSENT = re.compile(r"artifacts/(reports|build|[^/]+\.ling)\b|.*/x\.py")
