@@ -66,7 +66,12 @@ def test_the_plan_of_the_shipped_checkpoint_is_the_one_that_was_reviewed(
 
 @pytest.mark.parametrize(
     ("model", "precision", "target"),
-    [("tiny", "fp8-max", "h20"), ("odd", "int4", "cpu"), ("whole-head-rope", "bf16", "cpu")],
+    [
+        ("tiny", "fp8-max", "h20"),
+        ("whole-blocks", "int4-all", "h20"),
+        ("odd", "int4", "cpu"),
+        ("whole-head-rope", "bf16", "cpu"),
+    ],
 )
 def test_a_plan_reads_back_equal(model: str, precision: str, target: str) -> None:
     plan = compiled(model, precision, target)

@@ -287,6 +287,18 @@ def test_a_rule_may_compute_a_step_between_twice() -> None:
     assert names(program) == ["aten.relu.default", "aten.sigmoid.default", "aten.neg.default"]
 
 
+@pytest.mark.parametrize(
+    ("again", "found"), [((aten.sigmoid.default,), 1), ((aten.mul.Tensor,), 0)]
+)
+def test_a_rule_names_what_it_may_compute_twice(again: tuple[Any, ...], found: int) -> None:
+    program = shared_sigmoid()
+
+    outcome = apply(program, rule(gated, again=again), None)
+
+    assert outcome.found == found
+    assert names(program).count("aten.sigmoid.default") == 1
+
+
 def test_counts_a_refusal_with_its_reason_and_leaves_the_program() -> None:
     draft = Draft()
     x = draft.input("x")
