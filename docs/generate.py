@@ -118,8 +118,8 @@ def _kernels() -> list[str]:
             " [`artifacts/bench`](../artifacts/bench)."
         ),
         (
-            "`lingc bench-ops` makes them: binaries compiled ahead of time, held to the references in"
-            " FP64 first, then timed as nodes of one graph over cold data."
+            "`lingc bench-ops` makes them: binaries compiled ahead of time, held to the references"
+            " in FP64 first, then timed as nodes of one graph over cold data."
         ),
         "A time holds the hand-off to the next call.",
         "Read and copy are what kernels with nothing to compute reached in the same process.",
@@ -176,8 +176,8 @@ def _measured_steps(name: str, record: Mapping[str, Any]) -> list[str]:
         f"## A whole decode step, {record['precision']}, {record['date']}",
         "",
         (
-            f"[`{name}`](../artifacts/bench/{name}), commit {record['commit']}: the full-size model's"
-            " decode program as one graph, weights drawn at random."
+            f"[`{name}`](../artifacts/bench/{name}), commit {record['commit']}: the full-size"
+            " model's decode program as one graph, weights drawn at random."
         ),
         "",
     ]
