@@ -16,12 +16,30 @@ Source: `rms_norm` and `router`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from lingc.math import elements, expert_lists, number, rms, route, stored_bytes, times, wide_name
-from lingc.op import Cost, define
+from lingc.compare import close
+from lingc.kernel import Tactic
+from lingc.kernels import router
+from lingc.math import (
+    elements,
+    expert_lists,
+    matmul,
+    number,
+    rms,
+    route,
+    stored_bytes,
+    times,
+    wide_name,
+)
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -61,14 +79,96 @@ def cost(
     )
 
 
+def refusal(
+    target: Target, x: TensorType, norm_weight: TensorType, weight: TensorType, bias: TensorType,
+    groups: int, topk_groups: int, top_k: int, scale: float, normalize: bool, eps: float,  # noqa: FBT001
+) -> str | None:  # fmt: skip
+    for name, kind in (("x", x), ("norm_weight", norm_weight), ("weight", weight)):
+        if kind.dtype != "bf16":
+            return f"{name} is {kind.dtype}, not bf16"
+    if bias.dtype != "f32":
+        return f"bias is {bias.dtype}, not f32"
+    return router.refusal(
+        _shape(x, weight, groups, topk_groups, top_k, scale, normalize, eps)
+    )  # fmt: skip
+
+
+def tactics(
+    target: Target, x: TensorType, norm_weight: TensorType, weight: TensorType, bias: TensorType,
+    groups: int, topk_groups: int, top_k: int, scale: float, normalize: bool, eps: float,  # noqa: FBT001
+) -> Sequence[Tactic]:  # fmt: skip
+    numbers = (groups, topk_groups, top_k, scale, normalize, eps)
+    if refusal(target, x, norm_weight, weight, bias, *numbers) is not None:
+        return ()
+    dependent = (target.compute_capability or (0, 0)) >= (9, 0)
+    return router.tactics(_shape(x, weight, *numbers), dependent=dependent)
+
+
+def _shape(
+    x: TensorType, weight: TensorType, groups: int, topk_groups: int, top_k: int, scale: float,
+    normalize: bool, eps: float,  # noqa: FBT001
+) -> router.Shape:  # fmt: skip
+    (tokens, pitch), (experts, width) = x.bind({}), weight.bind({})
+    return router.Shape(
+        tokens=tokens, pitch=pitch, width=width, experts=experts, groups=groups, kept=topk_groups,
+        top=top_k, scale=scale, normalize=normalize, eps=eps,
+    )  # fmt: skip
+
+
+NEAR = 5e-5
+"""Scores this near may change places: f32 logits in another order, through a sigmoid."""
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
+    """Experts may differ where scores nearly tie; weights and lists follow from the experts."""
+    x, norm_weight, weight, bias, groups, kept, _, scale, normalize, eps = arguments
+    ids, weights, pairs, starts = got
+    n = rms(x[:, : norm_weight.numel()].double(), norm_weight, eps)
+    scores = torch.sigmoid(matmul(n, weight))  # [T, E]
+    biased = scores + bias.double()
+    lists = expert_lists(ids, bias.numel())
+    chosen = ids.long()
+    if bool(((chosen < 0) | (chosen >= bias.numel())).any()):
+        return "an id is of no expert"
+    best = biased.unflatten(1, (groups, -1))
+    worth = best.topk(min(2, best.shape[-1])).values.sum(-1)
+    order = worth.sort(-1, descending=True).values
+    tied = (
+        order[:, kept - 1] - order[:, kept] < NEAR if kept < groups else order[:, 0] != order[:, 0]
+    )
+    apart = (biased.gather(1, chosen) - biased.gather(1, want[0].long())).abs().amax(-1)
+    wrong = (apart > NEAR) & ~tied
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        return f"token {t} goes to {ids[t].tolist()}, not to {want[0][t].tolist()}"
+    if bool((chosen.sort(-1).values.diff(dim=-1) == 0).any()):
+        return "a token goes to one expert twice"
+    own = scores.gather(1, chosen)
+    whole = own.sum(-1, keepdim=True) + 1e-20 if normalize else 1.0
+    found = close(weights, scale * own / whole, dtype="f32", mechanism="router")
+    if not found.ok:
+        return f"weights: {found}"
+    if not (torch.equal(pairs, lists[0]) and torch.equal(starts, lists[1])):
+        return "the lists are not those of the ids"
+    return None
+
+
 def inputs(
     tokens: int, width: int, experts: int, groups: int, topk_groups: int, top_k: int,
-    *, dtype: str, device: str,
+    alike: int = 0, *, dtype: str, device: str,
 ) -> tuple[Tensor | float, ...]:  # fmt: skip
+    """Arguments; where `alike` is 1, all tokens are one, and experts e and e + 1 score alike."""
     some = Samples(dtype=dtype, device=device)
     x, norm_weight = some.normal(tokens, width), some.norm_weight(width)
     weight, bias = some.weight(experts, width), 0.1 * some.state(experts)
+    if alike:
+        x = x[:1].repeat(tokens, 1)
+        weight, bias = (w[::2].repeat_interleave(2, 0) for w in (weight, bias))
     return x, norm_weight, weight, bias, groups, topk_groups, top_k, 2.5, True, 1e-6
+
+
+def _benchmark(tokens: int) -> tuple[int, ...]:
+    return tokens, 4096, 256, 8, 4, 8
 
 
 OP = define(
@@ -79,12 +179,27 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    judge=judge,
     mechanism="router",
+    # The kernels run those of 128 channels and more.
     cases=(
         (1, 8, 4, 2, 1, 2),
         (7, 20, 12, 3, 2, 5),
         (3, 16, 6, 6, 4, 3),  # groups of one
         (5, 64, 16, 4, 2, 4),
         (2, 32, 8, 1, 1, 8),
+        (1, 128, 16, 4, 2, 4),
+        (3, 256, 12, 3, 2, 5),
+        (17, 384, 64, 8, 4, 8),
+        (127, 128, 16, 4, 2, 4, 1),  # all tokens to the same experts, and ties
+        (4, 1024, 256, 8, 4, 8, 1),
+        (70, 256, 256, 8, 4, 8),
+        (600, 128, 16, 4, 2, 4),
+        (545, 128, 256, 8, 4, 8, 1),
+    ),
+    benchmarks=(
+        Benchmark(name="256 experts", case=_benchmark, tokens=(1, 2, 4, 8, 16, 32, 64, 512, 8192)),
     ),
 )
