@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import click
 
 from lingc import pipeline, targets
-from lingc.cli import VERBS, lingc
+from lingc.cli import VERBS, lingc, module_of
 from lingc.context import Context
 from lingc.model.config import ModelConfig
 from lingc.op import Op
@@ -317,9 +316,8 @@ def _targets() -> list[str]:
 def _cli() -> list[str]:
     lines = [*_page("Command line"), *_help("lingc", lingc)]
     for verb in VERBS:
-        if find_spec(f"lingc.cli.{verb}") is not None:
-            command = importlib.import_module(f"lingc.cli.{verb}").command
-            lines += [f"## lingc {verb}", "", *_help(f"lingc {verb}", command)]
+        command = importlib.import_module(module_of(verb)).command
+        lines += [f"## lingc {verb}", "", *_help(f"lingc {verb}", command)]
     return lines
 
 

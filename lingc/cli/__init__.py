@@ -1,7 +1,7 @@
 """The command line: one verb a module, imported when it is called.
 
-Each verb is `lingc/cli/<verb>.py` with a `command: click.Command`; the table below holds its one
-line of help, so that `lingc --help` imports none of them.
+Each verb is a module of this package with a `command: click.Command`; the table below holds its
+one line of help, so that `lingc --help` imports none of them.
 """
 
 import importlib
@@ -23,7 +23,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "run": "Generate text with a package.",
         "parity": "Compare an engine, a checkpoint or a plan with another.",
         "bench": "Time a package against eager, after checking that it is right.",
-        "bench-ops": "Time the kernels of ops on a GPU, after checking that they are right.",
+        "bench-ops": "Time ops' kernels on a GPU, after checking that they are right.",
         "inspect": "Show what a package holds, and where it came from.",
         "verify": "Check every byte of a package, and whether it fits here.",
         "plan": "Tell the memory that a model needs, without building it.",
@@ -36,6 +36,11 @@ VERBS: Mapping[str, str] = MappingProxyType(
 _PIPE_CLOSED = 128 + signal.SIGPIPE
 
 
+def module_of(verb: str) -> str:
+    """Full name of the module of a verb: `lingc.cli.bench_ops` of `bench-ops`."""
+    return f"lingc.cli.{verb.replace('-', '_')}"
+
+
 class Verbs(click.Group):
     """The table of verbs as a click group."""
 
@@ -45,7 +50,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"lingc.cli.{cmd_name.replace('-', '_')}")
+        module = importlib.import_module(module_of(cmd_name))
         command = module.command
         assert isinstance(command, click.Command), f"lingc.cli has no command {cmd_name}"
         return command

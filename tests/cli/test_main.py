@@ -17,7 +17,7 @@ import pytest
 
 import lingc.cli
 from lingc import errors
-from lingc.cli import VERBS, main, output
+from lingc.cli import VERBS, main, module_of, output
 from lingc.cli.output import Output
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_every_verb_has_a_command_whose_help_shows_examples(
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_in_help_use_options_that_exist(verb: str) -> None:
-    command: click.Command = importlib.import_module(f"lingc.cli.{verb}").command
+    command: click.Command = importlib.import_module(module_of(verb)).command
     lines = [line.strip() for line in (command.help or "").splitlines()]
 
     for line in lines:
@@ -91,12 +91,10 @@ def test_examples_in_help_use_options_that_exist(verb: str) -> None:
 
 
 def test_no_command_is_missing_from_the_table() -> None:
-    modules = [found.name for found in pkgutil.iter_modules(lingc.cli.__path__)]
-    commands = {
-        name for name in modules if hasattr(importlib.import_module(f"lingc.cli.{name}"), "command")
-    }
+    modules = [found.name for found in pkgutil.iter_modules(lingc.cli.__path__, "lingc.cli.")]
+    commands = {name for name in modules if hasattr(importlib.import_module(name), "command")}
 
-    assert commands == set(VERBS)
+    assert commands == set(map(module_of, VERBS))
 
 
 def test_an_unknown_verb_is_answered_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
