@@ -131,6 +131,13 @@ DEVICE bool elected() {
   return yes != 0;
 }
 
+// Products of pairs, rounded.
+DEVICE u32 multiply_bf16(u32 a, u32 b) {
+  u32 v;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+  return v;
+}
+
 // ---------------------------------------------------------------- fragments to and from shared memory
 
 // Four 8x8 matrices of 16-bit elements, in a warp: lane i's address is row i % 8 of matrix i / 8, and register m
