@@ -41,6 +41,7 @@ from lingc.plugins import (
     rms_norm_fp8,
     rope_table,
     router,
+    sample,
     silu_mul,
     silu_mul_fp8,
     verify_mixer,
@@ -84,6 +85,7 @@ MODULES = (
     int4_experts,
     expert_up,
     expert_down,
+    sample,
 )
 """The files of ops, in the order in which a step meets them."""
 

@@ -33,6 +33,7 @@ SYMBOLIC = {
     **dict.fromkeys(("x", "residual", "q", "k", "v", "qkv", "qkvg", "o", "a", "base"), "T"),
     **dict.fromkeys(("token_ids", "positions", "rows", "ids", "weights", "cos", "sin"), "T"),
     **dict.fromkeys(("codes", "scales", "gate", "gate_up"), "T"),
+    **dict.fromkeys(("logits", "temperature", "top_k", "top_p", "draws"), "T"),
     **dict.fromkeys(("slots", "accepted", "page_table"), "B"),
     **dict.fromkeys(("state", "pending_k", "pending_v"), "S"),
     "offsets": "B1",
