@@ -88,14 +88,14 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
     if refusal(target, *args) is not None:
         return ()
     a, kv_weight, cos, _, _, _, eps = args
-    return mla.latent_tactics(
+    sizes = mla.Rows(
         tokens=number(a.shape[0]),
         pitch=number(a.shape[1]),
         latent=number(kv_weight.shape[0]),
         pairs=number(cos.shape[1]),
         eps=eps,
-        moved_bytes=cost(*args).moved_bytes,
     )
+    return mla.latent_tactics(sizes)
 
 
 def inputs(

@@ -1,10 +1,16 @@
-"""Launches of the kernels of MLA for many tokens (`triton_mla`)."""
+"""Launches of the kernels of MLA that are written in Triton (`triton_mla`).
+
+For many tokens, keys and values are made from the cached latents; for few, queries go to the space
+of the latents, which CUDA C++ does faster where it can (`plugins/mla_latent_attention.py`).
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace
-from lingc.kernels.rows import power
+from lingc.kernels.rows import power, rope_query
+from lingc.op import Cost
+from lingc.plan import TensorType
 from lingc.targets.spec import KIB, Target
 
 MODULE = "lingc.kernels.triton_mla"
@@ -78,13 +84,32 @@ def size_refusal(nope: int, rope: int, value: int, latent: int) -> str | None:
     return None
 
 
-def latent_tactics(
-    *, tokens: int, pitch: int, latent: int, pairs: int, eps: float, moved_bytes: float
-) -> list[Tactic]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Of one call that writes rows of the cache.
+
+    Attributes:
+        pitch: Columns of a.
+    """
+
+    tokens: int
+    pitch: int
+    latent: int
+    pairs: int
+    eps: float
+
+
+def latent_tactics(sizes: Rows) -> list[Tactic]:
     """Rows of the cache from the last columns of a."""
-    found = []
-    for rows, warps in ((4, 4), (1, 1)):
-        kernel = Kernel(
+    return [
+        Tactic(name=f"rows{rows}.w{warps}", launches=(_latents(sizes, rows, warps),))
+        for rows, warps in ((4, 4), (1, 1))
+    ]
+
+
+def _latents(sizes: Rows, rows: int, warps: int) -> Launch:
+    return Launch(
+        kernel=Kernel(
             language="triton",
             source=f"{MODULE}:latent_rows",
             entry="latent_rows",
@@ -93,22 +118,19 @@ def latent_tactics(
                 ("cache", "*bf16"), ("rows", "*i32"), ("tokens", "i32"), ("eps", "f32"),
             ),
             constants=(
-                ("PITCH", pitch), ("LATENT", latent), ("PAIRS", pairs), ("BLOCK", power(latent)),
-                ("TURN", power(pairs)), ("ROWS", rows),
+                ("PITCH", sizes.pitch), ("LATENT", sizes.latent), ("PAIRS", sizes.pairs),
+                ("BLOCK", power(sizes.latent)), ("TURN", power(sizes.pairs)), ("ROWS", rows),
             ),
             warps=warps,
-        )  # fmt: skip
-        launch = Launch(
-            kernel=kernel,
-            grid=(-(-tokens // rows), 1, 1),
-            operands=(
-                *map(Tensor, ("a", "kv_weight", "cos", "sin", "cache", "rows")), tokens, eps,
-            ),
-            moved_bytes=moved_bytes,
-            blocks_per_sm=48 // warps,
-        )  # fmt: skip
-        found.append(Tactic(name=f"rows{rows}.w{warps}", launches=(launch,)))
-    return found
+        ),
+        grid=(-(-sizes.tokens // rows), 1, 1),
+        operands=(
+            *map(Tensor, ("a", "kv_weight", "cos", "sin", "cache", "rows")), sizes.tokens,
+            sizes.eps,
+        ),
+        moved_bytes=4.0 * sizes.tokens * (sizes.latent + 2 * sizes.pairs),
+        blocks_per_sm=48 // warps,
+    )  # fmt: skip
 
 
 def heads_of_a_pass(sizes: Sizes) -> int:
@@ -126,25 +148,69 @@ def attention_tactics(
     sizes: Sizes, w_k: Tensor, w_v: Tensor, y: str, tiles: Sequence[Tile]
 ) -> list[Tactic]:
     """Keys and values of some heads, then attention of these heads, until all are done."""
-    return [_attention(sizes, w_k, w_v, y, tile) for tile in tiles]
+    return [
+        Tactic(
+            name=tile.name,
+            launches=_attention(sizes, w_k, w_v, "q", y, tile),
+            workspaces=_expanded(sizes),
+            config=_config(tile),
+        )
+        for tile in tiles
+    ]
 
 
-def _attention(sizes: Sizes, w_k: Tensor, w_v: Tensor, y: str, tile: Tile) -> Tactic:
+def whole_tactics(sizes: Sizes, rows: Rows, tiles: Sequence[Tile]) -> list[Tactic]:
+    """`mla_latent_attention` of many tokens, as in prefill."""
+    turned = Workspace(
+        name="turned", bytes=2 * sizes.tokens * sizes.heads * (sizes.nope + sizes.rope)
+    )
+    width = sizes.heads * (sizes.nope + sizes.rope)
+    q = TensorType("bf16", (sizes.tokens, width))
+    cos = TensorType("f32", (sizes.tokens, sizes.rope // 2))
+    rope = rope_query(q, cos, sizes.heads, Cost(flops=0, moved_bytes=4.0 * sizes.tokens * width))
+    (one,) = rope[0].launches
+    outputs = tuple(
+        Tensor("turned") if operand == Tensor("out") else operand for operand in one.operands
+    )
+    before = (_latents(rows, 4, 4), replace(one, operands=outputs))
+    return [
+        Tactic(
+            name=f"expanded.{tile.name}",
+            launches=(
+                *before,
+                *_attention(sizes, Tensor("w_k"), Tensor("w_v"), "turned", "y", tile),
+            ),
+            workspaces=(turned, *_expanded(sizes)),
+            config=_config(tile),
+        )
+        for tile in tiles
+    ]
+
+
+def _config(tile: Tile) -> dict[str, int | str]:
+    return {"rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages}
+
+
+def _expanded(sizes: Sizes) -> tuple[Workspace, ...]:
+    heads, rows = heads_of_a_pass(sizes), sizes.sequences * sizes.room
+    return (
+        Workspace(name="keys", bytes=2 * heads * rows * sizes.nope),
+        Workspace(name="values", bytes=2 * heads * rows * sizes.value),
+        Workspace(name="rope_keys", bytes=2 * rows * sizes.rope),
+    )
+
+
+def _attention(
+    sizes: Sizes, w_k: Tensor, w_v: Tensor, q: str, y: str, tile: Tile
+) -> tuple[Launch, ...]:
     heads = heads_of_a_pass(sizes)
     launches: list[Launch] = []
     for first in range(0, sizes.heads, heads):
-        launches += [_expand(sizes, w_k, w_v, first, heads), _attend(sizes, y, tile, first, heads)]
-    rows = sizes.sequences * sizes.room
-    return Tactic(
-        name=tile.name,
-        launches=tuple(launches),
-        workspaces=(
-            Workspace(name="keys", bytes=2 * heads * rows * sizes.nope),
-            Workspace(name="values", bytes=2 * heads * rows * sizes.value),
-            Workspace(name="rope_keys", bytes=2 * rows * sizes.rope),
-        ),
-        config={"rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages},
-    )
+        launches += [
+            _expand(sizes, w_k, w_v, first, heads),
+            _attend(sizes, q, y, tile, first, heads),
+        ]
+    return tuple(launches)
 
 
 def _expand(sizes: Sizes, w_k: Tensor, w_v: Tensor, first: int, heads: int) -> Launch:
@@ -179,7 +245,7 @@ def _expand(sizes: Sizes, w_k: Tensor, w_v: Tensor, first: int, heads: int) -> L
     )  # fmt: skip
 
 
-def _attend(sizes: Sizes, y: str, tile: Tile, first: int, heads: int) -> Launch:
+def _attend(sizes: Sizes, q: str, y: str, tile: Tile, first: int, heads: int) -> Launch:
     pairs = sizes.tokens * (sizes.room - sizes.tokens / sizes.sequences / 2)
     rows = sizes.sequences * sizes.room
     return Launch(
@@ -202,11 +268,120 @@ def _attend(sizes: Sizes, y: str, tile: Tile, first: int, heads: int) -> Launch:
         ),
         grid=(sizes.tokens // tile.rows + sizes.sequences + 1, heads, 1),
         operands=(
-            *map(Tensor, ("q", "keys", "values", "rope_keys", "offsets", "positions", y)),
+            *map(Tensor, (q, "keys", "values", "rope_keys", "offsets", "positions", y)),
             sizes.tokens, sizes.sequences, sizes.room, first,
         ),
         moved_bytes=rows * heads * sizes.row_bytes
         + 2 * sizes.tokens * heads * (sizes.nope + sizes.rope + sizes.value),
         flops=2.0 * pairs * heads * (sizes.nope + sizes.rope + sizes.value),
         rate="bf16",
+    )  # fmt: skip
+
+
+def absorbed_tactics(sizes: Sizes, rows: Rows, splits: int) -> list[Tactic]:
+    """`mla_latent_attention` of few tokens."""
+    columns, width = sizes.tokens * sizes.heads, sizes.latent + sizes.rope
+    return [
+        Tactic(
+            name=f"absorbed.splits{splits}.keys{keys}.w{warps}",
+            launches=(
+                _latents(rows, 1, 1),
+                _absorb(sizes),
+                _attend_latents(sizes, splits, keys, warps),
+                _combine(sizes, splits),
+            ),
+            workspaces=(
+                Workspace(name="queries", bytes=2 * columns * width),
+                Workspace(name="partial", bytes=4 * splits * columns * sizes.latent),
+                Workspace(name="stats", bytes=8 * splits * columns),
+            ),
+            config={"splits": splits, "keys": keys, "warps": warps},
+        )
+        for keys, warps in ((32, 8), (16, 4))
+    ]
+
+
+def _absorb(sizes: Sizes) -> Launch:
+    tokens, block = 16, min(sizes.latent, 128)
+    weights = sizes.heads * sizes.nope * sizes.latent
+    runs = -(-sizes.tokens // tokens)
+    return Launch(
+        kernel=Kernel(
+            language="triton",
+            source=f"{MODULE}:absorb_queries",
+            entry="absorb_queries",
+            arguments=(
+                ("q", "*bf16"), ("cos", "*f32"), ("sin", "*f32"), ("w_k", "*bf16"),
+                ("queries", "*bf16"), ("tokens", "i32"),
+            ),
+            constants=(
+                ("SCALE", sizes.scale * LOG2_E), ("HEADS", sizes.heads), ("NOPE", sizes.nope),
+                ("PAIRS", sizes.rope // 2), ("LATENT", sizes.latent), ("TOKENS", tokens),
+                ("BLOCK", block), ("WIDE", 0),
+            ),
+            warps=4,
+        ),
+        grid=(sizes.heads, sizes.latent // block, runs),
+        operands=(*map(Tensor, ("q", "cos", "sin", "w_k", "queries")), sizes.tokens),
+        moved_bytes=2.0 * weights,
+        flops=2.0 * weights * runs * tokens,
+        rate="bf16",
+        blocks_per_sm=4,
+    )  # fmt: skip
+
+
+def _attend_latents(sizes: Sizes, splits: int, keys: int, warps: int) -> Launch:
+    width, blocks = sizes.latent + sizes.rope, -(-sizes.heads // 16)
+    pairs = sizes.tokens * sizes.room * blocks
+    return Launch(
+        kernel=Kernel(
+            language="triton",
+            source=f"{MODULE}:attend_latents",
+            entry="attend_latents",
+            arguments=(
+                ("queries", "*bf16"), ("cache", "*bf16"), ("page_table", "*i32"),
+                ("offsets", "*i32"), ("positions", "*i32"), ("partial", "*f32"),
+                ("stats", "*f32"), ("tokens", "i32"), ("sequences", "i32"), ("pages", "i32"),
+            ),
+            constants=(
+                ("HEADS", sizes.heads), ("LATENT", sizes.latent), ("ROPE", sizes.rope),
+                ("PAGE", sizes.page_size), ("COLUMNS", 16), ("KEYS", keys),
+                ("COUNT", power(sizes.sequences)), ("WIDE", 0),
+            ),
+            warps=warps,
+            stages=2,
+        ),
+        grid=(splits, sizes.tokens, blocks),
+        operands=(
+            *map(Tensor, ("queries", "cache", "page_table", "offsets", "positions", "partial")),
+            Tensor("stats"), sizes.tokens, sizes.sequences, sizes.pages,
+        ),
+        moved_bytes=2.0 * pairs * width + 4.0 * splits * sizes.tokens * sizes.heads * sizes.latent,
+        flops=2.0 * pairs * 16 * (width + sizes.latent),
+        rate="bf16",
+    )  # fmt: skip
+
+
+def _combine(sizes: Sizes, splits: int) -> Launch:
+    weights = sizes.heads * sizes.value * sizes.latent
+    return Launch(
+        kernel=Kernel(
+            language="triton",
+            source=f"{MODULE}:combine_latents",
+            entry="combine_latents",
+            arguments=(
+                ("partial", "*f32"), ("stats", "*f32"), ("w_v", "*bf16"), ("y", "*bf16"),
+                ("tokens", "i32"),
+            ),
+            constants=(
+                ("HEADS", sizes.heads), ("LATENT", sizes.latent), ("VALUE", sizes.value),
+                ("SPLITS", splits), ("BLOCK", min(sizes.value, 16)),
+            ),
+            warps=8,
+        ),
+        grid=(sizes.heads, sizes.tokens, 1),
+        operands=(*map(Tensor, ("partial", "stats", "w_v", "y")), sizes.tokens),
+        moved_bytes=2.0 * weights + 4.0 * splits * sizes.tokens * sizes.heads * sizes.latent,
+        flops=2.0 * weights * sizes.tokens,
+        blocks_per_sm=4,
     )  # fmt: skip

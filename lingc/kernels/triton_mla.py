@@ -261,3 +261,157 @@ def attend_rows(
     tl.store(
         y + line[:, None] * VALUE + c[None, :], made.to(y.dtype.element_ty), mask=live[:, None]
     )
+
+
+@triton.jit
+def absorb_queries(
+    q,
+    cos,
+    sin,
+    w_k,
+    queries,
+    tokens,
+    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LATENT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Queries in the space of the latents, [tokens, HEADS, LATENT + 2 PAIRS], times SCALE.
+
+    Grid: (HEADS, LATENT / BLOCK, tokens / TOKENS).
+    """
+    head, part = tl.program_id(0), tl.program_id(1)
+    token = tl.program_id(2).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    live = (token < tokens)[:, None]
+    line = token * HEADS + head
+    n, c = tl.arange(0, NOPE), part * BLOCK + tl.arange(0, BLOCK)
+    source = (q + line * (NOPE + 2 * PAIRS))[:, None]
+    to = (queries + line * (LATENT + 2 * PAIRS))[:, None]
+    plain = tl.load(source + n[None, :], mask=live, other=0.0)
+    weight = tl.load(w_k + (head * NOPE + n)[:, None] * LATENT + c[None, :])
+    if WIDE:
+        plain, weight = plain.to(tl.float32), weight.to(tl.float32)
+    kind = queries.dtype.element_ty
+    tl.store(to + c[None, :], (tl.dot(plain, weight) * SCALE).to(kind), mask=live)
+    if part == 0:
+        turn, both = tl.arange(0, PAIRS), tl.arange(0, 2 * PAIRS)
+        pair = tl.load(source + NOPE + both[None, :], mask=live, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(pair, [TOKENS, PAIRS, 2]))
+        angle = token[:, None] * PAIRS + turn[None, :]
+        cosine = tl.load(cos + angle, mask=live, other=0.0) * SCALE
+        sine = tl.load(sin + angle, mask=live, other=0.0) * SCALE
+        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        made = tl.reshape(turned, [TOKENS, 2 * PAIRS]).to(kind)
+        tl.store(to + LATENT + both[None, :], made, mask=live)
+
+
+@triton.jit
+def attend_latents(
+    queries,
+    cache,
+    page_table,
+    offsets,
+    positions,
+    partial,
+    stats,
+    tokens,
+    sequences,
+    pages,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sums of latents of one split of a token's rows, for COLUMNS heads.
+
+    Writes partial [splits, tokens, HEADS, LATENT] where the split has rows, and stats [splits, 2,
+    tokens, HEADS], maximum and sum of shares. Grid: (splits, tokens, HEADS / COLUMNS).
+    """
+    split, token = tl.program_id(0), tl.program_id(1)
+    b = tl.arange(0, COUNT)
+    last = tl.load(offsets + b + 1, mask=b < sequences, other=0)
+    sequence = tl.sum(((last <= token) & (b < sequences)).to(tl.int32))
+    length = tl.minimum(tl.load(positions + token) + 1, pages * PAGE)
+    length = tl.where(sequence == sequences, 0, length)
+    rows = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), KEYS) * KEYS
+    begin = tl.minimum(split * rows, length)
+    end = tl.minimum(begin + rows, length)
+    head = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    has = (head < HEADS)[:, None]
+    line = token.to(tl.int64) * HEADS + head
+    c, r, i = tl.arange(0, LATENT), tl.arange(0, ROPE), tl.arange(0, KEYS)
+    source = (queries + line * (LATENT + ROPE))[:, None]
+    query = tl.load(source + c[None, :], mask=has, other=0.0)
+    turned = tl.load(source + LATENT + r[None, :], mask=has, other=0.0)
+    if WIDE:
+        query, turned = query.to(tl.float32), turned.to(tl.float32)
+    top = tl.full([COLUMNS], float("-inf"), tl.float32)
+    total = tl.zeros([COLUMNS], tl.float32)
+    o = tl.zeros([COLUMNS, LATENT], tl.float32)
+    table = page_table + sequence.to(tl.int64) * pages
+    for x in range(begin, end, KEYS):
+        at = x + i
+        inside = at < end
+        page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
+        row = (cache + (page * PAGE + at % PAGE) * (LATENT + ROPE))[:, None]
+        latent = tl.load(row + c[None, :], mask=inside[:, None], other=0.0)
+        key = tl.load(row + LATENT + r[None, :], mask=inside[:, None], other=0.0)
+        if WIDE:
+            latent, key = latent.to(tl.float32), key.to(tl.float32)
+        s = tl.dot(query, tl.trans(latent))
+        s = tl.dot(turned, tl.trans(key), s)
+        s = tl.where(inside[None, :], s, float("-inf"))
+        most = tl.maximum(top, tl.max(s, 1))
+        share = tl.math.exp2(s - most[:, None])
+        by = tl.math.exp2(top - most)
+        total = total * by + tl.sum(share, 1)
+        o = tl.dot(share.to(latent.dtype), latent, o * by[:, None])
+        top = most
+    every = tokens.to(tl.int64) * HEADS
+    tl.store(stats + 2 * split * every + line, top, mask=head < HEADS)
+    tl.store(stats + (2 * split + 1) * every + line, total, mask=head < HEADS)
+    if begin < end:
+        tl.store(partial + ((split * every + line) * LATENT)[:, None] + c[None, :], o, mask=has)
+
+
+@triton.jit
+def combine_latents(
+    partial,
+    stats,
+    w_v,
+    y,
+    tokens,
+    HEADS: tl.constexpr,
+    LATENT: tl.constexpr,
+    VALUE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds up the splits' sums of one token and head, and multiplies by w_v.
+
+    SPLITS is a power of two, BLOCK the rows of w_v at a time. Grid: (HEADS, tokens).
+    """
+    head, token = tl.program_id(0), tl.program_id(1)
+    every = tokens.to(tl.int64) * HEADS
+    line = token.to(tl.int64) * HEADS + head
+    s, c = tl.arange(0, SPLITS).to(tl.int64), tl.arange(0, LATENT)
+    top = tl.load(stats + 2 * s * every + line)
+    total = tl.load(stats + (2 * s + 1) * every + line)
+    share = tl.where(total > 0, tl.math.exp2(top - tl.max(top, 0)), 0.0)
+    total = tl.sum(share * total, 0)
+    share = share / tl.where(total > 0, total, 1.0)
+    at = partial + ((s * every + line) * LATENT)[:, None] + c[None, :]
+    o = tl.sum(tl.load(at, mask=(share > 0)[:, None], other=0.0) * share[:, None], 0)
+    for v in range(0, VALUE, BLOCK):
+        row = v + tl.arange(0, BLOCK)
+        weight = tl.load(w_v + (head * VALUE + row)[:, None] * LATENT + c[None, :]).to(tl.float32)
+        made = tl.sum(weight * o[None, :], 1)
+        tl.store(y + line * VALUE + row, made.to(y.dtype.element_ty))
