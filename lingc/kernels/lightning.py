@@ -6,6 +6,7 @@ architectures. Both cut sequences into segments of `span` tokens, so that few he
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lingc.kernel import Kernel, Launch, Operand, Tactic, Tensor, Workspace
 from lingc.kernels.rows import power
@@ -66,7 +67,7 @@ def spans(target: Target, tokens: int, heads: int) -> list[int]:
     """Tokens of a segment worth trying: one sequence fills the device, or nearly, some times."""
     sms = target.sms or 1
     found = []
-    for waves in (1, 2, 3):
+    for waves in (1, 3):
         segments = max(waves * sms // heads, 1)
         span = max(-(-tokens // segments), SHORTEST)
         span = -(-span // CHUNK) * CHUNK
@@ -77,29 +78,32 @@ def spans(target: Target, tokens: int, heads: int) -> list[int]:
 
 def tactics(target: Target, given: Sequences) -> list[Tactic]:
     """Ways to attend, best guess first."""
-    languages = ("cuda", "triton") if target.arch == "sm_90a" else ("triton",)
+    programs = ("wgmma", "turns") if target.arch == "sm_90a" else ("triton",)
     return [
-        _tactic(language, span, given)
-        for language in languages
+        _tactic(program, span, given)
         for span in spans(target, given.tokens, given.heads)
+        for program in programs
     ]
 
 
-def _tactic(language: str, span: int, given: Sequences) -> Tactic:
+def _tactic(program: str, span: int, given: Sequences) -> Tactic:
+    """One way.
+
+    Args:
+        program: `triton`, or `wgmma`, or `turns` for that with warpgroups that take turns.
+    """
     split = span < WHOLE
     segments = (given.tokens // span if split else 0) + given.sequences
-    make = _cuda if language == "cuda" else _triton
-    launches, spaces = [make("outputs", span, segments + 1, given)], []
+    make = partial(_triton, given) if program == "triton" else partial(_cuda, given, program)
+    launches, spaces = [make("outputs", span, segments + 1)], []
     if split:
-        launches.insert(0, make("segment_ends", span, segments, given))
+        launches.insert(0, make("segment_ends", span, segments))
         # A sequence of n > 1 segments is longer than (n - 1) spans, so there are fewer than
         # 2 tokens / span of them.
         states = 2 * given.tokens // span
         spaces.append(Workspace(name="starts", bytes=states * given.heads * _STATE_BYTES))
-    count = -(-given.tokens // span)
-    name = f"{'wgmma' if language == 'cuda' else 'triton'}.segments{count}"
     return Tactic(
-        name=name if split else name.replace(f"segments{count}", "whole"),
+        name=f"{program}.segments{-(-given.tokens // span)}" if split else f"{program}.whole",
         launches=tuple(launches),
         workspaces=tuple(spaces),
         config={"span": span if split else 0, "chunk": CHUNK},
@@ -141,14 +145,15 @@ def _work(entry: str, span: int, given: Sequences) -> tuple[float, float]:
     return 8 * rows + states, rows * (2 * CHUNK + 2 * 2 * CHUNK + 2 * update)
 
 
-def _cuda(entry: str, span: int, segments: int, given: Sequences) -> Launch:
+def _cuda(given: Sequences, program: str, entry: str, span: int, segments: int) -> Launch:
     arguments = _arguments(entry, span, given)
+    constants = {"segment_ends": (("ENDS", 1),), "outputs": (("TURNS", 1),)}[entry]
     kernel = Kernel(
         language="cuda",
         source="kernels/lightning_prefill.cu",
         entry=entry,
         arguments=_typed(arguments),
-        constants=(("ENDS", 1),) if entry == "segment_ends" else (),
+        constants=constants if entry == "segment_ends" or program == "turns" else (),
         warps=12,
         shared_bytes=_SHARED_BYTES[entry],
         features=("bulk", "wgmma"),
@@ -165,7 +170,7 @@ def _cuda(entry: str, span: int, segments: int, given: Sequences) -> Launch:
     )
 
 
-def _triton(entry: str, span: int, segments: int, given: Sequences) -> Launch:
+def _triton(given: Sequences, entry: str, span: int, segments: int) -> Launch:
     arguments = _arguments(entry, span, given)
     columns = 64
     constants = [

@@ -194,17 +194,22 @@ DEVICE void load_values(u32* values, const u8* tile) {
   for (int i = 0; i < 4; i++) load_transposed(half + swizzled(16 * i + row, piece), values + 4 * i);
 }
 
-// S^T = exp(-s n) S^T + (v until)^T k, with the products in flight when it returns: `added` is not there yet.
-DEVICE void add_products(float* added, const u32* values, u32 keys, float fast, int count) {
-  const int column = threadIdx.x % 4 * 2;
-  u32 high[16], low[16];
-  // From the last tokens back, eight at a time; rows past `count` are zero, but must not meet an infinite factor.
-  const float eight = exp2f(-fast * 8.0f);
-  float first = exp2f(-fast * (float)(CHUNK - 57 - column)), second = exp2f(-fast * (float)(CHUNK - 58 - column));
+// v^T until(j), high and low, as the same operand; `fast` is the rate for powers of two. From the last tokens back, eight
+// at a time. Rows past `count` are zero, but must not meet an infinite factor.
+struct Until {
+  float last[2], eight;  // of columns 2 t and the next in the last eight tokens; of eight tokens
+  DEVICE Until(float fast) {
+    const int column = threadIdx.x % 4 * 2;
+    last[0] = exp2f(-fast * (float)(7 - column)), last[1] = exp2f(-fast * (float)(6 - column));
+    eight = exp2f(-fast * 8.0f);
+  }
+};
+DEVICE void weigh_values(const u32* values, u32* high, u32* low, const Until& until, float fast, int count) {
+  float first = until.last[0], second = until.last[1];
 #pragma unroll
   for (int m = 7; m >= 0; m--) {
     if (count < CHUNK) {
-      const int lag = count - 1 - 8 * m - column;
+      const int lag = count - 1 - 8 * m - threadIdx.x % 4 * 2;
       first = exp2f(-fast * (float)max(lag, 0)), second = exp2f(-fast * (float)max(lag - 1, 0));
     }
 #pragma unroll
@@ -212,8 +217,12 @@ DEVICE void add_products(float* added, const u32* values, u32 keys, float fast, 
       const int i = m / 2 * 4 + m % 2 * 2 + r;
       halves(low_bf16(values[i]) * first, high_bf16(values[i]) * second, high[i], low[i]);
     }
-    first *= eight, second *= eight;
+    first *= until.eight, second *= until.eight;
   }
+}
+
+// added = (v until)^T k, in flight when it returns.
+DEVICE void multiply_keys(float* added, const u32* high, const u32* low, u32 keys) {
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -277,6 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   decay_over(rate, CHUNK, high, low);
 #pragma unroll
   for (int i = 0; i < 64; i++) kept[i] = 0.0f;
+  const Until until(fast);
   float* mine = starts + ((i64)(at.base + at.number) * heads + head) * MATRIX;
   if (at.number == 0) {
     const int slot = load_fresh(slots + at.sequence);
@@ -288,8 +298,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 values[16];
     barrier_wait(full + ring.stage, ring.phase);
     fence_async();
+    u32 upper[16], lower[16];
     load_values(values, tile + TILE);
-    add_products(added, values, shared_address(tile), fast, CHUNK);
+    weigh_values(values, upper, lower, until, fast, CHUNK);
+    multiply_keys(added, upper, lower, shared_address(tile));
     wgmma_wait<0>();
     pin<64>(added);
     if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
@@ -332,17 +344,29 @@ DEVICE void score(u8* shared, u8* scores, Ring ring, u64* scored, u64* used, con
     load_tile(to, q + row * pitch, pitch, thread, rows);
     load_tile(to + TILE, k + row * pitch, pitch, thread, rows);
     load_tile(to + 2 * TILE, v + row * v_pitch, v_pitch, thread, rows);
-    arrive_with_copies(load.full + load.stage);
+    asm volatile("cp.async.commit_group;" ::: "memory");
     load.next(STAGES);
     next++;
   };
+  // Says that a chunk is there, to wgmma too; the chunk after it may still be on its way.
+  Ring ready = ring;
+  auto publish = [&](int c) {
+    if (c >= chunks) return;
+    if (next > c + 1)
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+    fence_async();
+    barrier_arrive(ready.full + ready.stage);
+    ready.next(STAGES);
+  };
   for (int i = 0; i < STAGES - 1 && next < chunks; i++) fetch();
+  publish(0);
   const int row = 16 * warp + lane / 8 % 2 * 8 + lane % 8, piece = lane / 16;
   for (int c = 0; c < chunks; c++) {
     float made[32];
     const u32 queries = base + ring.stage * STAGE, keys = queries + TILE;
     barrier_wait(ring.full + ring.stage, ring.phase);
-    fence_async();
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -368,7 +392,28 @@ DEVICE void score(u8* shared, u8* scores, Ring ring, u64* scored, u64* used, con
     barrier_arrive(scored + c % 2);
     ring.next(STAGES);
     if (next < chunks) fetch();
+    publish(c + 1);
   }
+}
+
+// Here and not later: what fills the time of products in flight.
+template <int count>
+DEVICE void hold(u32* v) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+r"(v[i]));
+}
+
+// With TURNS the two warpgroups begin their chunks' products one after the other, so that one computes on while the
+// other has the tensor cores. Barriers 3 and 4 of the block; group 0 begins.
+DEVICE void give_turn(int group) {
+#ifdef TURNS
+  asm volatile("bar.arrive %0, %1;" ::"r"(4 - group), "n"(KEEPERS) : "memory");
+#endif
+}
+DEVICE void take_turn(int group) {
+#ifdef TURNS
+  named_barrier(3 + group, KEEPERS);
+#endif
 }
 
 // Keeps the state and makes outputs.
@@ -381,34 +426,30 @@ DEVICE void keep(u8* shared, u8* scores, u8* out, Ring ring, u64* scored, u64* u
   float since[2];  // of columns 2 t and the next; 8 more tokens is one more `eight`
   since[0] = scale * exp2f(-fast * (float)(lane % 4 * 2 + 1));
   since[1] = scale * exp2f(-fast * (float)(lane % 4 * 2 + 2));
-  const float eight = exp2f(-fast * 8.0f);
+  const Until until(fast);
   u8* mine = out + group * HALF;
   bf16* to = o + group * 64;
   const int row = lane / 16 * 8 + lane % 8, piece = 2 * warp + lane / 8 % 2;
   const int chunks = (length + CHUNK - 1) / CHUNK;
+  if (group == 1) give_turn(1);
   for (int c = 0; c < chunks; c++) {
     const u8* tile = shared + ring.stage * STAGE;
     const int count = min(length - c * CHUNK, CHUNK);
     float made[32];
+    u32 state_high[32], state_low[32];
+#pragma unroll
+    for (int i = 0; i < 32; i++) halves(kept[2 * i], kept[2 * i + 1], state_high[i], state_low[i]);
     barrier_wait(ring.full + ring.stage, ring.phase);
-    fence_async();
+    take_turn(group);
+    wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < 2; part++) {
-      u32 upper[16], lower[16];
-#pragma unroll
-      for (int i = 0; i < 16; i++) {
-        const float* s = kept + part * 32 + 2 * i;
-        halves(s[0], s[1], upper[i], lower[i]);
-      }
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const u64 b = along_rows(shared_address(tile) + part * HALF + i * 32);
-        Wgmma<64>::b16_from(made, upper + 4 * i, b, part + i > 0);
-        Wgmma<64>::b16_from(made, lower + 4 * i, b, 1);
-      }
-      wgmma_commit();
+    for (int i = 0; i < 8; i++) {
+      const u64 b = along_rows(shared_address(tile) + i / 4 * HALF + i % 4 * 32);
+      Wgmma<64>::b16_from(made, state_high + 4 * i, b, i > 0);
+      Wgmma<64>::b16_from(made, state_low + 4 * i, b, 1);
     }
+    wgmma_commit();
+    give_turn(group);
     u32 values[16];
     load_values(values, tile + 2 * TILE);
     wgmma_wait<0>();
@@ -417,7 +458,7 @@ DEVICE void keep(u8* shared, u8* scores, u8* out, Ring ring, u64* scored, u64* u
 #pragma unroll
     for (int n = 0; n < 8; n++) {
       made[4 * n] *= first, made[4 * n + 1] *= second, made[4 * n + 2] *= first, made[4 * n + 3] *= second;
-      first *= eight, second *= eight;
+      first *= until.eight, second *= until.eight;
     }
     barrier_wait(scored + c % 2, c / 2 & 1);
     const u32 p = shared_address(scores) + c % 2 * SCORES;
@@ -428,14 +469,16 @@ DEVICE void keep(u8* shared, u8* scores, u8* out, Ring ring, u64* scored, u64* u
       Wgmma<64>::b16_from(made, values + 4 * i, along_rows(p + HALF + i * 32), 1);
     }
     wgmma_commit();
+    u32 upper[16], lower[16], rounded[16];
+    weigh_values(values, upper, lower, until, fast, count);
+    hold<16>(upper), hold<16>(lower);
     wgmma_wait<0>();
     pin<32>(made);
     if (lane == 0) barrier_arrive(used + c % 2);
-    u32 rounded[16];
 #pragma unroll
     for (int i = 0; i < 16; i++) rounded[i] = pack_bf16(made[2 * i], made[2 * i + 1]);
     float added[64];
-    add_products(added, values, shared_address(tile) + TILE, fast, count);
+    multiply_keys(added, upper, lower, shared_address(tile) + TILE);
     // Outputs, transposed on their way, while the products run.
     named_barrier(1 + group, 128);
 #pragma unroll

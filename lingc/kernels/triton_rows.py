@@ -22,9 +22,13 @@ def _put_codes(y, codes, scales, rows, live, WIDTH: tl.constexpr, FIRST, BLOCK: 
     R: tl.constexpr = y.shape[0]
     PARTS: tl.constexpr = BLOCK // SCALED
     parts = tl.reshape(y, [R, PARTS, SCALED])
-    scale = tl.max(tl.abs(parts), 2) / E4M3_MAX
+    scale = tl.div_rn(tl.max(tl.abs(parts), 2), E4M3_MAX)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    made = tl.reshape(parts / scale[:, :, None], [R, BLOCK])
+    # The quotient rounded to f32 as a division would: codes of ties depend on it.
+    inverse = tl.div_rn(1.0, scale)[:, :, None]
+    made = parts * inverse
+    made = tl.fma(tl.fma(-made, scale[:, :, None], parts), inverse, made)
+    made = tl.reshape(made, [R, BLOCK])
     made = tl.minimum(tl.maximum(made, -E4M3_MAX), E4M3_MAX)
     cols = FIRST + tl.arange(0, BLOCK)
     part = FIRST // SCALED + tl.arange(0, PARTS)

@@ -1,7 +1,7 @@
 """Run tactics whose kernels are Triton's on the CPU, in Triton's interpreter.
 
 Run as a program, since the interpreter is chosen when Triton is imported: reads (op, number of the
-case) pairs as JSON and writes what was wrong with each tactic, or null.
+case, target) as JSON and writes what was wrong with each tactic, or null.
 """
 
 import importlib
@@ -18,8 +18,10 @@ from lingc.kernel import Launch, Tactic, Tensor
 from lingc.op import DTYPE_NAME, OPS, TORCH_DTYPE, Op, type_of
 from lingc.plan import TensorType
 from lingc.plugins import table  # noqa: F401 (registers the ops)
-from lingc.targets.nvidia import H200_SXM
+from lingc.targets.nvidia import H200_SXM, SPARK
 
+# A target that has more than Triton, and one whose ops all run through it.
+TARGETS = {target.name: target for target in (H200_SXM, SPARK)}
 POISON = {torch.int32: -77_777_777, torch.uint8: 0xAB}
 WORKSPACE = {"*bf16": torch.bfloat16, "*f32": torch.float32, "*i32": torch.int32}
 
@@ -108,13 +110,13 @@ def _operand(value: Any, kind: str, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 def main() -> None:
     exact_rounding()
-    for name, number in json.load(sys.stdin):
+    for name, number, target in json.load(sys.stdin):
         op = OPS[name]
         arguments = op.inputs(*op.cases[number], dtype="bf16", device="cpu")
         types = [type_of(value) for value in arguments]
-        for tactic in interpreted(op.tactics(H200_SXM, *types)):
+        for tactic in interpreted(op.tactics(TARGETS[target], *types)):
             found = problem(op, arguments, tactic)
-            print(json.dumps([name, number, tactic.name, found]), flush=True)  # noqa: T201
+            print(json.dumps([name, number, target, tactic.name, found]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
