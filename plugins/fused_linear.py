@@ -25,11 +25,13 @@ Source: `rms_norm`, `group_norm_gate`, `silu_mul` and the linears that it is mad
 """
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import gemm, gemv
 from lingc.math import (
     BLOCK,
     accumulator,
@@ -45,9 +47,10 @@ from lingc.math import (
     swiglu,
     wide,
 )
-from lingc.op import TORCH_DTYPE, Cost, define
+from lingc.op import TORCH_DTYPE, Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 NIBBLES = 8
 
@@ -127,25 +130,96 @@ def layouts(
     return found | {"scale": f"tiled{gated}_scales"} if format == "int4" else found
 
 
+def _shape(
+    x: TensorType, gate: TensorType | None, norm_weight: TensorType | None, weight: TensorType,
+    scale: TensorType | None, residual: TensorType | None, before: str, after: str, format: str,
+    group: int, groups: int, eps: float, dtype: str,
+) -> gemv.Shape:  # fmt: skip
+    (tokens, columns), (rows, width) = x.bind({}), weight.bind({})
+    return gemv.Shape(
+        tokens=tokens,
+        rows=rows,
+        width=width * NIBBLES if format == "int4" else width,
+        format=format,
+        group=group,
+        before=before,
+        after=after,
+        groups=groups,
+        residual=residual is not None,
+        wide=dtype == "f32",
+        x_pitch=columns,
+        gate_pitch=0 if gate is None else gate.bind({})[1],
+        eps=eps,
+    )
+
+
+def refusal(target: Target, x: TensorType, *rest: TensorType | float | str | None) -> str | None:
+    """Kernels take BF16 activations; `lingc.kernels.gemv` and `gemm` say which sizes."""
+    if x.dtype != "bf16":
+        return f"activations are {x.dtype}; the kernels take bf16"
+    shape = _shape(x, *rest)
+    reason = gemv.refusal(target, shape)
+    if reason is None or target.arch != "sm_90a":
+        return reason
+    return gemm.refusal(shape) if shape.tokens > FEW else reason
+
+
+def tactics(
+    target: Target, x: TensorType, *rest: TensorType | float | str | None
+) -> Sequence[Tactic]:
+    """One read of the weights for few tokens; tiles of tokens for more, where there are both."""
+    shape = _shape(x, *rest)
+    many = target.arch == "sm_90a" and shape.tokens > FEW and gemm.refusal(shape) is None
+    few = () if gemv.refusal(target, shape) is not None else gemv.tactics(target, shape)
+    if not many:
+        return few
+    return (*gemm.tactics(target, shape), *(few if shape.tokens <= 2 * FEW else ()))
+
+
 def inputs(
     tokens: int, outputs: int, width: int, before: str, after: str, format: str, group: int,
-    has_residual: int, *, dtype: str, device: str,
+    has_residual: int, groups: int = 2, columns: int = 0, result: str = "", *, dtype: str,
+    device: str,
 ) -> tuple[Tensor | str | float | None, ...]:  # fmt: skip
-    """Arguments with `outputs` rows of the weight, two groups of a group norm, and wider x."""
+    """Arguments with `outputs` rows of the weight.
+
+    `groups` are those of a group norm; `columns` those of x, by default more than `width` where
+    there is a norm; `result` is the dtype of y where it is not that of x.
+    """
     some = Samples(dtype=dtype, device=device)
     gated = before == "group_norm_gate"
     halves = 2 if after == "swiglu" else 1
-    x = some.normal(tokens, width if before == "none" else width + BLOCK)
+    x = some.normal(tokens, columns or (width if before == "none" else width + BLOCK))
     gate = some.normal(tokens, 2 * width) if gated else None
     norm_weight = None if before == "none" else some.norm_weight(width)
     weight, scale = some.stored_weight(outputs, width, stored=format, group=group, halves=halves)
     residual = some.normal(tokens, outputs // halves) if has_residual else None
-    groups = 2 if gated else 1
     return (
-        x, gate, norm_weight, weight, scale, residual, before, after, format, group, groups, 1e-6,
-        dtype,
+        x, gate, norm_weight, weight, scale, residual, before, after, format, group,
+        groups if gated else 1, 1e-6, result or dtype,
     )  # fmt: skip
 
+
+def _benchmark(
+    name: str, outputs: int, width: int, before: str, after: str, format: str, residual: int = 0,
+    columns: int = 0, result: str = "", tokens: tuple[int, ...] = (1, 4, 16),
+) -> Benchmark:  # fmt: skip
+    group = 128 if format == "int4" else 0
+
+    def case(count: int) -> tuple[int | str, ...]:
+        return (
+            count, outputs, width, before, after, format, group, residual, 4, columns or width,
+            result,
+        )  # fmt: skip
+
+    return Benchmark(name=f"{name}, {format.upper()}", case=case, tokens=tokens)
+
+
+FEW = 16
+"""Tokens up to which the kernels that read weights once are alone."""
+
+_ONE = (1,)
+_MANY = (1, 8, 16, 64, 8192)
 
 OP = define(
     "fused_linear(Tensor x, Tensor? gate, Tensor? norm_weight, Tensor weight, Tensor? scale, "
@@ -153,9 +227,11 @@ OP = define(
     "str dtype) -> Tensor y",
     reference=reference,
     types=types,
+    refusal=refusal,
     cost=cost,
     inputs=inputs,
     layouts=layouts,
+    tactics=tactics,
     mechanism="fp8_gemm",
     cases=(
         (1, 6, 8, "none", "none", "bf16", 0, 0),
@@ -164,5 +240,30 @@ OP = define(
         (5, 48, 128, "group_norm_gate", "none", "bf16", 0, 1),
         (2, 256, 256, "group_norm_gate", "none", "fp8", 0, 1),
         (4, 256, 128, "rms_norm", "swiglu", "fp8", 0, 0),
+        (1, 256, 256, "rms_norm", "none", "fp8", 0, 1),
+        (1, 48, 1024, "group_norm_gate", "none", "fp8", 0, 1, 4),
+        (3, 512, 768, "rms_norm", "swiglu", "fp8", 0, 0),
+        (17, 64, 1024, "rms_norm", "none", "fp8", 0, 1),
+        (1, 272, 1024, "rms_norm", "none", "bf16", 0, 0),
+        (9, 96, 512, "none", "none", "bf16", 0, 1, 1, 0, "f32"),
+        (1, 32, 128, "none", "none", "int4", 128, 1),
+        (3, 64, 256, "group_norm_gate", "none", "int4", 32, 0),
+        (5, 48, 1024, "rms_norm", "swiglu", "int4", 128, 0),
+        (33, 64, 1024, "rms_norm", "none", "int4", 128, 1),
+        (127, 256, 512, "rms_norm", "none", "fp8", 0, 1),
+        (130, 144, 256, "none", "none", "bf16", 0, 0),
+    ),
+    benchmarks=(
+        _benchmark("qkv + gate", 16384, 4096, "rms_norm", "none", "fp8", tokens=_MANY),
+        _benchmark("output", 4096, 4096, "group_norm_gate", "none", "fp8", 1, tokens=_MANY),
+        _benchmark("qkv + gate", 16384, 4096, "rms_norm", "none", "int4"),
+        _benchmark("output", 4096, 4096, "group_norm_gate", "none", "int4", 1),
+        _benchmark("q_a + kv_a", 2112, 4096, "rms_norm", "none", "bf16"),
+        _benchmark("q_b", 6144, 1536, "rms_norm", "none", "bf16", columns=2112),
+        _benchmark("MLA output", 4096, 4096, "none", "none", "bf16", 1),
+        _benchmark("dense gate + up", 18432, 4096, "rms_norm", "swiglu", "fp8", tokens=_ONE),
+        _benchmark("dense down", 4096, 9216, "none", "none", "fp8", 1, tokens=_ONE),
+        _benchmark("eh_proj", 4096, 8192, "none", "none", "bf16", tokens=_ONE),
+        _benchmark("LM head", 157184, 4096, "none", "none", "bf16", result="f32", tokens=(1, 4)),
     ),
 )

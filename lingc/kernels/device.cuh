@@ -175,12 +175,19 @@ DEVICE u32 to_e4m3(float a, float b, float c, float d) {
 
 #define E4M3_MAX 448.0f
 
-// Scale of 128 channels whose largest magnitude is `amax`, and what to multiply them by to get codes. Both are 1 where
-// all are zero, or so small that the inverse would leave the range of f32.
+// Scale of 128 channels whose largest magnitude is `amax`, and its inverse. Both are 1 where all are zero, or so small
+// that the inverse would leave the range of f32.
 DEVICE float e4m3_scale(float amax, float& inverse) {
-  const bool some = amax > 1e-30f;
-  inverse = some ? __fdividef(E4M3_MAX, amax) : 1.0f;
-  return some ? amax * (1.0f / E4M3_MAX) : 1.0f;
+  const float near = amax * (1.0f / E4M3_MAX);
+  const float scale = amax > 1e-30f ? fmaf(fmaf(-near, E4M3_MAX, amax), 1.0f / E4M3_MAX, near) : 1.0f;
+  inverse = __fdividef(1.0f, scale);
+  return scale;
+}
+
+// v / scale, correctly rounded: values often lie halfway between two codes, and references divide.
+DEVICE float e4m3_ratio(float v, float scale, float inverse) {
+  const float near = v * inverse;
+  return fmaf(fmaf(-near, scale, v), inverse, near);
 }
 
 // Nibbles 0 and 4 of a tiled word, neighbours along K, as bf16 pairs minus 8; shift by 4, 8, 12 for the next.

@@ -112,7 +112,7 @@ DEVICE void load_x(const Slice& slice, const bf16* __restrict__ x, const bf16* _
           most = warp_max<16>(most);
           float inverse, scale = e4m3_scale(most, inverse);
 #pragma unroll
-          for (int i = 0; i < 8; i++) v[i] *= inverse;
+          for (int i = 0; i < 8; i++) v[i] = e4m3_ratio(v[i], scale, inverse);
           const u32 low = to_e4m3(v[0], v[1], v[2], v[3]), high = to_e4m3(v[4], v[5], v[6], v[7]);
           if (chunk < limit) {
             if (CODES) {

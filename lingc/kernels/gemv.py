@@ -1,22 +1,36 @@
-"""Tactics of `gemv.cu`: one read of the weights for 1 to 16 tokens.
+"""Tactics of `gemv.cu` and `gemv_wgmma.cu`: one read of the weights for 1 to 64 tokens.
 
-Shared memory of a block is worked out here and in the CUDA file, which asserts that both agree.
+`gemv.cu` multiplies with each warp by itself, on every architecture with bulk copies and for every
+format; `gemv_wgmma.cu` with warpgroups, on Hopper, for BF16 and FP8. Both hold their tokens in
+shared memory. Where there is no room for all of them, a tactic launches once for every few tokens
+and reads the weights as often.
+
+Shared memory of a block is worked out here and in the CUDA files, which assert that both agree.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor
+from lingc.targets.spec import KIB, Target
 
 FORMATS = ("bf16", "fp8", "int4")
 BEFORE = ("none", "rms_norm", "group_norm_gate")
 AFTER = ("none", "swiglu")
+INT4_GROUPS = (32, 128)
 
 ROWS = 16
 PIECE = 1024
 PIECE_K = {"bf16": 32, "fp8": 64, "int4": 128}
 BUFFERS = 4
-MOST_TOKENS = 16
+STAGE = 4096
+MOST_TOKENS = 64
+MOST_TACTICS = 4
+BUCKETS = (1, 2, 4, 8, 16)
+"""Numbers of tokens that kernels are compiled for."""
+
+_SMALL_SHARED = 99 * KIB
+"""Shared memory of a block where a target does not say: what every architecture here has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +62,16 @@ class Shape:
     eps: float
 
     @property
-    def stage_k(self) -> int:
-        """Channels of a stage."""
-        return self.pieces * PIECE_K[self.format]
-
-    @property
     def pieces(self) -> int:
         """Of a stage: two where K allows and enough stages remain to share among warps."""
         piece = PIECE_K[self.format]
         even = self.width % (2 * piece) == 0
         return 2 if even and (self.format == "fp8" or self.width // piece >= 8) else 1
+
+    @property
+    def stage_k(self) -> int:
+        """Channels of a stage of `gemv.cu`."""
+        return self.pieces * PIECE_K[self.format]
 
     @property
     def stages(self) -> int:
@@ -67,19 +81,34 @@ class Shape:
     @property
     def stage_bytes(self) -> int:
         """Of codes and INT4 scales."""
-        codes = self.stage_k // PIECE_K[self.format] * PIECE
         scales = self.stage_k // self.group * ROWS * 2 if self.format == "int4" else 0
-        return codes + scales
+        return self.pieces * PIECE + scales
 
     @property
     def bucket(self) -> int:
         """Tokens that the kernel is compiled for."""
-        return next(n for n in (1, 2, 4, 8, 16) if n >= self.tokens)
+        return next(n for n in BUCKETS if n >= self.tokens)
+
+    @property
+    def norms(self) -> int:
+        """Groups of channels that are normed each by itself."""
+        return self.groups if self.before == "group_norm_gate" else 1
+
+    @property
+    def outputs(self) -> int:
+        """Columns of y."""
+        return self.rows // 2 if self.after == "swiglu" else self.rows
+
+    @property
+    def wide_stages(self) -> int:
+        """Stages of a tile in `gemv_wgmma.cu`; 0 where K is no multiple of one."""
+        channels = 4 * PIECE_K[self.format]
+        return 0 if self.width % channels else self.width // channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """What may be chosen.
+class Narrow:
+    """What may be chosen of `gemv.cu`.
 
     Attributes:
         warps: Of a block; K is split among them.
@@ -90,33 +119,55 @@ class Config:
 
     warps: int
     depth: int
-    ahead: int
+    ahead: int = 0
     blocks: int = 1
 
     @property
     def name(self) -> str:
-        return f"gemv.w{self.warps}.d{self.depth}.a{self.ahead}.b{self.blocks}"
+        more = f".blocks{self.blocks}" if self.blocks > 1 else ""
+        return f"gemv.warps{self.warps}.depth{self.depth}{more}"
 
+    def shared_bytes(self, shape: Shape) -> int:
+        """Of one block, as `gemv.cu` lays it out."""
+        warps, tokens = self.warps, shape.bucket
+        most = -(-shape.stages // warps)
+        columns = -(-tokens // 8)
+        codes = shape.format == "fp8" and tokens > 8
+        if codes:
+            pad = 64
+        elif shape.format == "fp8":
+            pad = 16
+        else:
+            pad = 64 if shape.format == "bf16" or shape.group == 32 else 32
+        pitch = most * shape.stage_k * (1 if codes else 2) + (pad if tokens > 1 else 0)
+        used = warps * self.depth * shape.stage_bytes + warps * tokens * pitch
+        if shape.format == "fp8":
+            used += warps * most * columns * 8 * 4
+        used = -(-(used + tokens * warps * 4) // 16) * 16
+        used += BUFFERS * warps * (ROWS if tokens == 1 else columns * 128) * 4
+        return used + (warps * self.depth + 2 * BUFFERS) * 8
 
-def shared_bytes(shape: Shape, config: Config) -> int:
-    """Of one block, as `gemv.cu` lays it out."""
-    warps, tokens = config.warps, shape.bucket
-    most = -(-shape.stages // warps)
-    columns = -(-tokens // 8)
-    codes = shape.format == "fp8" and tokens > 8
-    if codes:
-        pad = 64
-    elif shape.format == "fp8":
-        pad = 16
-    else:
-        pad = 64 if shape.format == "bf16" or shape.group == 32 else 32
-    pitch = most * shape.stage_k * (1 if codes else 2) + (pad if tokens > 1 else 0)
-    used = warps * config.depth * shape.stage_bytes + warps * tokens * pitch
-    if shape.format == "fp8":
-        used += warps * most * columns * 8 * 4
-    used = -(-(used + tokens * warps * 4) // 16) * 16
-    used += BUFFERS * warps * (ROWS if tokens == 1 else columns * 128) * 4
-    return used + (warps * config.depth + 2 * BUFFERS) * 8
+    def suits(self, shape: Shape) -> bool:
+        """Whether K can be split so."""
+        most = -(-shape.stages // self.warps)
+        columns = -(-shape.bucket // 8)
+        split = shape.stages >= self.warps >= columns and most <= 32
+        return split and self.warps % shape.norms == 0 and shape.stages % shape.norms == 0
+
+    def launch(self, shape: Shape, sms: int) -> Launch:
+        """Of all tokens of a shape."""
+        shared = self.shared_bytes(shape)
+        constants = {
+            **_constants(shape),
+            "PIECES": shape.pieces,
+            "GROUP": shape.group if shape.format == "int4" else 128,
+            "WARPS": self.warps,
+            "DEPTH": self.depth,
+            "AHEAD": self.ahead,
+            "SHARED": shared,
+        }
+        kernel = _kernel(shape, "kernels/gemv.cu", constants, self.warps, shared, ())
+        return _launch(shape, kernel, sms * self.blocks, self.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,96 +177,181 @@ class Wide:
     Attributes:
         groups: Warpgroups of a block; K is split among them.
         slots: Stages of 4 KiB that a warpgroup holds.
-        flight: Of those on their way at a time.
         buffers: Tiles whose sums are under way.
     """
 
     groups: int
     slots: int
-    flight: int
-    buffers: int = 4
+    buffers: int = BUFFERS
 
     @property
     def name(self) -> str:
-        return f"stream.g{self.groups}.s{self.slots}.f{self.flight}.b{self.buffers}"
+        return f"gemv.wgmma{self.groups}.slots{self.slots}"
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Of one block, as `gemv_wgmma.cu` lays it out."""
+        tokens, warps = shape.bucket, 4 * self.groups
+        padded = tokens + tokens % 2
+        most = -(-shape.wide_stages // self.groups)
+        used = self.groups * (self.slots * STAGE + most * padded * 256)
+        if shape.format == "fp8":
+            used += self.groups * most * 2 * padded * 4
+        used += tokens * warps * 4 + self.buffers * warps * padded * ROWS * 4
+        return used + (2 * self.groups * self.slots + 2 * self.buffers) * 8
+
+    def suits(self, shape: Shape) -> bool:
+        """Whether K can be split so."""
+        stages = shape.wide_stages
+        if shape.format == "int4" or stages < self.groups or -(-stages // self.groups) > 16:
+            return False
+        return self.groups % shape.norms == 0 and stages % shape.norms == 0
+
+    def launch(self, shape: Shape, sms: int) -> Launch:
+        """Of all tokens of a shape."""
+        shared = self.shared_bytes(shape)
+        fit = 2 if shared <= 113 * KIB and shape.bucket <= 8 else 1
+        constants = {
+            **_constants(shape),
+            "WGS": self.groups,
+            "SLOTS": self.slots,
+            "BUFFERS": self.buffers,
+            "FIT": fit,
+            "SHARED": shared,
+        }
+        warps = 4 * self.groups + 1
+        kernel = _kernel(shape, "kernels/gemv_wgmma.cu", constants, warps, shared, ("wgmma",))
+        return _launch(shape, kernel, sms, fit)
 
 
-STAGE = 4096
+Config = Narrow | Wide
 
 
-def wide_bucket(tokens: int) -> int:
-    return next(n for n in (1, 2, 4, 8, 16, 24, 32) if n >= tokens)
+def refusal(target: Target, shape: Shape) -> str | None:
+    """Why these kernels cannot run a fused linear, or None."""
+    piece = 128 if shape.format == "fp8" else PIECE_K[shape.format]
+    reasons = (
+        (target.arch == "sm_89", f"{target.arch} has no bulk copies"),
+        (shape.tokens > MOST_TOKENS, f"{shape.tokens} tokens > {MOST_TOKENS}"),
+        (bool(shape.width % piece), f"K = {shape.width} is not a multiple of {piece}"),
+        (
+            shape.format == "int4" and shape.group not in INT4_GROUPS,
+            f"INT4 groups of {shape.group} are none of {INT4_GROUPS}",
+        ),
+        (bool(shape.rows % ROWS), f"{shape.rows} rows of the weight are not a multiple of {ROWS}"),
+        (
+            shape.format == "fp8" and shape.after == "swiglu" and bool(shape.rows % 256),
+            f"{shape.rows // 2} rows of a gate are not a multiple of 128",
+        ),
+        (
+            bool(shape.x_pitch % 8 or shape.gate_pitch % 8),
+            f"rows of {shape.x_pitch} and {shape.gate_pitch} columns are not aligned to 16 bytes",
+        ),
+    )
+    for refused, reason in reasons:
+        if refused:
+            return reason
+    if not any(
+        config.suits(replace(shape, tokens=1))
+        for config in (*_candidates(target, shape), *_small())
+    ):
+        return f"{shape.groups} groups of K = {shape.width} channels share a block of {piece}"
+    return None
 
 
-def wide_shared_bytes(shape: Shape, config: Wide) -> int:
-    """Of one block, as `gemv_wgmma.cu` lays it out."""
-    tokens, warps = wide_bucket(shape.tokens), 4 * config.groups
-    padded = tokens + tokens % 2
-    most = -(-(shape.width // {"bf16": 128, "fp8": 256}[shape.format]) // config.groups)
-    used = config.groups * (config.slots * STAGE + most * padded * 256)
-    if shape.format == "fp8":
-        used += config.groups * most * 2 * padded * 4
-    used += tokens * warps * 4 + config.buffers * warps * padded * ROWS * 4
-    return used + (2 * config.groups * config.slots + 2 * config.buffers) * 8
+def tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
+    """Those worth choosing between, best guess first."""
+    room = target.smem_per_block_bytes or _SMALL_SHARED
+    fits = {config: _at_once(shape, config, room) for config in _candidates(target, shape)}
+    if max(fits.values(), default=0) < min(BUCKETS[-1], shape.tokens):
+        fits |= {config: _at_once(shape, config, room) for config in _small()}
+    most = max(fits.values(), default=0)
+    best = [config for config, tokens in fits.items() if tokens == most > 0]
+    return tuple(tactic(shape, config, target.sms or 1, most) for config in best[:MOST_TACTICS])
 
 
-def wide_tactic(shape: Shape, config: Wide, sms: int) -> Tactic:
-    """One launch."""
-    shared = wide_shared_bytes(shape, config)
-    threads = 128 * config.groups + 32
-    fit = 2 if shared <= 113 * 1024 and threads <= 1024 and wide_bucket(shape.tokens) <= 8 else 1
-    constants = {
-        "FORMAT": FORMATS.index(shape.format),
-        "K": shape.width,
-        "BEFORE": BEFORE.index(shape.before),
-        "GROUPS": shape.groups if shape.before == "group_norm_gate" else 1,
-        "AFTER": AFTER.index(shape.after),
-        "RESIDUAL": int(shape.residual),
-        "WIDE": int(shape.wide),
-        "TOKENS": wide_bucket(shape.tokens),
-        "WGS": config.groups,
-        "SLOTS": config.slots,
-        "FLIGHT": config.flight,
-        "BUFFERS": config.buffers,
-        "FIT": fit,
-        "SHARED": shared,
+def tactic(shape: Shape, config: Config, sms: int, at_once: int) -> Tactic:
+    """One launch for every `at_once` tokens."""
+    launches = []
+    for start in range(0, shape.tokens, at_once):
+        some = replace(shape, tokens=min(at_once, shape.tokens - start))
+        launch = config.launch(some, sms)
+        launches.append(replace(launch, operands=_past(launch, shape, start)))
+    return Tactic(name=config.name, launches=tuple(launches))
+
+
+def _past(launch: Launch, shape: Shape, start: int) -> tuple[Tensor | int | float | None, ...]:
+    """Operands that begin at a token."""
+    row_bytes = {
+        "x": 2 * shape.x_pitch,
+        "gate": 2 * shape.gate_pitch,
+        "residual": 2 * shape.outputs,
+        "y": (4 if shape.wide else 2) * shape.outputs,
     }
-    return _tactic(
-        shape, "kernels/gemv_wgmma.cu", constants, 4 * config.groups + 1, shared,
-        ("bulk", "fp8", "wgmma"), sms, fit, config.name,
-    )  # fmt: skip
+    return tuple(
+        Tensor(one.name, start * row_bytes[one.name])
+        if isinstance(one, Tensor) and one.name in row_bytes
+        else one
+        for one in launch.operands
+    )
 
 
-def tactic(shape: Shape, config: Config, sms: int) -> Tactic:
-    """One launch."""
-    shared = shared_bytes(shape, config)
-    constants = {
+def _at_once(shape: Shape, config: Config, room: int) -> int:
+    """Tokens of one launch: as many as shared memory holds; 0 where K cannot be split so."""
+    for tokens in sorted({min(n, shape.tokens) for n in BUCKETS}, reverse=True):
+        some = replace(shape, tokens=tokens)
+        if config.suits(some) and config.shared_bytes(some) <= room:
+            return tokens
+    return 0
+
+
+def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
+    """In the order of what was measured on one H200."""
+    hopper = target.arch == "sm_90a"
+    if hopper and shape.before == "group_norm_gate" and shape.format == "fp8":
+        yield from (Wide(groups=4, slots=8), Wide(groups=4, slots=6))
+    if hopper and shape.width > 8192:
+        yield from (Wide(groups=3, slots=8), Wide(groups=4, slots=6))
+    if shape.format == "fp8" or shape.rows >= 1 << 16 or shape.width >= 8192:
+        yield Narrow(warps=16, depth=3)
+        if hopper:
+            yield from (Wide(groups=2, slots=12), Wide(groups=4, slots=6))
+        yield Narrow(warps=16, depth=2)
+    elif shape.format == "int4":
+        yield from (Narrow(warps=16, depth=3), Narrow(warps=8, depth=6))
+        yield Narrow(warps=8, depth=4, blocks=2)
+    else:
+        if shape.width < 4096:
+            yield Narrow(warps=8, depth=4, blocks=2)
+        yield from (Narrow(warps=8, depth=6), Narrow(warps=16, depth=3), Narrow(warps=12, depth=3))
+        if hopper:
+            yield Wide(groups=4, slots=4)
+    yield from (Narrow(warps=12, depth=4), Narrow(warps=8, depth=4), Narrow(warps=16, depth=2))
+    yield from (Narrow(warps=8, depth=3), Narrow(warps=8, depth=2))
+
+
+def _small() -> Iterator[Config]:
+    """For K or shared memory that is small."""
+    yield from (Narrow(warps=warps, depth=3) for warps in (6, 4, 3, 2, 1))
+
+
+def _constants(shape: Shape) -> dict[str, int]:
+    return {
         "FORMAT": FORMATS.index(shape.format),
         "K": shape.width,
-        "PIECES": shape.pieces,
-        "GROUP": shape.group if shape.format == "int4" else 128,
         "BEFORE": BEFORE.index(shape.before),
-        "GROUPS": shape.groups if shape.before == "group_norm_gate" else 1,
+        "GROUPS": shape.norms,
         "AFTER": AFTER.index(shape.after),
         "RESIDUAL": int(shape.residual),
         "WIDE": int(shape.wide),
         "TOKENS": shape.bucket,
-        "WARPS": config.warps,
-        "DEPTH": config.depth,
-        "AHEAD": config.ahead,
-        "SHARED": shared,
     }
-    return _tactic(
-        shape, "kernels/gemv.cu", constants, config.warps, shared, ("bulk", "fp8"),
-        sms * config.blocks, config.blocks, config.name,
-    )  # fmt: skip
 
 
-def _tactic(
+def _kernel(
     shape: Shape, source: str, constants: dict[str, int], warps: int, shared: int,
-    features: tuple[str, ...], blocks: int, fit: int, name: str,
-) -> Tactic:  # fmt: skip
-    kernel = Kernel(
+    features: tuple[str, ...],
+) -> Kernel:  # fmt: skip
+    return Kernel(
         language="cuda",
         source=source,
         entry="gemv",
@@ -236,10 +372,13 @@ def _tactic(
         constants=tuple(constants.items()),
         warps=warps,
         shared_bytes=shared,
-        features=features,
+        features=("bulk", "fp8", *features),
     )
+
+
+def _launch(shape: Shape, kernel: Kernel, blocks: int, fit: int) -> Launch:
     tiles = shape.rows // ROWS
-    launch = Launch(
+    return Launch(
         kernel=kernel,
         grid=(min(tiles, blocks), 1, 1),
         operands=(
@@ -253,4 +392,3 @@ def _tactic(
         rate="bf16",
         blocks_per_sm=fit,
     )  # fmt: skip
-    return Tactic(name=name, launches=(launch,))
