@@ -34,9 +34,10 @@ from lingc.plan import TensorType
 from lingc.samples import Samples
 from lingc.targets.spec import Target
 
-# Columns a warp, warps that share a column's rows, warps a block. A block of 32 columns makes 128
-# blocks of the 32 heads of one sequence, which is one on every multiprocessor.
-SHAPES = ((8, 1, 4), (32, 4, 4), (16, 2, 4), (8, 1, 2), (32, 4, 8), (32, 2, 4))
+# Columns a warp, warps that share a column's rows, warps a block. Blocks of 32 columns are one for
+# each multiprocessor at one sequence of 32 heads; where there are many, wide rows are better.
+FEW = ((32, 4, 4), (16, 2, 4), (32, 2, 2), (64, 8, 8))
+MANY = ((64, 8, 8), (64, 2, 2), (64, 4, 4), (128, 4, 4))
 
 
 def reference(
@@ -104,8 +105,9 @@ def tactics(
     )  # fmt: skip
     if refusal(target, *given) is not None:
         return ()
+    shapes = lightning_step.choice(target, state, number(qkvg.shape[0]), FEW, MANY)
     return lightning_step.tactics(
-        SHAPES, qkvg, cos, state, pending_k,
+        shapes, qkvg, cos, state, pending_k,
         eps=eps, draft=None, needs=cost(*given),
     )  # fmt: skip
 

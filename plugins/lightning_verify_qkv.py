@@ -39,7 +39,8 @@ from lingc.samples import Samples
 from lingc.targets.spec import Target
 
 # Columns a warp, warps that share a column's rows, warps a block.
-SHAPES = ((8, 1, 4), (32, 4, 4), (16, 2, 4), (32, 4, 8))
+FEW = ((32, 4, 8), (64, 4, 4), (32, 4, 4), (64, 8, 8))
+MANY = ((64, 4, 4), (32, 2, 4), (16, 1, 4), (64, 8, 8))
 
 
 def reference(
@@ -113,9 +114,11 @@ def tactics(
     )  # fmt: skip
     if refusal(target, *given) is not None:
         return ()
+    sequences = number(slots.shape[0])
+    shapes = lightning_step.choice(target, state, sequences, FEW, MANY)
     return lightning_step.tactics(
-        SHAPES, qkvg, cos, state, pending_k,
-        eps=eps, draft=number(qkvg.shape[0]) // number(slots.shape[0]), needs=cost(*given),
+        shapes, qkvg, cos, state, pending_k,
+        eps=eps, draft=number(qkvg.shape[0]) // sequences, needs=cost(*given),
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@
 // That is safe where whatever writes those ended before the first kernel of this chain of dependent launches began:
 // they change once a step, and a step begins with a launch that is not dependent.
 //
-// Macros: COLUMNS (of a warp), SPLIT, WARPS, PAIRS (that rope turns); TOKENS (of a sequence) for verify.
+// Macros: COLUMNS (of a warp), SPLIT, WARPS, PAIRS (that rope turns), PENDING (tokens that may wait for a commit); TOKENS
+// (of a sequence) for verify.
 #include "device.cuh"
 
 constexpr int WIDTH = 128;                               // channels of a head, rows and columns of its state
@@ -17,6 +18,7 @@ constexpr int ROW_LANES = 32 / LANES;                    // lanes one below anot
 constexpr int STRIPES = ROW_LANES * SPLIT;               // threads that share a column
 constexpr int ROWS = WIDTH / STRIPES;                    // neighbouring rows of a thread
 constexpr int BLOCK_COLUMNS = COLUMNS * WARPS / SPLIT;
+constexpr int THREADS = 32 * WARPS;
 constexpr float SCALE = 0.08838834764831845f;            // 128^-0.5
 static_assert(ROWS % 4 == 0 && WARPS % SPLIT == 0 && WIDTH % BLOCK_COLUMNS == 0 && PAIRS >= 4 && PAIRS <= WIDTH / 2 && (PAIRS & PAIRS - 1) == 0);
 
@@ -44,11 +46,12 @@ DEVICE void store_floats(float* p, float4 v) {  // to global memory, which the c
 
 // ---------------------------------------------------------------- norm and rope of q and k
 
-// Keeps an address where it is computed. The compiler would move it behind griddepcontrol.wait, where it costs time.
+// Keeps a value where it is computed. The compiler would move it behind griddepcontrol.wait, where it costs time.
 template <typename T>
 DEVICE void pin(T*& p) {
   asm volatile("" : "+l"(p));
 }
+DEVICE void pin(float& v) { asm volatile("" : "+f"(v)); }
 
 // A warp's work on a token's q or k: four channels a lane.
 //
@@ -99,22 +102,26 @@ struct Vector {
 
 // ---------------------------------------------------------------- state
 
-// A thread's rows of a vector over k.
-struct Rows {
-  float at[ROWS];
-};
+// Pending tokens of a block, brought all at once: one wait for memory, however many they are.
+struct Waiting {
+  bf16 k[PENDING][WIDTH], v[PENDING][BLOCK_COLUMNS];
 
-DEVICE Rows load_rows(const bf16* p) {
-  Rows k;
-  if constexpr (ROWS == 4) {
-    float4 v = load_values(p);
-    k.at[0] = v.x, k.at[1] = v.y, k.at[2] = v.z, k.at[3] = v.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < ROWS; i += 8) unpack_bf16(load_fresh((const uint4*)(p + i)), k.at + i);
+  // `k` and `v` are the first token's, v's from the block's first column on; `stride` elements from one to the next.
+  DEVICE void fetch(const bf16* from_k, const bf16* from_v, i64 stride, int count) {
+    constexpr int K_PIECES = WIDTH / 8, PIECES = K_PIECES + BLOCK_COLUMNS / 8;
+    for (int i = threadIdx.x; i < count * PIECES; i += THREADS) {
+      const int token = i / PIECES, piece = i % PIECES, c = 8 * (piece - K_PIECES);
+      const bf16* from = piece < K_PIECES ? from_k + 8 * piece : from_v + c;
+      bf16* to = piece < K_PIECES ? k[token] + 8 * piece : v[token] + c;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from + token * stride)
+                   : "memory");
+    }
   }
-  return k;
-}
+  DEVICE void arrived() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+  }
+};
 
 // d s + k v with d - 1 given, which f32 holds far more exactly than d where the decay is slow: rounding d = exp(-1e-4)
 // would be seen after ten thousand tokens.
@@ -140,13 +147,15 @@ struct State {
 #pragma unroll
     for (int i = 0; i < ROWS; i++) store_floats(to + i * WIDTH, at[i]);
   }
-  // Commits the first `count` pending tokens; `stride` elements from one to the next.
-  DEVICE void commit(const bf16* k, const bf16* v, i64 stride, int count, float decay_less_1) {
-    for (int i = 0; i < count; i++, k += stride, v += stride) {
-      const Rows rows = load_rows(k);
-      const float4 values = load_values(v);
+  DEVICE void commit(const Waiting& tokens, int count, const Place& place, float decay_less_1) {
+    for (int i = 0; i < count; i++) {
+      const float4 v = as_values(*(const uint2*)(tokens.v[i] + place.column % BLOCK_COLUMNS));
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) add_row(at[r], rows.at[r], values, decay_less_1);
+      for (int r = 0; r < ROWS; r += 4) {
+        const float4 k = as_values(*(const uint2*)(tokens.k[i] + place.row + r));
+        add_row(at[r], k.x, v, decay_less_1), add_row(at[r + 1], k.y, v, decay_less_1);
+        add_row(at[r + 2], k.z, v, decay_less_1), add_row(at[r + 3], k.w, v, decay_less_1);
+      }
     }
   }
 };
@@ -182,30 +191,33 @@ __device__ constexpr int left_of(int values) {  // values that a thread has afte
   return values;
 }
 
-// Adds each thread's sums[token][4 columns] over the rows and writes o.
-template <int N>
-DEVICE void write_outputs(float* sums, const Place& at, bf16* o, int pitch) {
+// Adds each thread's sums[token][4 columns] over the rows and writes o. `store` is run where it holds up nobody: stores
+// of a state fill the queue to memory, and what waits on the sums would wait behind them.
+template <int N, typename Store>
+DEVICE void write_outputs(float* sums, const Place& at, bf16* o, int pitch, const Store& store) {
   constexpr int LEFT = left_of(4 * N);
   int first = 0, count = 0;
   bool writer = true;
   Reduce<4 * N>::run(sums, at.lane, first, count, writer);
-  const int column = at.lane % LANES * 4;
   if constexpr (SPLIT == 1) {
-    if (!writer) return;
 #pragma unroll
     for (int i = 0; i < LEFT; i++) {
       const int token = (first + i) / 4, c = (first + i) % 4;
-      o[(i64)token * pitch + at.column + c] = to_bf16(sums[i]);
+      if (writer) o[(i64)token * pitch + at.column + c] = to_bf16(sums[i]);
     }
+    store();
   } else {
     __shared__ float parts[SPLIT][N][BLOCK_COLUMNS];
-    const int within = at.warp / SPLIT * COLUMNS + column;
+    constexpr int ALL = N * BLOCK_COLUMNS;
+    const int within = at.column % BLOCK_COLUMNS;
     if (writer) {
 #pragma unroll
       for (int i = 0; i < LEFT; i++) parts[at.warp % SPLIT][(first + i) / 4][within + (first + i) % 4] = sums[i];
     }
+    const bool last = 32 * at.warp < ALL;  // a warp with results to write
+    if (!last) store();
     __syncthreads();
-    constexpr int THREADS = 32 * WARPS, ALL = N * BLOCK_COLUMNS;
+    if (!last) return;
 #pragma unroll
     for (int turn = 0; turn < (ALL + THREADS - 1) / THREADS; turn++) {
       const int i = turn * THREADS + threadIdx.x;
@@ -216,6 +228,7 @@ DEVICE void write_outputs(float* sums, const Place& at, bf16* o, int pitch) {
       for (int j = 1; j < SPLIT; j++) sum += parts[j][token][c];
       o[(i64)token * pitch + blockIdx.x * BLOCK_COLUMNS + c] = to_bf16(sum);
     }
+    store();
   }
 }
 
@@ -225,9 +238,10 @@ DEVICE void write_outputs(float* sums, const Place& at, bf16* o, int pitch) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 lightning_decode(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, const float* cos, const float* sin,
                  const float* decay, float* state, const bf16* pending_k, const bf16* pending_v, const int* slots,
-                 const int* accepted, const int* positions, bf16* o, int pitch, int pending, float eps) {
+                 const int* accepted, const int* positions, bf16* o, int pitch, float eps) {
   launch_dependents();
   __shared__ alignas(16) float normed[2][WIDTH];  // q, k
+  __shared__ alignas(16) Waiting waiting;
   const Place at;
   const int head = blockIdx.y, heads = gridDim.y, b = blockIdx.z;
   const int slot = load_fresh(slots + b), position = load_fresh(positions + b), verified = load_fresh(accepted + b);
@@ -241,10 +255,14 @@ lightning_decode(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   pin(values), pin(mine);
   State s;
   if (slot >= 0 && position != 0) {
+    const i64 token = ((i64)slot * PENDING * heads + head) * WIDTH;
+    const int count = min(verified, PENDING);
+    waiting.fetch(pending_k + token, pending_v + token + blockIdx.x * BLOCK_COLUMNS, width, count);
     s.load(mine);
-    const i64 token = ((i64)slot * pending * heads + head) * WIDTH;
-    s.commit(pending_k + token + at.row, pending_v + token + at.column, (i64)heads * WIDTH, min(verified, pending),
-             decay_less_1);
+    if (count > 0) {
+      waiting.arrived();
+      s.commit(waiting, count, at, decay_less_1);
+    }
   } else {
     s.clear();
   }
@@ -272,10 +290,11 @@ lightning_decode(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
       sums[2] = fmaf(q[i], r.z, sums[2]), sums[3] = fmaf(q[i], r.w, sums[3]);
     }
   }
-  if (slot >= 0) s.store(mine);
 #pragma unroll
   for (int i = 0; i < 4; i++) sums[i] *= SCALE;
-  write_outputs<1>(sums, at, o + b * width + head * WIDTH, (int)width);
+  write_outputs<1>(sums, at, o + b * width + head * WIDTH, (int)width, [&] {
+    if (slot >= 0) s.store(mine);
+  });
 }
 #else
 
@@ -294,11 +313,12 @@ constexpr int BF16_PITCH = WIDTH + 32;  // neighbouring rows lie half the banks 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, const float* cos, const float* sin,
                  const float* decay, float* state, bf16* pending_k, bf16* pending_v, const int* slots,
-                 const int* accepted, const int* positions, bf16* o, int pitch, int pending, float eps) {
+                 const int* accepted, const int* positions, bf16* o, int pitch, float eps) {
   launch_dependents();
   __shared__ alignas(16) float wide_q[TOKENS][WIDTH];             // scaled and decayed since the start of the step
   __shared__ alignas(16) bf16 rounded[2][TOKENS][BF16_PITCH];     // q, k
   __shared__ alignas(16) float scores[WARPS][8][8];               // [j][i]
+  __shared__ alignas(16) Waiting waiting;
   const Place at;
   const int head = blockIdx.y, heads = gridDim.y, b = blockIdx.z, first = b * TOKENS;
   const int slot = load_fresh(slots + b), position = load_fresh(positions + first);
@@ -306,25 +326,39 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   const float rate = decay[head], decay_less_1 = expm1f(-rate);
   const i64 owner = (i64)slot * heads + head;
   float* mine = state + owner * (WIDTH * WIDTH) + at.row * WIDTH + at.column;
-  const i64 token = ((i64)slot * pending * heads + head) * WIDTH, width = (i64)heads * WIDTH;
+  const i64 token = ((i64)slot * PENDING * heads + head) * WIDTH, width = (i64)heads * WIDTH;
   // A warp makes every WARPS-th of the vectors q[0], k[0], q[1], …, and a stripe adds every STRIPES-th token's v.
   constexpr int TURNS = (2 * TOKENS + WARPS - 1) / WARPS, OWN = (TOKENS + STRIPES - 1) / STRIPES;
   const bf16* row = qkvg + (i64)first * pitch + head * WIDTH;
   Vector vectors[TURNS];
+  float factors[TURNS];  // of q
 #pragma unroll
   for (int i = 0; i < TURNS; i++) {
     const int which = at.warp + i * WARPS, t = which / 2, half = which % 2;
+    factors[i] = SCALE * expf(-rate * (t + 1)), pin(factors[i]);
     if (which < 2 * TOKENS)
       vectors[i].prepare(row + (i64)t * pitch + half * width, half ? k_weight : q_weight, cos, sin, first + t, at.lane);
   }
   const bf16* values = row + (i64)at.stripe * pitch + 2 * width + at.column;
   pin(values), pin(mine);
+  const int g = at.lane / 4, t = at.lane % 4;
+  float weights[2];  // of the scores of q[g] with k[2 t] and k[2 t + 1]
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int lag = g - 2 * t - i;
+    weights[i] = lag >= 0 ? SCALE * expf(-rate * lag) : 0.0f, pin(weights[i]);
+  }
   State s;
   bool changed = slot >= 0 && position == 0;
   if (slot >= 0 && position != 0) {
+    const int count = min(verified, PENDING);
+    waiting.fetch(pending_k + token, pending_v + token + blockIdx.x * BLOCK_COLUMNS, width, count);
     s.load(mine);
-    s.commit(pending_k + token + at.row, pending_v + token + at.column, width, min(verified, pending), decay_less_1);
-    changed = verified > 0;
+    if (count > 0) {
+      waiting.arrived();
+      s.commit(waiting, count, at, decay_less_1);
+    }
+    changed = count > 0;
   } else {
     s.clear();
   }
@@ -348,64 +382,62 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
       const uint2 made = vectors[i].made(at.lane, eps);
       *(uint2*)(rounded[half][t] + 4 * at.lane) = made;
       if (half == 0) {
-        const float factor = SCALE * expf(-rate * (t + 1));
         const float4 q = as_values(made);
-        *(float4*)(wide_q[t] + 4 * at.lane) = {q.x * factor, q.y * factor, q.z * factor, q.w * factor};
+        const float f = factors[i];
+        *(float4*)(wide_q[t] + 4 * at.lane) = {q.x * f, q.y * f, q.z * f, q.w * f};
       }
     }
   }
   __syncthreads();
 
-  {  // every warp makes the scores for itself
-    const int g = at.lane / 4, t = at.lane % 4;
+  // Every warp makes the scores for itself, under way while it reads the state.
+  float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+  {
     const uint4* q = (const uint4*)rounded[0][min(g, TOKENS - 1)];
     const uint4* k = (const uint4*)rounded[1][min(g, TOKENS - 1)];
-    float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < WIDTH / 32; i++) {  // the order of channels within 32 is that of q and k alike
       const uint4 a = q[4 * i + t], e = k[4 * i + t];
-      mma_bf16(c, a.x, 0, a.y, 0, e.x, e.y);
-      mma_bf16(d, a.z, 0, a.w, 0, e.z, e.w);
+      mma_bf16(even, a.x, 0, a.y, 0, e.x, e.y);
+      mma_bf16(odd, a.z, 0, a.w, 0, e.z, e.w);
     }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int j = 2 * t + i;
-      scores[at.warp][j][g] = j <= g ? (c[i] + d[i]) * (SCALE * expf(-rate * (g - j))) : 0.0f;
-    }
-    __syncwarp();
   }
   float sums[4 * TOKENS];
 #pragma unroll
   for (int i = 0; i < 4 * TOKENS; i++) sums[i] = 0.0f;
 #pragma unroll
+  for (int r = 0; r < ROWS; r += 4) {
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) {
+      const float4 q4 = *(const float4*)(wide_q[i] + at.row + r);
+      const float q[4] = {q4.x, q4.y, q4.z, q4.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float4& from = s.at[r + j];
+        sums[4 * i] = fmaf(q[j], from.x, sums[4 * i]), sums[4 * i + 1] = fmaf(q[j], from.y, sums[4 * i + 1]);
+        sums[4 * i + 2] = fmaf(q[j], from.z, sums[4 * i + 2]), sums[4 * i + 3] = fmaf(q[j], from.w, sums[4 * i + 3]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) scores[at.warp][2 * t + i][g] = weights[i] > 0.0f ? (even[i] + odd[i]) * weights[i] : 0.0f;
+  __syncwarp();
+#pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int j = at.stripe + i * STRIPES;
     if (j < TOKENS) {
       const float* with = scores[at.warp][j];
-      const float x[4] = {low_bf16(v[i].x), high_bf16(v[i].x), low_bf16(v[i].y), high_bf16(v[i].y)};
+      const float4 x = as_values(v[i]);
 #pragma unroll
-      for (int t = 0; t < TOKENS; t++) {
-#pragma unroll
-        for (int c = 0; c < 4; c++) sums[4 * t + c] = fmaf(with[t], x[c], sums[4 * t + c]);
+      for (int c = 0; c < TOKENS; c++) {
+        if (c < j) continue;
+        sums[4 * c] = fmaf(with[c], x.x, sums[4 * c]), sums[4 * c + 1] = fmaf(with[c], x.y, sums[4 * c + 1]);
+        sums[4 * c + 2] = fmaf(with[c], x.z, sums[4 * c + 2]), sums[4 * c + 3] = fmaf(with[c], x.w, sums[4 * c + 3]);
       }
       if (slot >= 0) *(uint2*)(pending_v + token + j * width + at.column) = v[i];
     }
   }
-#pragma unroll
-  for (int r = 0; r < ROWS; r += 4) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-      const float4 q4 = *(const float4*)(wide_q[t] + at.row + r);
-      const float q[4] = {q4.x, q4.y, q4.z, q4.w};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float4& from = s.at[r + i];
-        sums[4 * t] = fmaf(q[i], from.x, sums[4 * t]), sums[4 * t + 1] = fmaf(q[i], from.y, sums[4 * t + 1]);
-        sums[4 * t + 2] = fmaf(q[i], from.z, sums[4 * t + 2]), sums[4 * t + 3] = fmaf(q[i], from.w, sums[4 * t + 3]);
-      }
-    }
-  }
-  write_outputs<TOKENS>(sums, at, o + first * width + head * WIDTH, (int)width);
+  write_outputs<TOKENS>(sums, at, o + first * width + head * WIDTH, (int)width, [] {});
   cluster_wait();
   if (blockIdx.x == 0 && slot >= 0) {
     for (int i = threadIdx.x; i < TOKENS * (WIDTH / 8); i += 32 * WARPS) {

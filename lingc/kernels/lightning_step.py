@@ -6,6 +6,7 @@ from lingc.kernel import Kernel, Launch, Tactic, Tensor
 from lingc.math import number
 from lingc.op import Cost
 from lingc.plan import TensorType
+from lingc.targets.spec import Target
 
 WIDTH = 128
 """Channels of a head, rows and columns of its state."""
@@ -15,6 +16,9 @@ PAIRS = (4, 8, 16, 32, 64)
 
 MOST_TOKENS = 8
 """Of a sequence in verify: the scores among them are one tensor-core product."""
+
+MOST_PENDING = 32
+"""Tokens that wait for a commit: a block holds them in static shared memory."""
 
 _ARGUMENTS = (
     ("qkvg", "*bf16"),
@@ -31,7 +35,6 @@ _ARGUMENTS = (
     ("positions", "*i32"),
     ("o", "*bf16"),
     ("pitch", "i32"),
-    ("pending", "i32"),
     ("eps", "f32"),
 )
 
@@ -46,6 +49,8 @@ def refusal(
         return f"states of {rows}x{columns} are not {WIDTH}x{WIDTH}"
     if (pairs := number(cos.shape[1])) not in PAIRS:
         return f"rope of {pairs} pairs is not one of {', '.join(map(str, PAIRS))}"
+    if (pending := number(pending_k.shape[1])) > MOST_PENDING:
+        return f"{pending} pending tokens are more than {MOST_PENDING}"
     for name, kind, want in (
         ("qkvg", qkvg, "bf16"),
         ("q_weight", q_weight, "bf16"),
@@ -58,8 +63,18 @@ def refusal(
     return None
 
 
+Shapes = Sequence[tuple[int, int, int]]
+"""Columns a warp, warps that share a column's rows, warps a block."""
+
+
+def choice(target: Target, state: TensorType, sequences: int, few: Shapes, many: Shapes) -> Shapes:
+    """`few` as long as blocks of 32 columns find room at once, two on a multiprocessor."""
+    blocks = sequences * number(state.shape[1]) * (WIDTH // 32)
+    return few if blocks <= 2 * (target.sms or 1) else many
+
+
 def tactics(
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Shapes,
     qkvg: TensorType,
     cos: TensorType,
     state: TensorType,
@@ -72,11 +87,10 @@ def tactics(
     """One launch each.
 
     Args:
-        shapes: Columns a warp, warps that share a column's rows, warps a block.
         draft: Tokens of a sequence in verify; None for decode.
     """
     tokens, pitch = qkvg.bind({})
-    heads, pending = number(state.shape[1]), number(pending_k.shape[1])
+    heads = number(state.shape[1])
     found = []
     for columns, split, warps in shapes:
         blocks = WIDTH // (columns * warps // split)  # of a head
@@ -85,6 +99,7 @@ def tactics(
             "SPLIT": split,
             "WARPS": warps,
             "PAIRS": number(cos.shape[1]),
+            "PENDING": number(pending_k.shape[1]),
         }
         if draft is not None:
             constants["TOKENS"] = draft
@@ -102,7 +117,7 @@ def tactics(
         launch = Launch(
             kernel=kernel,
             grid=(blocks, heads, tokens // (draft or 1)),
-            operands=(*tensors, pitch, pending, eps),
+            operands=(*tensors, pitch, eps),
             # The first block writes `pending_k` when all of the head have read it.
             cluster=(1 if draft is None else blocks, 1, 1),
             dependent=True,

@@ -53,6 +53,7 @@ def test_every_tactic_of_the_full_model_compiles(op: Op) -> None:
     [
         (DECODE, (2, 2, 64, 32, 2), "states of 64x64 are not 128x128"),
         (DECODE, (2, 2, 128, 12, 2), "rope of 12 pairs is not one of 4, 8, 16, 32, 64"),
+        (DECODE, (2, 2, 128, 32, 33), "33 pending tokens are more than 32"),
         (VERIFY, (2, 9, 2, 128, 32, 9), "18 tokens are not 1 to 8 for each of 2 sequences"),
     ],
 )
