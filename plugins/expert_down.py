@@ -19,11 +19,14 @@ Source: `experts`.
 """
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import experts, gemm
 from lingc.math import (
     accumulator,
     dequantize_rows,
@@ -36,9 +39,10 @@ from lingc.math import (
     quantize_fp8,
     stored_bytes,
 )
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -106,6 +110,60 @@ def inputs(
     return a, ids, weights, *lists, down, scale, residual, format, group, shared
 
 
+def _shape(
+    a: TensorType, ids: TensorType, down: TensorType, format: str, group: int, shared: int
+) -> experts.Shape:
+    (tokens, _, inner), (count, width, _) = a.bind({}), down.bind({})
+    return experts.Shape(
+        tokens=tokens, width=width, inner=inner, experts=count - shared,
+        top_k=number(ids.shape[1]), shared=shared, format=format, group=group, pitch=width,
+    )  # fmt: skip
+
+
+def refusal(
+    target: Target, a: TensorType, ids: TensorType, weights: TensorType, pairs: TensorType | None,
+    starts: TensorType | None, down: TensorType, scale: TensorType | None, residual: TensorType,
+    format: str, group: int, shared: int,
+) -> str | None:  # fmt: skip
+    if a.dtype != "bf16" or residual.dtype != "bf16":
+        return f"activations are {a.dtype} and {residual.dtype}, not bf16"
+    shape = _shape(a, ids, down, format, group, shared)
+    lists = pairs is not None and starts is not None
+    if shape.tokens > experts.MOST_TOKENS:
+        if not lists:
+            return f"{shape.tokens} tokens without lists of their experts' pairs"
+        return gemm.expert_refusal(shape)
+    return experts.refusal(target, shape, lists=lists)
+
+
+def tactics(
+    target: Target, a: TensorType, ids: TensorType, weights: TensorType, pairs: TensorType | None,
+    starts: TensorType | None, down: TensorType, scale: TensorType | None, residual: TensorType,
+    format: str, group: int, shared: int,
+) -> Sequence[Tactic]:  # fmt: skip
+    shape = _shape(a, ids, down, format, group, shared)
+    if shape.tokens > experts.MOST_TOKENS:
+        return gemm.expert_down_tactics(target, shape)
+    return experts.down_tactics(target, shape)
+
+
+def _benchmark(name: str, format: str, group: int, tokens: tuple[int, ...]) -> Benchmark:
+    def vary(arguments: tuple[Any, ...], i: int) -> tuple[Any, ...]:
+        ids = arguments[1]
+        count = arguments[4].numel() - 1
+        moved = (ids + 8 * i) % count
+        return (
+            arguments[0], moved, arguments[2], *expert_lists(moved, count), *arguments[5:]
+        )  # fmt: skip
+
+    return Benchmark(
+        name=name,
+        case=lambda t: (t, 8, 256, 1024, 4096, format, group, 1),
+        tokens=tokens,
+        vary=vary,
+    )
+
+
 OP = define(
     "expert_down(Tensor a, Tensor ids, Tensor weights, Tensor? pairs, Tensor? starts, "
     "Tensor down, Tensor? scale, Tensor residual, str format, int group, int shared) -> Tensor y",
@@ -120,6 +178,26 @@ OP = define(
         (7, 3, 5, 16, 48, "bf16", 0, 1),
         (3, 2, 4, 32, 64, "int4", 32, 1),
         (5, 2, 3, 130, 140, "fp8", 0, 0),
+        (1, 2, 4, 128, 256, "fp8", 0, 1),
         (4, 2, 4, 128, 256, "fp8", 0, 1),
+        (1, 3, 5, 128, 512, "bf16", 0, 0),
+        (8, 3, 5, 256, 256, "bf16", 0, 1),
+        (1, 3, 5, 256, 256, "int4", 32, 1),
+        (3, 3, 5, 256, 512, "int4", 128, 1),
+        (17, 2, 12, 256, 512, "fp8", 0, 1),
+        (33, 2, 3, 128, 256, "int4", 32, 0),
+        (64, 1, 2, 128, 256, "bf16", 0, 1),
+        (70, 3, 5, 128, 256, "fp8", 0, 1),
+        (150, 2, 7, 128, 128, "bf16", 0, 0),
+        (90, 2, 3, 128, 256, "int4", 128, 1),
+        (65, 4, 40, 128, 128, "int4", 32, 0),
+    ),
+    refusal=refusal,
+    tactics=tactics,
+    benchmarks=(
+        _benchmark("experts down, FP8", "fp8", 0, (1, 4, 16, 32, 128, 8192)),
+        _benchmark("experts down, INT4 group 128", "int4", 128, (1, 16)),
+        _benchmark("experts down, INT4 group 32", "int4", 32, (1,)),
+        _benchmark("experts down, BF16", "bf16", 0, (1,)),
     ),
 )

@@ -22,11 +22,14 @@ Source: `rms_norm` and `experts`.
 """
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import experts, gemm
 from lingc.math import (
     accumulator,
     dequantize_rows,
@@ -41,9 +44,10 @@ from lingc.math import (
     stored_bytes,
     swiglu,
 )
-from lingc.op import Cost, define
+from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -115,6 +119,60 @@ def inputs(
     return x, norm_weight, ids, *lists, gate_up, scale, format, group, 1e-6, shared
 
 
+def _shape(
+    x: TensorType, norm_weight: TensorType, ids: TensorType, gate_up: TensorType, format: str,
+    group: int, eps: float, shared: int,
+) -> experts.Shape:  # fmt: skip
+    (tokens, pitch), (count, rows, _) = x.bind({}), gate_up.bind({})
+    return experts.Shape(
+        tokens=tokens, width=elements(norm_weight), inner=rows // 2, experts=count - shared,
+        top_k=number(ids.shape[1]), shared=shared, format=format, group=group, pitch=pitch,
+        eps=eps,
+    )  # fmt: skip
+
+
+def refusal(
+    target: Target, x: TensorType, norm_weight: TensorType, ids: TensorType,
+    pairs: TensorType | None, starts: TensorType | None, gate_up: TensorType,
+    scale: TensorType | None, format: str, group: int, eps: float, shared: int,
+) -> str | None:  # fmt: skip
+    if x.dtype != "bf16":
+        return f"activations are {x.dtype}, not bf16"
+    shape = _shape(x, norm_weight, ids, gate_up, format, group, eps, shared)
+    lists = pairs is not None and starts is not None
+    if shape.tokens > experts.MOST_TOKENS:
+        if not lists:
+            return f"{shape.tokens} tokens without lists of their experts' pairs"
+        return gemm.expert_refusal(shape)
+    return experts.refusal(target, shape, lists=lists)
+
+
+def tactics(
+    target: Target, x: TensorType, norm_weight: TensorType, ids: TensorType,
+    pairs: TensorType | None, starts: TensorType | None, gate_up: TensorType,
+    scale: TensorType | None, format: str, group: int, eps: float, shared: int,
+) -> Sequence[Tactic]:  # fmt: skip
+    shape = _shape(x, norm_weight, ids, gate_up, format, group, eps, shared)
+    if shape.tokens > experts.MOST_TOKENS:
+        return gemm.expert_up_tactics(target, shape)
+    return experts.up_tactics(target, shape)
+
+
+def _benchmark(name: str, format: str, group: int, tokens: tuple[int, ...]) -> Benchmark:
+    def vary(arguments: tuple[Any, ...], i: int) -> tuple[Any, ...]:
+        ids = arguments[2]
+        count = arguments[4].numel() - 1
+        moved = (ids + 8 * i) % count
+        return (*arguments[:2], moved, *expert_lists(moved, count), *arguments[5:])
+
+    return Benchmark(
+        name=name,
+        case=lambda t: (t, 8, 256, 1024, 4096, format, group, 1),
+        tokens=tokens,
+        vary=vary,
+    )
+
+
 OP = define(
     "expert_up(Tensor x, Tensor norm_weight, Tensor ids, Tensor? pairs, Tensor? starts, "
     "Tensor gate_up, Tensor? scale, str format, int group, float eps, int shared) -> Tensor a",
@@ -129,6 +187,26 @@ OP = define(
         (7, 3, 5, 16, 48, "bf16", 0, 1),
         (3, 2, 4, 32, 64, "int4", 32, 1),
         (5, 2, 3, 130, 140, "fp8", 0, 0),
+        (1, 2, 4, 128, 256, "fp8", 0, 1),
         (4, 2, 4, 128, 256, "fp8", 0, 1),
+        (1, 3, 5, 128, 512, "bf16", 0, 0),
+        (8, 3, 5, 128, 256, "bf16", 0, 1),
+        (1, 3, 5, 128, 256, "int4", 32, 1),
+        (3, 3, 5, 256, 512, "int4", 128, 1),
+        (17, 2, 12, 128, 512, "fp8", 0, 1),
+        (33, 2, 3, 128, 256, "int4", 32, 0),
+        (64, 1, 2, 128, 256, "bf16", 0, 1),
+        (70, 3, 5, 128, 256, "fp8", 0, 1),
+        (150, 2, 7, 128, 128, "bf16", 0, 0),
+        (90, 2, 3, 128, 256, "int4", 128, 1),
+        (65, 4, 40, 128, 128, "int4", 32, 0),
+    ),
+    refusal=refusal,
+    tactics=tactics,
+    benchmarks=(
+        _benchmark("experts up, FP8", "fp8", 0, (1, 4, 16, 32, 128, 8192)),
+        _benchmark("experts up, INT4 group 128", "int4", 128, (1, 16)),
+        _benchmark("experts up, INT4 group 32", "int4", 32, (1,)),
+        _benchmark("experts up, BF16", "bf16", 0, (1,)),
     ),
 )

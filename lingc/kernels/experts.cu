@@ -50,17 +50,23 @@
 struct Chunk {
   uint4 part[X_BYTES];
 };
+template <bool exact = true>
 DEVICE float round_chunk(const float* v, Chunk& to) {
 #if FORMAT == FP8
-  float most = 0, inverse;
+  float most = 0, inverse, q[16];
 #pragma unroll
   for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(v[i]));
-  const float scale = e4m3_scale(warp_max<8>(most), inverse);
-  u32 codes[4];
+  most = warp_max<8>(most);
+  float scale = e4m3_scale(most, inverse);
+  if (exact && most > 0) scale = __fdiv_rn(most, E4M3_MAX);
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    codes[i] = to_e4m3(v[4 * i] * inverse, v[4 * i + 1] * inverse, v[4 * i + 2] * inverse, v[4 * i + 3] * inverse);
-  to.part[0] = uint4{codes[0], codes[1], codes[2], codes[3]};
+  for (int i = 0; i < 16; i++) {
+    q[i] = v[i] * inverse;
+    // The quotient to the last bit: bf16 values often lie halfway between two codes.
+    if (exact) q[i] = fmaf(fmaf(-q[i], scale, v[i]), inverse, q[i]);
+  }
+  to.part[0] = uint4{to_e4m3(q[0], q[1], q[2], q[3]), to_e4m3(q[4], q[5], q[6], q[7]),
+                     to_e4m3(q[8], q[9], q[10], q[11]), to_e4m3(q[12], q[13], q[14], q[15])};
   return scale;
 #else
 #pragma unroll
@@ -72,12 +78,15 @@ DEVICE float round_chunk(const float* v, Chunk& to) {
 #endif
 }
 
-// Chunk n of a row; zeros where the lane has none.
-DEVICE void load_chunk(const bf16* row, int n, bool live, float* v) {
-  const uint4* from = (const uint4*)row + n * 2;
-  const uint4 zero = {0, 0, 0, 0}, a = live ? load_fresh(from) : zero, b = live ? load_fresh(from + 1) : zero;
-  unpack_bf16(a, v), unpack_bf16(b, v + 8);
+// Chunk n of a row, as it lies in memory; zeros where the lane has none.
+struct Raw {
+  uint4 part[2];
+};
+DEVICE Raw load_chunk(const bf16* row, int n, bool live) {
+  const uint4 zero = {0, 0, 0, 0}, *from = (const uint4*)row + n * 2;
+  return live ? Raw{{load_fresh(from), load_fresh(from + 1)}} : Raw{{zero, zero}};
 }
+DEVICE void unpack(const Raw& raw, float* v) { unpack_bf16(raw.part[0], v), unpack_bf16(raw.part[1], v + 8); }
 
 #ifdef ROW
 // Rows of ROW channels (NORM: first normed) to E4M3 codes [T, ROW] with scales [T, ROW / 128], or to bf16 [T, ROW].
@@ -92,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int chunk = threadIdx.x + i * WARPS * 32;
-    load_chunk(x + row * pitch, chunk, chunk < ROW / 16, v[i]);
+    unpack(load_chunk(x + row * pitch, chunk, chunk < ROW / 16), v[i]);
 #pragma unroll
     for (int j = 0; j < 16; j++) square += v[i][j] * v[i][j];
   }
@@ -110,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const bool live = chunk < ROW / 16;
     if (NORM && live) {
       float w[16];
-      load_chunk(norm_weight, chunk, live, w);
+      unpack(load_chunk(norm_weight, chunk, live), w);
 #pragma unroll
       for (int j = 0; j < 16; j++) v[i][j] *= root * w[j];
     }
@@ -283,21 +292,9 @@ constexpr int PAIRS_AT = LIST_AT + (TOKENS == 1 ? WARPS * TOP_K * 4 : 4 + MOST_H
 static_assert(PAIRS_AT + (TOKENS == 1 ? 0 : ROUTED * 4) == BYTES, "the host and this file disagree");
 static_assert(STAGES * STAGE_K * WARPS == WIDTH && BLOCKS_K <= 16, "WIDTH does not suit the slices");
 
-// The tiles of a block: of the shared expert first, which no id has to be known for.
-struct Items {
-  int shared, count, first;  // first: of the routed ones, where those of a block are neighbours
-  DEVICE void locate(int i, int& entry, int& tile) const {
-    const int n = blockIdx.x + i * gridDim.x;
-    if (PREPARED && i >= shared) {
-      // An expert's rows of x are then fetched once for many tiles.
-      entry = (first + i - shared) / TILES, tile = (first + i - shared) % TILES;
-    } else if (n < SHARED * TILES) {
-      entry = -1, tile = n;
-    } else {
-      entry = n / TILES - SHARED, tile = n % TILES;
-    }
-  }
-  DEVICE void strided(int total) { count = total > (int)blockIdx.x ? (total - blockIdx.x + gridDim.x - 1) / gridDim.x : 0; }
+// A tile to make: of which entry of the list of experts, -1 for the shared one.
+struct Item {
+  int entry, tile;
 };
 
 // One block's sum of a tile and 8 columns: who finishes it must know.
@@ -324,9 +321,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   if (TOKENS == 1) tokens = 1;
 
   auto expert_of = [&](int entry) { return entry < 0 ? EXPERTS : TOKENS == 1 ? chosen[entry] : hits[entry].expert; };
-  Items items;
-  items.strided(SHARED * TILES);
-  items.shared = items.count, items.first = 0;
+
+  // Tiles are numbered, the shared expert's first, for which no id has to be known. A block takes every gridDim.x-th.
+  // Rows that had to be prepared are of many tokens: there a block has its share of the shared expert's tiles and then
+  // neighbours, so that an expert's rows of x are fetched once for many tiles.
+  const int block = blockIdx.x, grid = gridDim.x, own = SHARED && block < TILES ? (TILES - block + grid - 1) / grid : 0;
+  int total = SHARED * TILES, first = 0;  // tiles in all (of this block, where it has neighbours), first of those
+  auto item = [&](int i) {
+    int n = block + i * grid;
+    if (PREPARED && i >= own) n = i < total ? SHARED * TILES + first + i - own : -1;
+    if (!PREPARED && n >= total) n = -1;
+    return Item{n < SHARED * TILES ? -1 : n / TILES - SHARED, n < 0 ? -1 : n % TILES};
+  };
 
   // Asks for the next stage, by lane 0; false where there is none. Runs ahead of the products, over the ends of tiles.
   int next_item = 0, next_stage = 0, asked = 0;
@@ -334,13 +340,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const u64 policy = evict_first();
   auto ask_next = [&](int slot) {
     if (next_stage == 0) {
-      int entry, tile, expert = -1;
-      for (; next_item < items.count; next_item++) {
-        items.locate(next_item, entry, tile);
-        if ((expert = expert_of(entry)) >= 0) break;
+      Item one;
+      int expert = -1;
+      for (;; next_item++) {
+        one = item(next_item);
+        if (one.tile < 0) return false;
+        if ((expert = expert_of(one.entry)) >= 0) break;
       }
-      if (expert < 0) return false;
-      const size_t at = (size_t)expert * TILES + tile;
+      const size_t at = (size_t)expert * TILES + one.tile;
       next_words = gate_up + at * 16 * ROW_BYTES(WIDTH) + warp * STAGES * STAGE * PIECE;
       if (FORMAT == INT4) next_scales = scale + (at * (WIDTH / GROUP) + warp * STAGES * STAGE_GROUPS) * 32;
     }
@@ -356,12 +363,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   };
   // FP8: of a tile, the scales of gate's blocks in lanes 0 to 15 and of up's in the others.
   auto tile_scales = [&](int i) -> float {
-    if (FORMAT != FP8 || i >= items.count || lane % 16 >= BLOCKS_K) return 0;
-    int entry, tile;
-    items.locate(i, entry, tile);
-    const int expert = expert_of(entry);
-    if (expert < 0) return 0;
-    const size_t row = ((size_t)expert * 2 + lane / 16) * (INNER / 128) + tile * 8 / 128;
+    if (FORMAT != FP8) return 0;
+    const Item one = item(i);
+    const int expert = one.tile < 0 ? -1 : expert_of(one.entry);
+    if (expert < 0 || lane % 16 >= BLOCKS_K) return 0;
+    const size_t row = ((size_t)expert * 2 + lane / 16) * (INNER / 128) + one.tile * 8 / 128;
     return __ldg((const float*)scale + row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
   };
 
@@ -373,25 +379,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   __syncwarp();
   float soon = 0;
   constexpr int EACH = (SLICE / 16 + 31) / 32;  // chunks of a lane
-  float norm[EACH][16];
+  Raw norm[EACH], row[EACH];
   if (!PREPARED) {
     fill();
     soon = tile_scales(0);
 #pragma unroll
     for (int i = 0; i < EACH; i++)
-      load_chunk(norm_weight + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16, norm[i]);
+      norm[i] = load_chunk(norm_weight + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16);
     __syncthreads();  // the barriers of the sums
     wait_dependencies();
     launch_dependents();
   }
 
-  float row[EACH][16];
   if (TOKENS == 1) {
-#pragma unroll
-    for (int i = 0; i < EACH; i++) load_chunk(x + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16, row[i]);
     for (int i = lane; i < TOP_K; i += 32) chosen[i] = load_fresh(ids + i);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) row[i] = load_chunk(x + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16);
     __syncwarp();
-    items.strided(SLOTS * TILES);
+    total = SLOTS * TILES;
   } else {
     int* found = (int*)(memory + LIST_AT);
     if (warp == 0) {
@@ -401,15 +406,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     for (int i = threadIdx.x; i < tokens * TOP_K; i += WARPS * 32) places[i] = load_fresh(pairs + i);
     __syncthreads();
     const int routed = *found * TILES;
-    if (PREPARED) {
-      items.first = (int)((i64)routed * blockIdx.x / gridDim.x);
-      items.count = items.shared + (int)((i64)routed * (blockIdx.x + 1) / gridDim.x) - items.first;
-    } else {
-      items.strided(SHARED * TILES + routed);
-    }
+    total = SHARED * TILES + routed;
+    if (PREPARED) first = (int)((i64)routed * block / grid), total = own + (int)((i64)routed * (block + 1) / grid) - first;
   }
   fill();
-  if (PREPARED || items.shared == 0) soon = tile_scales(0);
+  if (PREPARED || own == 0) soon = tile_scales(0);
   if (PREPARED) {
     wait_dependencies();
     launch_dependents();
@@ -421,11 +422,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       for (int i = 0; i < EACH; i++) {
         const int chunk = lane + i * 32;
         const bool live = chunk < SLICE / 16;
-        if (TOKENS > 1) load_chunk(x + (i64)token * pitch + warp * SLICE, chunk, live, row[i]);
+        if (TOKENS > 1) row[i] = load_chunk(x + (i64)token * pitch + warp * SLICE, chunk, live);
+        float v[16], w[16];
+        unpack(row[i], v), unpack(norm[i], w);
 #pragma unroll
-        for (int j = 0; j < 16; j++) square += row[i][j] * row[i][j], row[i][j] *= norm[i][j];
+        for (int j = 0; j < 16; j++) square += v[j] * v[j], v[j] *= w[j];
         Chunk made;
-        const float s = round_chunk(row[i], made);
+        const float s = round_chunk<false>(v, made);
         if (live) {
 #pragma unroll
           for (int h = 0; h < X_BYTES; h++) xs[place_of(chunk * X_BYTES + h, X_PITCH) + token * 4] = made.part[h];
@@ -499,9 +502,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 
   int turns = 0, held = -2;
   Turn before;
-  for (int i = 0; i < items.count; i++) {
-    int entry, tile;
-    items.locate(i, entry, tile);
+  for (int i = 0;; i++) {
+    const Item one = item(i);
+    const int entry = one.entry, tile = one.tile;
+    if (tile < 0) break;
     const int expert = expert_of(entry), columns = columns_of(entry), last = columns - 1;
     const float scales = soon;
     soon = tile_scales(i + 1);
@@ -691,12 +695,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       next_entry = entry, next_stage = stage, next_words = words, next_scales = scales;
     }
   }
-  for (int i = lane; i < count * BLOCKS_K; i += 32) {
-    const int expert = hits[i / BLOCKS_K].expert;
-    const size_t row = (size_t)expert * ((WIDTH + 127) / 128) + tile * 16 / 128;
-    row_scales[i] = expert < 0 ? 0 : __ldg((const float*)scale + row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
+  // Scales of the blocks that the tile lies in; held in registers, since a store would await them before the wait.
+  constexpr int SCALES = (LISTED * BLOCKS_K + 31) / 32;
+  float found_scales[SCALES + 1];
+#pragma unroll
+  for (int j = 0; j < SCALES; j++) {
+    const int i = lane + j * 32, expert = i < count * BLOCKS_K ? hits[i / BLOCKS_K].expert : -1;
+    const size_t row = (size_t)max(expert, 0) * ((WIDTH + 127) / 128) + tile * 16 / 128;
+    found_scales[j] = expert < 0 ? 0 : __ldg((const float*)scale + row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
   }
-  __syncwarp();
   wait_dependencies();
 
   // Results of this thread, and what they are added to.
@@ -707,6 +714,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     const int n = threadIdx.x + i * WARPS * 32;
     base[i] = n < 16 * tokens ? from_bf16(load_fresh(residual + (i64)(n / 16) * WIDTH + tile * 16 + n % 16)) : 0;
   }
+#pragma unroll
+  for (int j = 0; j < SCALES; j++)
+    if (lane + j * 32 < LISTED * BLOCKS_K) row_scales[lane + j * 32] = found_scales[j];
+  __syncwarp();
   if (OWN) {
     // The warp's own slice of every row, as the format multiplies it.
     const int chunks = tokens * SLOTS * (SLICE / 16);
@@ -714,7 +725,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     for (int first = 0; first < chunks; first += 32) {
       const int n = first + lane, own = n / (SLICE / 16), chunk = n % (SLICE / 16);
       float v[16];
-      load_chunk(a + (i64)own * INNER + warp * SLICE, chunk, n < chunks, v);
+      unpack(load_chunk(a + (i64)own * INNER + warp * SLICE, chunk, n < chunks), v);
       Chunk made;
       const float s = round_chunk(v, made);
       if (n < chunks) {
@@ -726,14 +737,54 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     __syncwarp();
   }
 
+  // What eight columns of an entry multiply a stage with. Rows that are not in shared memory are fetched a stage ahead.
+  struct Near {
+    uint4 x[STAGE * FRAGMENTS];
+    float scale[2 * STAGE_BLOCKS + 1];
+  };
+  auto fetch = [&](Near& to, const Hit& hit, int q, int s) {
+    const int last = hit.count - 1;
+    auto row_of = [&](int c) { return TOKENS == 1 ? hit.first : rows[hit.first + min(q * 8 + c, last)]; };
+    const int mine = row_of(g);
+    const uint4* from = (const uint4*)((const u8*)a + ((i64)mine * INNER + warp * SLICE) * X_BYTES);
+#pragma unroll
+    for (int f = 0; f < STAGE * FRAGMENTS; f++) {
+      const int n = s * STAGE * FRAGMENTS + f;
+      to.x[f] = OWN ? xs[own_at(mine, n * 4 + t)] : load_fresh(from + n / FRAGMENTS * FRAGMENTS * 4 + part_of(n % FRAGMENTS, t));
+    }
+#pragma unroll
+    for (int b = 0; b < STAGE_BLOCKS && FORMAT == FP8; b++) {
+      const int k = s * STAGE_BLOCKS + b;
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const i64 r = row_of(2 * t + j);
+        if (TOKENS == 1 && j) to.scale[2 * b + 1] = 0;
+        else to.scale[2 * b + j] = OWN ? block_scales[r * BLOCKS_K + k] : load_fresh(a_scales + r * (INNER / 128) + warp * BLOCKS_K + k);
+      }
+    }
+  };
+
   float acc[4] = {};
+  Near near;
+  int entry = 0, stage = 0;  // of what is near
+  auto skip = [&]() {
+    while (entry < count && hits[entry].expert < 0) entry++;
+  };
+  skip();
+  if (!OWN && entry < count) fetch(near, hits[entry], 0, 0);
   for (int i = 0; i < count; i++) {
     const Hit hit = hits[i];
     if (hit.expert < 0) continue;
-    const int columns = TOKENS == 1 ? 1 : hit.count, last = columns - 1;
     float part[EIGHTS][4] = {};
 #pragma unroll 1
     for (int s = 0; s < STAGES; s++) {
+      Near now = near;
+      if (OWN) {
+        fetch(now, hit, 0, s);
+      } else {
+        if (++stage == STAGES) stage = 0, entry++, skip();
+        if (entry < count) fetch(near, hits[entry], 0, stage);
+      }
       Words w;
       read_stage(w, ring.front(), lane);
       __syncwarp();
@@ -741,28 +792,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       ring.pop();
 #pragma unroll
       for (int q = 0; q < EIGHTS; q++) {
-        if (q * 8 >= columns) break;
-        auto row_of = [&](int c) { return TOKENS == 1 ? i : rows[hit.first + min(q * 8 + c, last)]; };
-        const int mine = row_of(g);
-        const uint4* from = (const uint4*)((const u8*)a + ((i64)mine * INNER + warp * SLICE) * X_BYTES);
+        if (q * 8 >= hit.count) break;
+        if (q > 0) fetch(now, hit, q, s);
         multiply(
-            part[q], w,
-            [&](int p, int f) {
-              const int piece = s * STAGE + p;
-              return OWN ? xs[own_at(mine, (piece * FRAGMENTS + f) * 4 + t)]
-                         : load_fresh(from + piece * FRAGMENTS * 4 + part_of(f, t));
-            },
+            part[q], w, [&](int p, int f) { return now.x[p * FRAGMENTS + f]; },
             [&](int b, float(&to)[4]) {
-              const int k = s * STAGE_BLOCKS + b;
-              const float f = row_scales[i * BLOCKS_K + k];
-              auto block_scale = [&](int c) {
-                if (TOKENS == 1 && c > 0) return 0.0f;
-                const i64 r = row_of(c);
-                return OWN ? block_scales[r * BLOCKS_K + k]
-                           : load_fresh(a_scales + r * (INNER / 128) + warp * BLOCKS_K + k);
-              };
-              to[0] = to[2] = f * block_scale(TOKENS == 1 ? 0 : 2 * t);
-              to[1] = to[3] = f * block_scale(TOKENS == 1 ? 1 : 2 * t + 1);
+              const float f = row_scales[i * BLOCKS_K + s * STAGE_BLOCKS + b];
+              to[0] = to[2] = f * now.scale[2 * b], to[1] = to[3] = f * now.scale[2 * b + 1];
             });
       }
     }
@@ -775,7 +811,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           const int c = q * 8 + 2 * t + j;
-          if (c < columns) {
+          if (c < hit.count) {
             float* to = sums + (warp * TOKENS + rows[hit.first + c] / SLOTS) * 16 + g;
             const float share = shares[hit.first + c];
             to[0] += share * part[q][j], to[8] += share * part[q][2 + j];

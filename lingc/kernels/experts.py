@@ -3,9 +3,11 @@
 Shared memory of a block is worked out here and in the CUDA file, which asserts that both agree.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace, align
+from lingc.targets.spec import Target
 
 FORMATS = ("bf16", "fp8", "int4")
 MOST_TOKENS = 64
@@ -310,3 +312,129 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
         workspaces=_rows_space(shape, count, shape.inner),
         config=_config(config),
     )
+
+
+# ----------------------------------------------------------------------------------------- choice
+
+_C = Config
+_UP: dict[tuple[str, bool], tuple[Config, ...]] = {
+    ("fp8", True): (
+        _C(warps=8, stage=4, depth=2, blocks=2),
+        _C(warps=16, stage=2, depth=2, blocks=2),
+        _C(warps=16, stage=4, depth=2, blocks=1),
+    ),
+    ("bf16", True): (
+        _C(warps=8, stage=4, depth=3, blocks=2),
+        _C(warps=8, stage=4, depth=2, blocks=2),
+        _C(warps=16, stage=4, depth=2, blocks=1),
+    ),
+    ("int4", True): (
+        _C(warps=8, stage=2, depth=5, blocks=2),
+        _C(warps=8, stage=4, depth=2, blocks=2),
+        _C(warps=16, stage=2, depth=4, blocks=1),
+    ),
+    ("fp8", False): (
+        _C(warps=8, stage=2, depth=4, blocks=2),
+        _C(warps=8, stage=2, depth=3, blocks=2, waves=2),
+    ),
+    ("bf16", False): (
+        _C(warps=8, stage=2, depth=3, blocks=2),
+        _C(warps=8, stage=2, depth=6, blocks=1),
+    ),
+    ("int4", False): (
+        _C(warps=8, stage=2, depth=3, blocks=2),
+        _C(warps=8, stage=2, depth=6, blocks=1),
+    ),
+}
+"""By format and whether it is one token. So much shared memory or so many registers that exactly
+`blocks` fit: a block that finds a multiprocessor with room for one more than its share makes all
+wait."""
+
+_PREPARED = (
+    _C(warps=8, stage=2, depth=3, blocks=2, waves=2, prepared=True),
+    _C(warps=8, stage=2, depth=3, blocks=2, waves=4, prepared=True),
+    _C(warps=8, stage=2, depth=4, blocks=1, prepared=True),
+)
+
+_DOWN: dict[str, tuple[Config, ...]] = {
+    "fp8": tuple(_C(warps=8, stage=2, depth=d, blocks=2) for d in (5, 4, 3, 2)),
+    "bf16": tuple(_C(warps=8, stage=2, depth=d, blocks=2) for d in (5, 4, 3)),
+    "int4": tuple(_C(warps=8, stage=1, depth=d, blocks=2) for d in (9, 7, 4)),
+}
+_PREPARE_FROM = 9
+_PREPARE_DOWN_FROM = 5
+"""Tokens from which on a launch that quantizes each row once costs less than blocks that all do."""
+
+_BLOCK_BYTES = 1024
+"""Shared memory that the system keeps of every block."""
+
+
+def refusal(target: Target, shape: Shape, *, lists: bool) -> str | None:
+    """Why these kernels cannot run experts of few tokens, or None.
+
+    Args:
+        lists: Whether `pairs` and `starts` are there.
+    """
+    unit = {"bf16": 64, "fp8": BLOCK, "int4": BLOCK}[shape.format]
+    if shape.tokens > MOST_TOKENS:
+        return f"{shape.tokens} tokens are more than {MOST_TOKENS}"
+    if shape.tokens > 1 and not lists:
+        return f"{shape.tokens} tokens without lists of their experts' pairs"
+    if shape.width % unit or shape.inner % unit:
+        return f"{shape.width} and {shape.inner} channels are not multiples of {unit}"
+    if shape.format == "int4" and shape.group not in {32, 128}:
+        return f"INT4 groups of {shape.group} are neither 32 nor 128"
+    if shape.pitch % 8:
+        return f"rows of {shape.pitch} columns are not aligned to 16 bytes"
+    if shape.tokens and not up_tactics(target, shape):
+        return f"{shape.width} channels do not fit in shared memory"
+    if shape.tokens and not down_tactics(target, shape):
+        return f"{shape.inner} channels of an expert do not fit in shared memory"
+    return None
+
+
+def up_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
+    """Of `expert_up` for up to 64 tokens, best guess first."""
+    one = shape.tokens == 1
+    chosen = _PREPARED if shape.tokens >= _PREPARE_FROM else _UP[shape.format, one]
+    if 4 < shape.tokens < _PREPARE_FROM:
+        chosen = (*chosen, *_PREPARED[1:])
+    return tuple(
+        up_tactic(shape, config, target.sms or 1)
+        for config in _fitting(shape, chosen, shape.width)
+        if up_shared_bytes(shape, config) + _BLOCK_BYTES <= (target.smem_per_block_bytes or 0)
+    )
+
+
+def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
+    """Of `expert_down` for up to 64 tokens: the two deepest rings that leave room for a block more.
+
+    Where none does, those that fit at all.
+    """
+    prepared = shape.format == "fp8" and shape.tokens >= _PREPARE_DOWN_FROM
+    chosen = tuple(replace(config, prepared=prepared) for config in _DOWN[shape.format])
+    fitting = list(_fitting(shape, chosen, shape.inner))
+    most = target.smem_per_block_bytes or 0
+    for limit in ((most + _BLOCK_BYTES) // 2, most):
+        good = [c for c in fitting if down_shared_bytes(shape, c) + _BLOCK_BYTES <= limit]
+        if good:
+            return tuple(down_tactic(shape, config) for config in good[:2])
+    return ()
+
+
+def _fitting(shape: Shape, chosen: tuple[Config, ...], channels: int) -> Iterator[Config]:
+    """Configurations whose stages and slices divide the channels: shorter, then fewer."""
+    found = list[Config]()
+    for config in chosen:
+        stage, warps = config.stage, config.warps
+        least = 2 if shape.format == "fp8" else 1
+        while stage > least and channels % (stage * PIECE_K[shape.format] * warps):
+            stage //= 2
+        while warps > 1 and channels % (stage * PIECE_K[shape.format] * warps):
+            warps //= 2
+        blocks = shape.format == "fp8" and channels // warps > 16 * BLOCK
+        fits = channels % (stage * PIECE_K[shape.format] * warps) == 0 and not blocks
+        made = replace(config, stage=stage, warps=warps)
+        if fits and made not in found:
+            found.append(made)
+    yield from found
