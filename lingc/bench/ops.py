@@ -11,6 +11,7 @@ import torch
 
 from lingc.bench import kernels
 from lingc.bench.kernels import Fault, Timing
+from lingc.bench.peers import PeerTiming, time_peers
 from lingc.device import Binary, Device
 from lingc.errors import UsageError
 from lingc.kernel import Kernel, Tactic
@@ -45,6 +46,7 @@ class Settings:
             would not fit. The cases cover it.
         jobs: Processes that compile.
         compilers: Whose binaries to take from the cache; those installed here where None.
+        peers: Whether kernels of other projects that are installed run beside ours.
     """
 
     target: Target
@@ -57,6 +59,7 @@ class Settings:
     large: int = 2048
     jobs: int | None = None
     compilers: Compilers | None = None
+    peers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,7 @@ class Report:
     refused: tuple[tuple[str, str, str], ...]
     timings: tuple[Timing, ...]
     ceilings: dict[str, float]
+    peers: tuple[PeerTiming, ...] = ()
 
 
 def run(settings: Settings, stage: Stage) -> Report:
@@ -101,7 +105,7 @@ def run(settings: Settings, stage: Stage) -> Report:
     found, refused = _tactics(settings)
     binaries = _compiled(settings, found, stage)
     with stage("run", total=len(found), unit="shapes") as advance:
-        faults, timings, gated = _measure(settings, device, found, binaries, advance)
+        faults, timings, peers, gated = _measure(settings, device, found, binaries, advance)
     return Report(
         device={
             "name": device.name,
@@ -113,6 +117,7 @@ def run(settings: Settings, stage: Stage) -> Report:
         faults=tuple(faults),
         refused=tuple(refused),
         timings=tuple(timings),
+        peers=tuple(peers),
         ceilings=kernels.ceilings(device, binaries) if settings.timed else {},
     )
 
@@ -173,9 +178,10 @@ def _compiled(settings: Settings, found: Found, stage: Stage) -> dict[Kernel, Bi
 def _measure(
     settings: Settings, device: Device, found: Sequence[tuple[Work, Sequence[Tactic]]],
     binaries: dict[Kernel, Binary], advance: Callable[[int], None],
-) -> tuple[list[Fault], list[Timing], int]:  # fmt: skip
+) -> tuple[list[Fault], list[Timing], list[PeerTiming], int]:  # fmt: skip
     faults: list[Fault] = []
     timings: list[Timing] = []
+    peers: list[PeerTiming] = []
     gated = 0
     for one, tactics in found:
         arguments = one.op.inputs(*one.case, dtype="bf16", device="cuda")
@@ -195,10 +201,13 @@ def _measure(
                 for tactic in tactics
                 if tactic.name not in wrong
             ]  # fmt: skip
+            del arranged
+            if settings.peers:
+                peers += time_peers(one.op, one.benchmark, one.tokens, arguments, device.l2_bytes)
         del arguments
         torch.cuda.empty_cache()
         advance(1)
-    return faults, timings, gated
+    return faults, timings, peers, gated
 
 
 def _work(settings: Settings) -> Iterator[Work]:
@@ -284,4 +293,5 @@ def document(report: Report, settings: Settings, about: dict[str, Any]) -> dict[
         },
         "refused": [list(entry) for entry in report.refused],
         "timings": rows,
+        "peers": [asdict(one) for one in report.peers],
     }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lingc.bench.kernels import Timing
     from lingc.bench.ops import Report, Settings
+    from lingc.bench.peers import PeerTiming
     from lingc.bench.step import StepTiming
     from lingc.plan import Plan
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Take what `--compile` made elsewhere, and compile nothing.",
 )
+@click.option("--peers", is_flag=True, help="Time other projects' kernels too, those installed.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
@@ -72,6 +74,7 @@ def command(
     context: int,
     into: Path | None,
     binaries: Path | None,
+    peers: bool,
     jobs: int | None,
     path: Path | None,
 ) -> None:
@@ -107,6 +110,7 @@ def command(
         cases=cases,
         timed=timed,
         jobs=jobs,
+        peers=peers,
     )
     date = datetime.now(UTC).date().isoformat()
     if checkpoint is not None:
@@ -234,6 +238,14 @@ def _print(out: Output, report: "Report", timings: "Sequence[Timing]") -> None:
     columns = ("shape", "tokens", "tactic", "µs", "10-90 %", "GB/s", "of read", "TFLOP/s", "regs")
     if rows:
         out.table(columns, rows)
+    if report.peers:
+        out.table(("shape", "tokens", "peer", "µs", "which"), [_peer(one) for one in report.peers])
+
+
+def _peer(one: "PeerTiming") -> tuple[object, ...]:
+    time = "absent" if one.microseconds is None else f"{one.microseconds[1]:.2f}"
+    about = one.absent or one.difference
+    return (one.benchmark, one.tokens, f"{one.peer} {one.version}".strip(), time, about)
 
 
 def _row(one: "Timing", read: float | None) -> tuple[object, ...]:
