@@ -317,7 +317,8 @@ def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
             yield from (Wide(groups=2, slots=12), Wide(groups=4, slots=6))
         yield Narrow(warps=16, depth=2)
     elif shape.format == "int4":
-        yield from (Narrow(warps=16, depth=3), Narrow(warps=8, depth=6))
+        pair = (Narrow(warps=16, depth=3), Narrow(warps=8, depth=6))
+        yield from pair if shape.rows > 4096 else reversed(pair)
         yield Narrow(warps=8, depth=4, blocks=2)
     else:
         if shape.width < 4096:
