@@ -11,6 +11,7 @@ from lingc.plugins import (
     mla_absorbed_attention,
     mla_attention,
     mla_latent,
+    mla_latent_attention,
     mla_latent_kv,
     mla_query_rope,
 )
@@ -129,3 +130,32 @@ def test_queries_turn_in_pairs_that_stay_where_they_are() -> None:
     assert torch.equal(y[..., :NOPE], by_head[..., :NOPE])
     assert_close(y[..., NOPE:], turned, dtype="f64")
     assert torch.equal(y[0], by_head[0])
+
+
+def test_latent_attention_is_its_parts() -> None:
+    drawn = mla_latent_attention.OP.inputs(
+        (3, 0, 3), (2, 4, 0), HEADS, 16, 4, 12, 20, 2, dtype="f64", device="cpu"
+    )
+    a, q, kv_weight, cos, sin, cache, rows, pages, offsets, positions, w_k, w_v, *rest = drawn
+    page_size, eps, scale = rest
+
+    y, after = mla_latent_attention.reference(*drawn)
+
+    held = mla_latent_kv.reference(a, kv_weight, cos, sin, cache, rows, eps)
+    turned = mla_query_rope.reference(q, cos, sin, HEADS)
+    want = mla_absorbed_attention.reference(
+        turned, held, pages, offsets, positions, w_k, w_v, page_size, scale
+    )
+    assert torch.equal(after, held)
+    assert torch.equal(y, want)
+    assert (rows == -1).any()
+
+
+def test_the_rows_come_from_the_last_columns_only() -> None:
+    a, kv_weight, cos, sin, cache, rows, eps = mla_latent_kv.OP.inputs(
+        7, 5, 10, 3, dtype="f64", device="cpu"
+    )
+    clean = mla_latent_kv.reference(a, kv_weight, cos, sin, cache, rows, eps)
+    a[:, :5] = torch.nan
+
+    assert torch.equal(mla_latent_kv.reference(a, kv_weight, cos, sin, cache, rows, eps), clean)
