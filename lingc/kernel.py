@@ -13,7 +13,9 @@ Rules that every kernel keeps:
 - A workspace declared `zeroed` (counters) is zero before the launch and zero again after it. Any
   other workspace and every result may hold NaN before.
 - A kernel launched with `dependent` runs `griddepcontrol.wait` in every thread before it reads what
-  an earlier launch wrote and before it writes anything. Before that it may read weights only.
+  an earlier launch wrote and before it writes anything. Before that it may read weights, and what
+  only the steps before wrote, such as a layer's linear state: a step begins with a launch that is
+  not dependent.
 - An index tensor may name row or slot -1, which is padding: nothing of it is read or written in the
   state; its result rows are finite.
 """
