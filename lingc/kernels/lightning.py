@@ -147,13 +147,13 @@ def _work(entry: str, span: int, given: Sequences) -> tuple[float, float]:
 
 def _cuda(given: Sequences, program: str, entry: str, span: int, segments: int) -> Launch:
     arguments = _arguments(entry, span, given)
-    constants = {"segment_ends": (("ENDS", 1),), "outputs": (("TURNS", 1),)}[entry]
+    macros = {"ENDS": entry == "segment_ends", "TURNS": program == "turns"}
     kernel = Kernel(
         language="cuda",
         source="kernels/lightning_prefill.cu",
         entry=entry,
         arguments=_typed(arguments),
-        constants=constants if entry == "segment_ends" or program == "turns" else (),
+        constants=tuple((name, 1) for name, wanted in macros.items() if wanted),
         warps=12,
         shared_bytes=_SHARED_BYTES[entry],
         features=("bulk", "wgmma"),

@@ -238,6 +238,19 @@ DEVICE void add_up(float* kept, const float* added, float high, float low) {
   for (int i = 0; i < 64; i++) kept[i] = fmaf(high, kept[i], fmaf(low, kept[i], added[i]));
 }
 
+// With TURNS the two warpgroups begin their chunks' products one after the other, so that one computes on while the
+// other has the tensor cores. Barriers 3 and 4 of the block; group 0 begins.
+DEVICE void give_turn(int group) {
+#ifdef TURNS
+  asm volatile("bar.arrive %0, %1;" ::"r"(4 - group), "n"(KEEPERS) : "memory");
+#endif
+}
+DEVICE void take_turn(int group) {
+#ifdef TURNS
+  named_barrier(3 + group, KEEPERS);
+#endif
+}
+
 // ---------------------------------------------------------------- ends
 
 #ifdef ENDS
@@ -293,6 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (slot >= 0 && load_fresh(positions + at.start) != 0) read_slot(kept, state + ((i64)slot * heads + head) * MATRIX);
     write_transposed(kept, mine);
   }
+  const int group = threadIdx.x / 128;
+  if (group == 1) give_turn(1);
   for (int c = 0; c < chunks; c++) {
     const u8* tile = shared + ring.stage * STAGE;
     u32 values[16];
@@ -301,7 +316,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 upper[16], lower[16];
     load_values(values, tile + TILE);
     weigh_values(values, upper, lower, until, fast, CHUNK);
+    take_turn(group);
     multiply_keys(added, upper, lower, shared_address(tile));
+    give_turn(group);
     wgmma_wait<0>();
     pin<64>(added);
     if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
@@ -401,19 +418,6 @@ template <int count>
 DEVICE void hold(u32* v) {
 #pragma unroll
   for (int i = 0; i < count; i++) asm volatile("" : "+r"(v[i]));
-}
-
-// With TURNS the two warpgroups begin their chunks' products one after the other, so that one computes on while the
-// other has the tensor cores. Barriers 3 and 4 of the block; group 0 begins.
-DEVICE void give_turn(int group) {
-#ifdef TURNS
-  asm volatile("bar.arrive %0, %1;" ::"r"(4 - group), "n"(KEEPERS) : "memory");
-#endif
-}
-DEVICE void take_turn(int group) {
-#ifdef TURNS
-  named_barrier(3 + group, KEEPERS);
-#endif
 }
 
 // Keeps the state and makes outputs.
