@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lingc.kernel import Tactic
-from lingc.kernels import rows
+from lingc.kernels import norm, rows
 from lingc.math import elements, number, rms, stored_bytes
 from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
@@ -41,7 +41,11 @@ def refusal(_target: Target, x: TensorType, weight: TensorType, _eps: float) -> 
 def tactics(target: Target, x: TensorType, weight: TensorType, eps: float) -> Sequence[Tactic]:
     if refusal(target, x, weight, eps) is not None:
         return ()
-    return rows.norm(x, cost(x, weight, eps), eps, add=False, codes=False)
+    dependent = (target.compute_capability or (0, 0)) >= (9, 0)
+    return [
+        *norm.tactics(x, weight, eps, dependent=dependent),
+        *rows.norm(x, cost(x, weight, eps), eps, add=False, codes=False),
+    ]
 
 
 def inputs(tokens: int, width: int, *, dtype: str, device: str) -> tuple[Tensor | float, ...]:
@@ -57,6 +61,8 @@ OP = define(
     inputs=inputs,
     refusal=refusal,
     tactics=tactics,
-    cases=((1, 4), (3, 1000), (129, 96)),
-    benchmarks=(Benchmark(name="hidden 4096", case=lambda tokens: (tokens, 4096), tokens=(8192,)),),
+    cases=((1, 4), (3, 1000), (17, 4096), (129, 96)),
+    benchmarks=(
+        Benchmark(name="hidden 4096", case=lambda tokens: (tokens, 4096), tokens=(1, 8, 64, 8192)),
+    ),
 )
