@@ -107,11 +107,13 @@ def layouts(
 
 def inputs(
     tokens: int, top_k: int, experts: int, inner: int, width: int, format: str, group: int,
-    shared: int, *, dtype: str, device: str,
+    shared: int, padding: int = 0, *, dtype: str, device: str,
 ) -> tuple[Tensor | str | float | None, ...]:  # fmt: skip
+    """Arguments in which the last `padding` tokens are sent to no expert."""
     some = Samples(dtype=dtype, device=device)
     x, norm_weight = some.normal(tokens, width), some.norm_weight(width)
     ids, _ = some.experts(tokens, top_k, experts)
+    ids[tokens - padding :] = -1
     gate_up, scale = some.stored_weight(
         experts + shared, 2 * inner, width, stored=format, group=group, halves=2
     )
@@ -188,15 +190,16 @@ OP = define(
         (3, 2, 4, 32, 64, "int4", 32, 1),
         (5, 2, 3, 130, 140, "fp8", 0, 0),
         (1, 2, 4, 128, 256, "fp8", 0, 1),
-        (4, 2, 4, 128, 256, "fp8", 0, 1),
+        (1, 2, 4, 128, 256, "fp8", 0, 1, 1),
+        (4, 2, 4, 128, 256, "fp8", 0, 1, 1),
         (1, 3, 5, 128, 512, "bf16", 0, 0),
         (8, 3, 5, 128, 256, "bf16", 0, 1),
         (1, 3, 5, 128, 256, "int4", 32, 1),
-        (3, 3, 5, 256, 512, "int4", 128, 1),
+        (3, 3, 5, 256, 512, "int4", 128, 1, 2),
         (17, 2, 12, 128, 512, "fp8", 0, 1),
-        (33, 2, 3, 128, 256, "int4", 32, 0),
+        (33, 2, 3, 128, 256, "int4", 32, 0, 3),
         (64, 1, 2, 128, 256, "bf16", 0, 1),
-        (70, 3, 5, 128, 256, "fp8", 0, 1),
+        (70, 3, 5, 128, 1024, "fp8", 0, 1),
         (150, 2, 7, 128, 128, "bf16", 0, 0),
         (90, 2, 3, 128, 256, "int4", 128, 1),
         (65, 4, 40, 128, 128, "int4", 32, 0),
