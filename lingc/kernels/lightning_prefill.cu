@@ -238,6 +238,13 @@ DEVICE void add_up(float* kept, const float* added, float high, float low) {
   for (int i = 0; i < 64; i++) kept[i] = fmaf(high, kept[i], fmaf(low, kept[i], added[i]));
 }
 
+// Here and not later: what fills the time of products in flight.
+template <int count>
+DEVICE void hold(u32* v) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+r"(v[i]));
+}
+
 // With TURNS the two warpgroups begin their chunks' products one after the other, so that one computes on while the
 // other has the tensor cores. Barriers 3 and 4 of the block; group 0 begins.
 DEVICE void give_turn(int group) {
@@ -316,6 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     u32 upper[16], lower[16];
     load_values(values, tile + TILE);
     weigh_values(values, upper, lower, until, fast, CHUNK);
+    hold<16>(upper), hold<16>(lower);
     take_turn(group);
     multiply_keys(added, upper, lower, shared_address(tile));
     give_turn(group);
@@ -413,13 +421,6 @@ DEVICE void score(u8* shared, u8* scores, Ring ring, u64* scored, u64* used, con
   }
 }
 
-// Here and not later: what fills the time of products in flight.
-template <int count>
-DEVICE void hold(u32* v) {
-#pragma unroll
-  for (int i = 0; i < count; i++) asm volatile("" : "+r"(v[i]));
-}
-
 // Keeps the state and makes outputs.
 DEVICE void keep(u8* shared, u8* scores, u8* out, Ring ring, u64* scored, u64* used, float* kept, bf16* o, int o_pitch,
                  int length, float rate, float scale) {
@@ -443,6 +444,7 @@ DEVICE void keep(u8* shared, u8* scores, u8* out, Ring ring, u64* scored, u64* u
     u32 state_high[32], state_low[32];
 #pragma unroll
     for (int i = 0; i < 32; i++) halves(kept[2 * i], kept[2 * i + 1], state_high[i], state_low[i]);
+    hold<32>(state_high), hold<32>(state_low);
     barrier_wait(ring.full + ring.stage, ring.phase);
     take_turn(group);
     wgmma_fence();
