@@ -219,6 +219,7 @@ FEW = 16
 """Tokens up to which the kernels that read weights once are alone."""
 
 _ONE = (1,)
+_LONG = (1, 8192)
 _MANY = (1, 8, 16, 64, 8192)
 
 OP = define(
@@ -252,6 +253,9 @@ OP = define(
         (33, 64, 1024, "rms_norm", "none", "int4", 128, 1),
         (127, 256, 512, "rms_norm", "none", "fp8", 0, 1),
         (130, 144, 256, "none", "none", "bf16", 0, 0),
+        (300, 512, 512, "none", "swiglu", "fp8", 0, 1),
+        (70, 256, 384, "none", "swiglu", "int4", 32, 0, 1, 0, "f32"),
+        (600, 272, 128, "group_norm_gate", "none", "fp8", 0, 1),
     ),
     benchmarks=(
         _benchmark("qkv + gate", 16384, 4096, "rms_norm", "none", "fp8", tokens=_MANY),
@@ -261,8 +265,8 @@ OP = define(
         _benchmark("q_a + kv_a", 2112, 4096, "rms_norm", "none", "bf16"),
         _benchmark("q_b", 6144, 1536, "rms_norm", "none", "bf16", columns=2112),
         _benchmark("MLA output", 4096, 4096, "none", "none", "bf16", 1),
-        _benchmark("dense gate + up", 18432, 4096, "rms_norm", "swiglu", "fp8", tokens=_ONE),
-        _benchmark("dense down", 4096, 9216, "none", "none", "fp8", 1, tokens=_ONE),
+        _benchmark("dense gate + up", 18432, 4096, "rms_norm", "swiglu", "fp8", tokens=_LONG),
+        _benchmark("dense down", 4096, 9216, "none", "none", "fp8", 1, tokens=_LONG),
         _benchmark("eh_proj", 4096, 8192, "none", "none", "bf16", tokens=_ONE),
         _benchmark("LM head", 157184, 4096, "none", "none", "bf16", result="f32", tokens=(1, 4)),
     ),

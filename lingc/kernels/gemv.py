@@ -154,9 +154,11 @@ class Narrow:
         split = shape.stages >= self.warps >= columns and most <= 32
         return split and self.warps % shape.norms == 0 and shape.stages % shape.norms == 0
 
-    def launch(self, shape: Shape, sms: int) -> Launch:
+    def launch(self, shape: Shape, sms: int, room: int) -> Launch:
         """Of all tokens of a shape."""
         shared = self.shared_bytes(shape)
+        if self.blocks == 1:
+            shared = max(shared, _alone(room))
         constants = {
             **_constants(shape),
             "PIECES": shape.pieces,
@@ -206,10 +208,10 @@ class Wide:
             return False
         return self.groups % shape.norms == 0 and stages % shape.norms == 0
 
-    def launch(self, shape: Shape, sms: int) -> Launch:
+    def launch(self, shape: Shape, sms: int, room: int) -> Launch:
         """Of all tokens of a shape."""
-        shared = self.shared_bytes(shape)
-        fit = 2 if shared <= 113 * KIB and shape.bucket <= 8 else 1
+        shared = max(self.shared_bytes(shape), _alone(room))
+        fit = 2 if shape.bucket <= 8 else 1  # by registers, for the kernels before and after
         constants = {
             **_constants(shape),
             "WGS": self.groups,
@@ -220,10 +222,19 @@ class Wide:
         }
         warps = 4 * self.groups + 1
         kernel = _kernel(shape, "kernels/gemv_wgmma.cu", constants, warps, shared, ("wgmma",))
-        return _launch(shape, kernel, sms, fit)
+        return _launch(shape, kernel, sms, 1)
 
 
 Config = Narrow | Wide
+
+
+def _alone(room: int) -> int:
+    """Shared memory of which two blocks do not fit on a multiprocessor.
+
+    Launched early, while other kernels' blocks lie unevenly, two blocks of a launch would else land
+    on one multiprocessor and none on another.
+    """
+    return (room + KIB) // 2 // KIB * KIB
 
 
 def refusal(target: Target, shape: Shape) -> str | None:
@@ -266,15 +277,16 @@ def tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
         fits |= {config: _at_once(shape, config, room) for config in _small()}
     most = max(fits.values(), default=0)
     best = [config for config, tokens in fits.items() if tokens == most > 0]
-    return tuple(tactic(shape, config, target.sms or 1, most) for config in best[:MOST_TACTICS])
+    sms = target.sms or 1
+    return tuple(tactic(shape, config, sms, room, most) for config in best[:MOST_TACTICS])
 
 
-def tactic(shape: Shape, config: Config, sms: int, at_once: int) -> Tactic:
+def tactic(shape: Shape, config: Config, sms: int, room: int, at_once: int) -> Tactic:
     """One launch for every `at_once` tokens."""
     launches = []
     for start in range(0, shape.tokens, at_once):
         some = replace(shape, tokens=min(at_once, shape.tokens - start))
-        launch = config.launch(some, sms)
+        launch = config.launch(some, sms, room)
         launches.append(replace(launch, operands=_past(launch, shape, start)))
     return Tactic(name=config.name, launches=tuple(launches))
 
@@ -321,8 +333,6 @@ def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
         yield from pair if shape.rows > 4096 else reversed(pair)
         yield Narrow(warps=8, depth=4, blocks=2)
     else:
-        if shape.width < 4096:
-            yield Narrow(warps=8, depth=4, blocks=2)
         yield from (Narrow(warps=8, depth=6), Narrow(warps=16, depth=3), Narrow(warps=12, depth=3))
         if hopper:
             yield Wide(groups=4, slots=4)

@@ -17,7 +17,8 @@
 //
 // Constants: FORMAT 0 BF16, 1 FP8; K; WGS; SLOTS; TOKENS, the most; BEFORE 0 none, 1 rms_norm,
 // 2 group_norm_gate (GROUPS); AFTER 0 none, 1 swiglu; RESIDUAL; WIDE 1: y is f32; BUFFERS; FIT blocks a
-// multiprocessor; SHARED bytes, which the host works out as this file does.
+// multiprocessor; SHARED bytes, which the host works out as this file does
+// and rounds up to more than half of what there is: two blocks of one launch on a multiprocessor would leave another idle.
 #include "wgmma.cuh"
 
 #define R4_0 "%0,%1,%2,%3"
@@ -47,7 +48,7 @@ constexpr int SQUARES_AT = X_SCALE_AT + (FORMAT == 1 ? WGS * MOST * 2 * PADDED *
 constexpr int PARTIAL_AT = SQUARES_AT + TOKENS * WARPS * 4;
 constexpr int BARS_AT = PARTIAL_AT + BUFFERS * WARPS * PARTIAL * 4;
 constexpr int TOTAL = BARS_AT + (WGS * SLOTS * 2 + 2 * BUFFERS) * 8;
-static_assert(TOTAL == SHARED, "the host and this file disagree about shared memory");
+static_assert(TOTAL <= SHARED, "the host and this file disagree about shared memory");
 static_assert(K % STAGE_K == 0 && STAGES >= WGS && 2 * MOST <= 32, "K does not suit the warpgroups");
 static_assert(WGS % GROUPS == 0 && STAGES % GROUPS == 0, "a warpgroup's channels lie in one group");
 static_assert(WARPS >= TASKS, "too few warps");
