@@ -386,10 +386,10 @@ def refusal(target: Target, shape: Shape, *, lists: bool) -> str | None:
         return f"INT4 groups of {shape.group} are neither 32 nor 128"
     if shape.pitch % 8:
         return f"rows of {shape.pitch} columns are not aligned to 16 bytes"
-    if shape.tokens and not up_tactics(target, shape):
-        return f"{shape.width} channels do not fit in shared memory"
-    if shape.tokens and not down_tactics(target, shape):
-        return f"{shape.inner} channels of an expert do not fit in shared memory"
+    if target.smem_per_block_bytes is None:
+        return f"how much shared memory a block of {target.name} may have is not known"
+    if not up_tactics(target, shape) or not down_tactics(target, shape):
+        return f"{shape.width} and {shape.inner} channels do not fit in shared memory"
     return None
 
 
