@@ -42,6 +42,7 @@ LAUNCHED_OPS = frozenset(
     {
         *("fused_linear", "norm_router", "expert_up", "expert_down", "mla_latent_attention"),
         *("lightning_prefill_qkv", "lightning_decode_qkv", "lightning_verify_qkv"),
+        *("gather_rows", "rms_norm_pair"),
     }
 )
 """Ops that stand in the plans of our own GPU kernels alone."""
@@ -117,7 +118,7 @@ def _illegal(node: fx.Node, stage: str) -> str | None:
         return None
     name = target_name(node)
     ours = name.removeprefix("lingc.") if name.startswith("lingc.") else None
-    if stage == "launched" and ours in TAKEN_IN:
+    if stage == "launched" and (ours in TAKEN_IN or target is aten.index_select.default):
         return "is left over: no GPU kernel of its own computes it"
     if stage == "fused" and ours in LAUNCHED_OPS:
         return "is there before formats are chosen"

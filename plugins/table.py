@@ -1,8 +1,8 @@
 """All ops, by name.
 
-Importing this module registers every op with torch. None has its own GPU kernel yet: an op runs
-through its reference, in torch, or through its ONNX function, and so refuses no shape on behalf of
-a kernel (`lingc.op.no_refusal`).
+Importing this module registers every op with torch. An op that is launched on GPUs has `tactics`
+over its kernels and refuses what they cannot run; every op runs through its reference, in torch,
+and most through an ONNX function.
 """
 
 from lingc.op import OPS
@@ -18,6 +18,7 @@ from lingc.plugins import (
     fp8_experts,
     fp8_linear,
     fused_linear,
+    gather_rows,
     group_norm_gate,
     int4_experts,
     int4_linear,
@@ -39,6 +40,7 @@ from lingc.plugins import (
     quantize_fp8,
     rms_norm,
     rms_norm_fp8,
+    rms_norm_pair,
     rope_table,
     router,
     sample,
@@ -51,6 +53,7 @@ MODULES = (
     embedding,
     rope_table,
     rms_norm,
+    rms_norm_pair,
     add_rms_norm,
     rms_norm_fp8,
     add_rms_norm_fp8,
@@ -85,6 +88,7 @@ MODULES = (
     int4_experts,
     expert_up,
     expert_down,
+    gather_rows,
     sample,
 )
 """The files of ops, in the order in which a step meets them."""

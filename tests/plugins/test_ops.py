@@ -32,7 +32,7 @@ LARGEST = [pytest.param(op, op.cases[-1], id=op.name) for op in OPS.values()]
 SYMBOLIC = {
     **dict.fromkeys(("x", "residual", "q", "k", "v", "qkv", "qkvg", "o", "a", "base"), "T"),
     **dict.fromkeys(("token_ids", "positions", "rows", "ids", "weights", "cos", "sin"), "T"),
-    **dict.fromkeys(("codes", "scales", "gate", "gate_up"), "T"),
+    **dict.fromkeys(("codes", "scales", "gate", "gate_up", "hidden"), "T"),
     **dict.fromkeys(("logits", "temperature", "top_k", "top_p", "draws"), "T"),
     **dict.fromkeys(("slots", "accepted", "page_table"), "B"),
     **dict.fromkeys(("state", "pending_k", "pending_v"), "S"),
@@ -70,7 +70,8 @@ MECHANISMS: dict[str, Mechanism] = {
 }
 
 TOKEN_BY_TOKEN = (
-    "embedding", "rope_table", "rms_norm", "add_rms_norm", "rms_norm_fp8", "add_rms_norm_fp8",
+    "embedding", "rope_table", "rms_norm", "rms_norm_pair", "add_rms_norm", "rms_norm_fp8",
+    "add_rms_norm_fp8",
     "quantize_fp8", "silu_mul", "silu_mul_fp8", "qk_norm_rope", "group_norm_gate",
     "mla_query_rope", *(n for n in OPS if "linear" in n or "expert" in n or n == "router"),
 )  # fmt: skip
