@@ -264,6 +264,18 @@ def _problem(
         return f"left counters {', '.join(dirty)} at other than zero"
     if strange := _disturbed(device, op, arguments, tactic, binaries, arranged, got):
         return f"row 0 of {strange} depends on what the other rows hold"
+    return _judged(op, arguments, got, want)
+
+
+def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:
+    """Why results are not what the reference in FP64 makes of the arguments, or None."""
+    want = op.reference(*wide_arguments(op, arguments))
+    return _judged(op, arguments, got, [want] if isinstance(want, torch.Tensor) else list(want))
+
+
+def _judged(
+    op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]
+) -> str | None:
     if op.judge is not None:
         return op.judge(arguments, got, want)
     for name, one, other in zip(op.results, got, want, strict=True):

@@ -5,7 +5,7 @@ a model that no checkpoint is there for.
 """
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from lingc import targets
-from lingc.bench.kernels import poisoned
+from lingc.bench.kernels import Fault, poisoned, problem_of
 from lingc.device import Binary, Device, launch_all
 from lingc.kernel import Kernel, align
 from lingc.op import TORCH_DTYPE
-from lingc.plan import Plan, TensorType
+from lingc.plan import Plan, Ref, Size, TensorType
+from lingc.quantize.layouts import restore
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.slots import Piece, SlotTable
 from lingc.targets.cuda.binaries import Compilers, compile_all
@@ -89,6 +90,11 @@ class DeviceStep:
         for name, value in inputs.items():
             into = self.tensors[name]
             into.copy_(torch.from_numpy(np.ascontiguousarray(value)).to(into.dtype))
+
+    def launch_one(self, index: int) -> None:
+        """Put one step on the stream, overlapping with nothing before it."""
+        launches = self.schedule.steps[index].choice.tactic.launches
+        launch_all(self.device, launches, self.binaries, self._addresses[index], first=True)
 
     def launch(self, only: tuple[str, str] | None = None) -> int:
         """Put the step on the stream, or only the calls of one op and tactic."""
@@ -290,6 +296,79 @@ class KernelBackend:
         """Free weights, state and buffers."""
         self._steps.clear()
         self.held.clear()
+
+
+def check_program(
+    backend: KernelBackend,
+    plain: Mapping[str, torch.Tensor],
+    phase: str,
+    inputs: Mapping[str, Array],
+) -> Iterator[Fault]:
+    """Run a phase step by step, each step held to its op's reference on what the step was given.
+
+    Then run it as it runs in a graph, launches overlapping: every value must have the same bits.
+
+    Args:
+        plain: Weights in the plan's own order, on the device.
+    """
+    step = backend.step(phase, inputs)
+    states = {name: backend.held[name].clone() for name in backend.plan.states}
+    step.give(inputs)
+    torch.cuda.synchronize()
+    values: dict[str, list[torch.Tensor]] = {}
+    for i, one in enumerate(step.schedule.steps):
+        given = [_argument(arg, step, plain) for arg in one.step.args]
+        step.launch_one(i)
+        backend.device.synchronize()
+        got = [step.tensors[one.buffers[name] or ""] for name in one.op.results]
+        values[one.step.outputs[0]] = [tensor.clone() for tensor in got]
+        problem = problem_of(one.op, given, got)
+        if problem is not None:
+            label = f"{phase} {one.step.outputs[0]}"
+            yield Fault(op=one.op.name, case=label, tactic=one.choice.tactic.name, problem=problem)
+    after = {name: backend.held[name].clone() for name in states}
+    for name, value in states.items():
+        backend.held[name].copy_(value)
+    step.give(inputs)
+    torch.cuda.synchronize()
+    step.launch()
+    backend.device.synchronize()
+    written = {one.buffers[name] for one in step.schedule.steps for name in one.op.results}
+    for one in step.schedule.steps:
+        for name, before in zip(one.op.results, values[one.step.outputs[0]], strict=True):
+            if name in one.op.arguments:
+                continue  # a state, which later steps may have changed
+            now = step.tensors[one.buffers[name] or ""]
+            if not torch.equal(now.view(torch.uint8), before.view(torch.uint8)):
+                problem = f"{name} has other bits where launches overlap"
+                label = f"{phase} {one.step.outputs[0]}"
+                yield Fault(op=one.op.name, case=label, tactic=one.choice.tactic.name,
+                            problem=problem)  # fmt: skip
+    for name, value in after.items():
+        if name in written and not torch.equal(
+            backend.held[name].view(torch.uint8), value.view(torch.uint8)
+        ):
+            yield Fault(op="", case=f"{phase} {name}", tactic="",
+                        problem="the state has other bits where launches overlap")  # fmt: skip
+
+
+def _argument(arg: Any, step: DeviceStep, plain: Mapping[str, torch.Tensor]) -> Any:
+    """An argument as references take it: state as it is before the step."""
+    if isinstance(arg, Ref):
+        name = step.schedule.of[arg.name]
+        found = plain.get(name)
+        return step.tensors[name].clone() if found is None else found
+    if isinstance(arg, Size):
+        return step.schedule.sizes[arg.name]
+    return list(arg) if isinstance(arg, tuple) else arg
+
+
+def plain_weights(plan: Plan, weights: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Packed weights in the plan's own order, on the device."""
+    return {
+        name: _stored(restore(plan.weights[name].layout, value), plan.weights[name].type)
+        for name, value in weights.items()
+    }
 
 
 class Drawn:
