@@ -141,9 +141,9 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
   Work work;
   work.sequence = -1;
   int before = 0;  // pairs, or units, of the sequences before
-  for (int b = 0; b < sequences; b += 32) {
-    int from = b + lane < sequences ? load_fresh(offsets + b + lane) : 0;
-    int to = b + lane < sequences ? load_fresh(offsets + b + lane + 1) : from;
+  for (int b = 0; b <= sequences; b += 32) {  // the last: tokens that no sequence has
+    int from = b + lane <= sequences ? load_fresh(offsets + b + lane) : tokens;
+    int to = b + lane < sequences ? load_fresh(offsets + b + lane + 1) : tokens;
     from = min(max(from, 0), tokens), to = min(max(to, from), tokens);
     int n = (to - from) * HEAD_BLOCKS;
     int own = PAIRED ? (n + 1) / 2 : n, sum = own;
@@ -172,6 +172,7 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
     work.seen[i] = min(max(load_fresh(positions + unit / HEAD_BLOCKS) + 1, 0), pages * PAGE);
     length = max(length, work.seen[i]);
   }
+  if (work.sequence == sequences) length = 0;
   int runs = gridDim.y, rows = max(SMALLEST, ((length + runs - 1) / runs + 7) / 8 * 8);
   work.split = min((int)blockIdx.y / CLUSTER * CLUSTER * rows, length);
   work.first = min((int)blockIdx.y * rows, length);

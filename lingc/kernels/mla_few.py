@@ -212,7 +212,7 @@ def short_tactic(shape: Shape, config: Short) -> Tactic:
             shape.scale * LOG2_E,
         ),
         dependent=True,
-        moved_bytes=4.0 * (weights + _quads(shape) * heads * shape.context * WIDTH * 2),
+        moved_bytes=weights + _quads(shape) * heads * shape.context * WIDTH * 2,
         flops=2.0 * _quads(shape) * heads * 8 * shape.context * (WIDTH + LATENT),
         rate="bf16",
         blocks_per_sm=2,

@@ -80,6 +80,14 @@ DEVICE void load_transposed(u32 row, u32* v) {
                : "memory");
 }
 
+DEVICE void store_shared(u32 address, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+DEVICE void store_shared(u32 address, u32 v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 DEVICE u32 peer_address(const void* p, u32 peer) {
   u32 r;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared_address(p)), "r"(peer));
@@ -89,6 +97,9 @@ DEVICE void peer_store(u32 address, uint4 v) {
   asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+DEVICE void peer_store(u32 address, float2 v) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 DEVICE void peer_store(u32 address, const float* v) {
   peer_store(address, uint4{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
@@ -119,9 +130,9 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
   Work work;
   work.sequence = -1;
   int before = 0;
-  for (int b = 0; b < sequences; b += 32) {
-    int from = b + lane < sequences ? load_fresh(offsets + b + lane) : 0;
-    int to = b + lane < sequences ? load_fresh(offsets + b + lane + 1) : from;
+  for (int b = 0; b <= sequences; b += 32) {  // the last: tokens that no sequence has
+    int from = b + lane <= sequences ? load_fresh(offsets + b + lane) : tokens;
+    int to = b + lane < sequences ? load_fresh(offsets + b + lane + 1) : tokens;
     from = min(max(from, 0), tokens), to = min(max(to, from), tokens);
     int own = (to - from + TOKENS - 1) / TOKENS, sum = own;
 #pragma unroll
@@ -144,6 +155,7 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
   if (work.sequence < 0) return work;
   work.past = min(max(load_fresh(positions + work.start), 0), pages * PAGE - 1);
   int length = min(work.past + work.token + work.count - work.start, pages * PAGE);
+  if (work.sequence == sequences) length = 0;
   int rows = ((length + PEERS - 1) / PEERS + 7) / 8 * 8;
   work.begin = min((int)rank * rows, length), work.end = min(work.begin + rows, length);
   return work;
@@ -191,17 +203,11 @@ DEVICE void own_row(const Rows& in, int token, u32 to, int r, bool written) {
     y.x = pack_bf16(v[0] * by * u[0], v[1] * by * u[1]), y.y = pack_bf16(v[2] * by * u[2], v[3] * by * u[3]);
     y.z = pack_bf16(v[4] * by * u[4], v[5] * by * u[5]), y.w = pack_bf16(v[6] * by * u[6], v[7] * by * u[7]);
     int chunk = lane + 32 * i;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + r * ROW_BYTES + chunk / 8 * 128 +
-                                                                  ((chunk % 8) ^ (r % 8)) * 16),
-                 "r"(y.x), "r"(y.y), "r"(y.z), "r"(y.w)
-                 : "memory");
+    store_shared(to + r * ROW_BYTES + chunk / 8 * 128 + ((chunk % 8) ^ (r % 8)) * 16, y);
     if (written) ((uint4*)row)[chunk] = y;
   }
   u32 y = turned(key, c, s, 1.0f);
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + r * ROW_BYTES + LATENT * 2 + ((lane / 4) ^ (r % 8)) * 16 +
-                                               lane % 4 * 4),
-               "r"(y)
-               : "memory");
+  store_shared(to + r * ROW_BYTES + LATENT * 2 + ((lane / 4) ^ (r % 8)) * 16 + lane % 4 * 4, y);
   if (written) ((u32*)(row + LATENT))[lane] = y;
 }
 
@@ -424,8 +430,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
   // Sums to the block that has their channels.
   total = warp_sum(total);
   if (lane < PEERS) {
-    u32 to = peer_address(&shared.stats[rank][warp], lane);
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(top), "f"(total) : "memory");
+    peer_store(peer_address(&shared.stats[rank][warp], lane), float2{top, total});
   }
 #pragma unroll
   for (int c = 0; c < 4; c++) peer_store(peer_address(&shared.sums[rank][c][lane], warp), o[c]);
