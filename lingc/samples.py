@@ -5,7 +5,7 @@ Weights are drawn in the storage dtype that a plan would give them beside these 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,19 @@ class Samples:
         self._generator = torch.Generator().manual_seed(seed)
 
     def _normal(self, *shape: int) -> Tensor:
+        return self._many(
+            shape, lambda n: torch.randn(n, generator=self._generator, dtype=torch.float64)
+        )
+
+    def _many(self, shape: Sequence[int], draw: Callable[[int], Tensor]) -> Tensor:
+        """Drawn values; of more than `DRAWN`, the first ones again and again."""
         count = math.prod(shape)
         if self.device == "meta":
-            return torch.empty(shape, dtype=torch.float64, device="meta")
+            return torch.empty(tuple(shape), dtype=draw(1).dtype, device="meta")
         if count <= DRAWN:
-            return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-        drawn = torch.randn(DRAWN, generator=self._generator, dtype=torch.float64).to(self.device)
-        return drawn.repeat(-(-count // DRAWN))[:count].reshape(shape)
+            return draw(count).reshape(tuple(shape))
+        drawn = draw(DRAWN).to(self.device)
+        return drawn.repeat(-(-count // DRAWN))[:count].reshape(tuple(shape))
 
     def _put(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype).to(self.device)
@@ -157,7 +163,10 @@ class Samples:
     def int4_weight(self, *shape: int, group: int) -> tuple[Tensor, Tensor]:
         """Packed nibbles and scales of a matrix or stack."""
         *outer, width = shape
-        drawn = torch.randint(-(2**31), 2**31, (*outer, -(-width // 8)), generator=self._generator)
+        words = (*outer, -(-width // 8))
+        drawn = self._many(
+            words, lambda n: torch.randint(-(2**31), 2**31, (n,), generator=self._generator)
+        )
         scales = self._scales(*outer, -(-width // group), size=0.2 * width**-0.5)
         return self._put(drawn, torch.int32), scales.to(torch.bfloat16)
 
@@ -177,5 +186,5 @@ class Samples:
         return self._put(values, torch.float8_e4m3fn)
 
     def _scales(self, *shape: int, size: float) -> Tensor:
-        drawn = torch.rand(shape, generator=self._generator) + 0.5
+        drawn = self._many(shape, lambda n: torch.rand(n, generator=self._generator)) + 0.5
         return self._put(drawn * size, torch.float32)
