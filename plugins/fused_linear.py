@@ -254,6 +254,7 @@ OP = define(
         (127, 256, 512, "rms_norm", "none", "fp8", 0, 1),
         (130, 144, 256, "none", "none", "bf16", 0, 0),
         (300, 512, 512, "none", "swiglu", "fp8", 0, 1),
+        (40, 512, 256, "rms_norm", "swiglu", "bf16", 0, 1),
         (70, 256, 384, "none", "swiglu", "int4", 32, 0, 1, 0, "f32"),
         (600, 272, 128, "group_norm_gate", "none", "fp8", 0, 1),
     ),

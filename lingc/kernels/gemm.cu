@@ -397,6 +397,7 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
   const int outputs = GATED ? a.outputs / 2 : a.outputs;
   const int channel0 = (tile.weight_row + group * WAVES * 64) / (GATED ? 2 : 1);
   constexpr int CHUNKS = WAVES * 8 / (GATED ? 2 : 1);  // of 8 channels
+  constexpr int TURNS = CHUNKS < 8 ? CHUNKS : 8;       // a row's chunks change places, against bank conflicts
   u8* corner = s.staging + group * STAGING;
 #pragma unroll
   for (int token0 = 0; token0 < N; token0 += 32) {
@@ -439,7 +440,7 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
           const int r = (i * 128 + threadIdx.x % 128) / CHUNKS;
           uint4 v = uint4{0, 0, 0, 0};
           if (row[i] >= 0 && channel < outputs) v = load_fresh((const uint4*)(a.residual + row[i] * outputs + channel));
-          *(uint4*)(corner + r * CHUNKS * 16 + (at ^ r % 8) * 16) = v;
+          *(uint4*)(corner + r * CHUNKS * 16 + (at ^ r % TURNS) * 16) = v;
         }
         named_barrier(1 + group, 128);
       }
@@ -451,7 +452,7 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
           const int m = lane / 8;
           const int r = (GATED ? min(m, BLOCKS - 1) : quad / 2 + m / 2) * 8 + lane % 8;
           const int c = GATED ? w * 4 + warp : w * 8 + warp * 2 + m % 2;
-          u8* place = corner + r * CHUNKS * 16 + (c ^ r % 8) * 16;
+          u8* place = corner + r * CHUNKS * 16 + (c ^ r % TURNS) * 16;
           u32 v[4], old[4] = {0, 0, 0, 0};
           if (RESIDUAL) load_transposed(place, old);
 #pragma unroll
@@ -469,7 +470,7 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
 #pragma unroll
       for (int i = 0; i < VECTORS; i++) {
         const int r = (i * 128 + threadIdx.x % 128) / CHUNKS;
-        const uint4 v = *(const uint4*)(corner + r * CHUNKS * 16 + (at ^ r % 8) * 16);
+        const uint4 v = *(const uint4*)(corner + r * CHUNKS * 16 + (at ^ r % TURNS) * 16);
         if (row[i] >= 0 && channel < outputs) *(uint4*)(a.y + (row[i] * outputs + channel) * 2) = v;
       }
     }
