@@ -320,6 +320,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     if (turns > 0 && warp * 8 < TILE)
       load_eight(in, work, shared_address(shared.tile[0]), work.begin + warp * 8, warp * 8, writes);
     copies_commit();
+    if (work.sequence == sequences && writes && rank == 0 && warp < work.count && load_fresh(rows + work.token + warp) >= 0)
+      own_row(in, work.token + warp, shared_address(shared.tile[0]), warp, true);
     *(u32*)&shared.query[warp][LATENT * 2 + lane * 4] = turned(pair, c, s, scale);
     float d[2][4] = {};
 #pragma unroll
