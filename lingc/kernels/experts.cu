@@ -56,15 +56,10 @@ DEVICE float round_chunk(const float* v, Chunk& to) {
   float most = 0, inverse, q[16];
 #pragma unroll
   for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(v[i]));
-  most = warp_max<8>(most);
-  float scale = e4m3_scale(most, inverse);
-  if (exact && most > 0) scale = __fdiv_rn(most, E4M3_MAX);
+  const float scale = e4m3_scale(warp_max<8>(most), inverse);
+  // To the last bit where v is: bf16 values often lie halfway between two codes.
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
-    q[i] = v[i] * inverse;
-    // The quotient to the last bit: bf16 values often lie halfway between two codes.
-    if (exact) q[i] = fmaf(fmaf(-q[i], scale, v[i]), inverse, q[i]);
-  }
+  for (int i = 0; i < 16; i++) q[i] = exact ? e4m3_ratio(v[i], scale, inverse) : v[i] * inverse;
   to.part[0] = uint4{to_e4m3(q[0], q[1], q[2], q[3]), to_e4m3(q[4], q[5], q[6], q[7]),
                      to_e4m3(q[8], q[9], q[10], q[11]), to_e4m3(q[12], q[13], q[14], q[15])};
   return scale;
@@ -76,6 +71,13 @@ DEVICE float round_chunk(const float* v, Chunk& to) {
   }
   return 1.0f;
 #endif
+}
+
+// Scales of weights; volatile, or the compiler would put the load where its value is first needed, behind the wait.
+DEVICE float load_scale(const void* scales, size_t n) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"((const float*)scales + n));
+  return v;
 }
 
 // Chunk n of a row, as it lies in memory; zeros where the lane has none.
@@ -254,13 +256,18 @@ struct Hit {
 
 // Warp. All of them by rising id; returns how many.
 DEVICE int list_hits(Hit* hits, const int* starts, int lane) {
-  int found = 0;
-#pragma unroll 8
-  for (int base = 0; base < EXPERTS; base += 32) {
-    const int e = base + lane;
-    const int first = e < EXPERTS ? load_fresh(starts + e) : 0, end = e < EXPERTS ? load_fresh(starts + e + 1) : 0;
-    const u32 some = __ballot_sync(FULL_WARP, end > first);
-    if (end > first) hits[found + __popc(some & ((1u << lane) - 1))] = Hit{e, first, end - first};
+  constexpr int EACH = (EXPERTS + 31) / 32;
+  int found = 0, first[EACH], end[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int e = min(i * 32 + lane, EXPERTS - 1);
+    first[i] = load_fresh(starts + e), end[i] = load_fresh(starts + e + 1);
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const bool hit = i * 32 + lane < EXPERTS && end[i] > first[i];
+    const u32 some = __ballot_sync(FULL_WARP, hit);
+    if (hit) hits[found + __popc(some & ((1u << lane) - 1))] = Hit{i * 32 + lane, first[i], end[i] - first[i]};
     found += __popc(some);
   }
   return found;
@@ -368,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     const int expert = one.tile < 0 ? -1 : expert_of(one.entry);
     if (expert < 0 || lane % 16 >= BLOCKS_K) return 0;
     const size_t row = ((size_t)expert * 2 + lane / 16) * (INNER / 128) + one.tile * 8 / 128;
-    return __ldg((const float*)scale + row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
+    return load_scale(scale, row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
   };
 
   if (lane == 0) ring.init();
@@ -392,9 +399,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   }
 
   if (TOKENS == 1) {
-    for (int i = lane; i < TOP_K; i += 32) chosen[i] = load_fresh(ids + i);
+    // A store would await its load, so x is asked for before the ids are stored.
+    const int id = lane < TOP_K ? load_fresh(ids + lane) : 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) row[i] = load_chunk(x + warp * SLICE, lane + i * 32, lane + i * 32 < SLICE / 16);
+    if (lane < TOP_K) chosen[lane] = id;
     __syncwarp();
     total = SLOTS * TILES;
   } else {
@@ -513,13 +522,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       // x of the first eight columns; of an expert that more tokens chose, the others are read where they are.
       held = entry;
       __syncwarp();
-      for (int c = 0; c < columns && c < 8; c++) {
-        const i64 token = token_of(entry, c);
-        const uint4* from = (const uint4*)((const u8*)x + (token * WIDTH + warp * SLICE) * X_BYTES);
-        for (int n = lane; n < SLICE * X_BYTES / 16; n += 32) xs[place_of(n, X_PITCH) + c * 4] = load_fresh(from + n);
-        for (int n = lane; n < BLOCKS_K; n += 32)
-          block_scales[c * BLOCKS_K + n] = load_fresh(x_scales + token * (WIDTH / 128) + warp * BLOCKS_K + n);
+      const uint4* from[8];
+      float column_scales[8];
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        const i64 token = c < columns ? token_of(entry, c) : 0;
+        from[c] = (const uint4*)((const u8*)x + (token * WIDTH + warp * SLICE) * X_BYTES);
+        column_scales[c] = c < columns && lane < BLOCKS_K ? load_fresh(x_scales + token * (WIDTH / 128) + warp * BLOCKS_K + lane) : 0;
       }
+      for (int n = lane; n < SLICE * X_BYTES / 16; n += 32) {
+        uint4 part[8];
+#pragma unroll
+        for (int c = 0; c < 8; c++) part[c] = c < columns ? load_fresh(from[c] + n) : uint4{0, 0, 0, 0};
+#pragma unroll
+        for (int c = 0; c < 8; c++)
+          if (c < columns) xs[place_of(n, X_PITCH) + c * 4] = part[c];
+      }
+#pragma unroll
+      for (int c = 0; c < 8; c++)
+        if (c < columns && lane < BLOCKS_K) block_scales[c * BLOCKS_K + lane] = column_scales[c];
       __syncwarp();
     }
     // Columns past the last repeat it; nobody reads their sums.
@@ -702,40 +723,52 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   for (int j = 0; j < SCALES; j++) {
     const int i = lane + j * 32, expert = i < count * BLOCKS_K ? hits[i / BLOCKS_K].expert : -1;
     const size_t row = (size_t)max(expert, 0) * ((WIDTH + 127) / 128) + tile * 16 / 128;
-    found_scales[j] = expert < 0 ? 0 : __ldg((const float*)scale + row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
+    found_scales[j] = expert < 0 ? 0 : load_scale(scale, row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
   }
   wait_dependencies();
 
+  // The warp's own slice of every row, as the format multiplies it. Three loads are in flight before one is awaited.
+  constexpr int AHEAD_OF_USE = 3;
+  const int chunks = tokens * SLOTS * (SLICE / 16);
+  auto load_own = [&](int n) {
+    return load_chunk(a + (i64)(n / (SLICE / 16)) * INNER + warp * SLICE, n % (SLICE / 16), n < chunks);
+  };
+  Raw raw[AHEAD_OF_USE];
+  if (OWN) {
+#pragma unroll
+    for (int j = 0; j < AHEAD_OF_USE; j++) raw[j] = load_own(j * 32 + lane);
+  }
   // Results of this thread, and what they are added to.
   constexpr int EACH = (16 * TOKENS + WARPS * 32 - 1) / (WARPS * 32);
-  float base[EACH];
+  bf16 base[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int n = threadIdx.x + i * WARPS * 32;
-    base[i] = n < 16 * tokens ? from_bf16(load_fresh(residual + (i64)(n / 16) * WIDTH + tile * 16 + n % 16)) : 0;
+    base[i] = n < 16 * tokens ? load_fresh(residual + (i64)(n / 16) * WIDTH + tile * 16 + n % 16) : 0;
   }
 #pragma unroll
   for (int j = 0; j < SCALES; j++)
     if (lane + j * 32 < LISTED * BLOCKS_K) row_scales[lane + j * 32] = found_scales[j];
-  __syncwarp();
   if (OWN) {
-    // The warp's own slice of every row, as the format multiplies it.
-    const int chunks = tokens * SLOTS * (SLICE / 16);
-#pragma unroll 3
-    for (int first = 0; first < chunks; first += 32) {
-      const int n = first + lane, own = n / (SLICE / 16), chunk = n % (SLICE / 16);
-      float v[16];
-      unpack(load_chunk(a + (i64)own * INNER + warp * SLICE, chunk, n < chunks), v);
-      Chunk made;
-      const float s = round_chunk(v, made);
-      if (n < chunks) {
+    for (int from = 0; from < chunks; from += AHEAD_OF_USE * 32) {
 #pragma unroll
-        for (int h = 0; h < X_BYTES; h++) xs[own_at(own, place_of(chunk * X_BYTES + h, 4))] = made.part[h];
-        if (FORMAT == FP8 && chunk % 8 == 0) block_scales[own * BLOCKS_K + chunk / 8] = s;
+      for (int j = 0; j < AHEAD_OF_USE; j++) {
+        const int n = from + j * 32 + lane, own = n / (SLICE / 16), chunk = n % (SLICE / 16);
+        float v[16];
+        unpack(raw[j], v);
+        Chunk made;
+        const float s = round_chunk(v, made);
+        if (n < chunks) {
+#pragma unroll
+          for (int h = 0; h < X_BYTES; h++) xs[own_at(own, place_of(chunk * X_BYTES + h, 4))] = made.part[h];
+          if (FORMAT == FP8 && chunk % 8 == 0) block_scales[own * BLOCKS_K + chunk / 8] = s;
+        }
       }
+#pragma unroll
+      for (int j = 0; j < AHEAD_OF_USE; j++) raw[j] = load_own(from + (AHEAD_OF_USE + j) * 32 + lane);
     }
-    __syncwarp();
   }
+  __syncwarp();
 
   // What eight columns of an entry multiply a stage with. Rows that are not in shared memory are fetched a stage ahead.
   struct Near {
@@ -830,7 +863,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += sums[w * TOKENS * 16 + n];
-    y[(i64)(n / 16) * WIDTH + tile * 16 + n % 16] = to_bf16(base[i] + sum);
+    y[(i64)(n / 16) * WIDTH + tile * 16 + n % 16] = to_bf16(from_bf16(base[i]) + sum);
   }
 }
 #endif  // DOWN

@@ -17,6 +17,10 @@ PIECE = 1024
 PIECE_K = {"bf16": 32, "fp8": 64, "int4": 128}
 BLOCK = 128
 _BUFFERS = 4
+_SM_BYTES = 228 * 1024
+_BLOCK_BYTES = 1024
+"""Shared memory of a multiprocessor (Hopper), and what the system keeps of it for every block."""
+
 _BUCKETS = (1, 4, 8, 16, 32, 64)
 
 _WEIGHT = {"bf16": "*bf16", "fp8": "*f8e4m3", "int4": "*i32"}
@@ -113,6 +117,15 @@ def _stage_bytes(shape: Shape, config: Config) -> int:
     if shape.format == "int4":
         scales = config.stage * PIECE_K["int4"] // shape.group * TILE_ROWS * 2
     return config.stage * PIECE + scales
+
+
+def _exclusive(shared: int, blocks: int) -> int:
+    """At least so much shared memory that no more blocks fit on a multiprocessor.
+
+    Blocks begin while those of other kernels are still there. Were there room for one more than a
+    multiprocessor's share, some would get it and others too few, and all would wait for the first.
+    """
+    return max(shared, align(_SM_BYTES // (blocks + 1) - _BLOCK_BYTES + 1, 128))
 
 
 def _hits(shape: Shape) -> int:
@@ -233,7 +246,7 @@ def up_tactic(shape: Shape, config: Config, sms: int) -> Tactic:
         ),
         constants=tuple(_constants(shape, config, "UP", shared).items()),
         warps=config.warps,
-        shared_bytes=shared,
+        shared_bytes=_exclusive(shared, config.blocks),
         features=("bulk", "fp8"),
     )  # fmt: skip
     tiles = shape.inner // 8
@@ -283,7 +296,7 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
         ),
         constants=tuple(_constants(shape, config, "DOWN", shared).items()),
         warps=config.warps,
-        shared_bytes=shared,
+        shared_bytes=_exclusive(shared, config.blocks),
         features=("bulk", "fp8"),
     )  # fmt: skip
     each = shape.matrix_bytes(shape.width, shape.inner)
@@ -365,9 +378,6 @@ _PREPARE_FROM = 9
 _PREPARE_DOWN_FROM = 5
 """Tokens from which on a launch that quantizes each row once costs less than blocks that all do."""
 
-_BLOCK_BYTES = 1024
-"""Shared memory that the system keeps of every block."""
-
 
 def refusal(target: Target, shape: Shape, *, lists: bool) -> str | None:
     """Why these kernels cannot run experts of few tokens, or None.
@@ -376,18 +386,30 @@ def refusal(target: Target, shape: Shape, *, lists: bool) -> str | None:
         lists: Whether `pairs` and `starts` are there.
     """
     unit = {"bf16": 64, "fp8": BLOCK, "int4": BLOCK}[shape.format]
-    if shape.tokens > MOST_TOKENS:
-        return f"{shape.tokens} tokens are more than {MOST_TOKENS}"
-    if shape.tokens > 1 and not lists:
-        return f"{shape.tokens} tokens without lists of their experts' pairs"
-    if shape.width % unit or shape.inner % unit:
-        return f"{shape.width} and {shape.inner} channels are not multiples of {unit}"
-    if shape.format == "int4" and shape.group not in {32, 128}:
-        return f"INT4 groups of {shape.group} are neither 32 nor 128"
-    if shape.pitch % 8:
-        return f"rows of {shape.pitch} columns are not aligned to 16 bytes"
-    if target.smem_per_block_bytes is None:
-        return f"how much shared memory a block of {target.name} may have is not known"
+    rules = (
+        (shape.tokens > MOST_TOKENS, f"{shape.tokens} tokens are more than {MOST_TOKENS}"),
+        (
+            shape.tokens > 1 and not lists,
+            f"{shape.tokens} tokens without lists of their experts' pairs",
+        ),
+        (
+            shape.width % unit or shape.inner % unit,
+            f"{shape.width} and {shape.inner} channels are not multiples of {unit}",
+        ),
+        (
+            shape.format == "int4" and shape.group not in {32, BLOCK},
+            f"INT4 groups of {shape.group} are neither 32 nor {BLOCK}",
+        ),
+        (shape.top_k > 32, f"{shape.top_k} experts of a token are more than 32"),
+        (shape.pitch % 8, f"rows of {shape.pitch} columns are not aligned to 16 bytes"),
+        (
+            target.smem_per_block_bytes is None,
+            f"how much shared memory a block of {target.name} may have is not known",
+        ),
+    )
+    for broken, reason in rules:
+        if broken:
+            return reason
     if not up_tactics(target, shape) or not down_tactics(target, shape):
         return f"{shape.width} and {shape.inner} channels do not fit in shared memory"
     return None
@@ -407,7 +429,7 @@ def up_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
 
 
 def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
-    """Of `expert_down` for up to 64 tokens: the two deepest rings that leave room for a block more.
+    """Of `expert_down` for up to 64 tokens: the deepest rings that leave room for a block more.
 
     Where none does, those that fit at all.
     """
@@ -418,7 +440,7 @@ def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     for limit in ((most + _BLOCK_BYTES) // 2, most):
         good = [c for c in fitting if down_shared_bytes(shape, c) + _BLOCK_BYTES <= limit]
         if good:
-            return tuple(down_tactic(shape, config) for config in good[:2])
+            return tuple(down_tactic(shape, config) for config in good[:3])
     return ()
 
 
