@@ -17,7 +17,6 @@
 //   PREPARED        whether `prepare_rows` has normed and quantized the rows before
 //   WARPS, BLOCKS   of a block, and blocks meant for one multiprocessor
 //   STAGE, DEPTH    pieces of one copy, and copies of a warp's ring
-//   AHEAD           stages that a warp brings into L2 beyond its ring before it waits
 //   BYTES           of shared memory, which the host works out as this file does
 // and one of UP, DOWN, ROW (channels of a row to prepare; NORM: whether to norm it).
 #include "stream.cuh"
@@ -682,7 +681,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   int next_entry = 0, next_stage = 0, asked = 0;
   const u8 *next_words = nullptr, *next_scales = nullptr;
   const u64 policy = evict_first();
-  auto next = [&]() {  // false where there is none
+  auto ask_next = [&](int slot) {  // by lane 0; false where there is none
     if (next_stage == 0) {
       while (next_entry < count && hits[next_entry].expert < 0) next_entry++;
       if (next_entry >= count) return false;
@@ -690,32 +689,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       next_words = down + at * 16 * ROW_BYTES(INNER) + warp * STAGES * STAGE * PIECE;
       if (FORMAT == INT4) next_scales = scale + (at * (INNER / GROUP) + warp * STAGES * STAGE_GROUPS) * 32;
     }
-    return true;
-  };
-  auto pass = [&]() {
+    ask(ring.stages + slot * STAGE_BYTES, next_words, next_scales, ring.bars + slot, policy);
     next_words += STAGE * PIECE, next_scales += SCALE_BYTES;
     if (++next_stage == STAGES) next_stage = 0, next_entry++;
-  };
-  auto ask_next = [&](int slot) {
-    if (!next()) return false;
-    ask(ring.stages + slot * STAGE_BYTES, next_words, next_scales, ring.bars + slot, policy);
-    pass();
     return true;
   };
-  if (lane == 0) {
+  if (lane == 0)
     while (asked < DEPTH && ask_next(asked)) asked++;
-    if (AHEAD > 0) {
-      // What the ring has no room for comes near at least.
-      const int entry = next_entry, stage = next_stage;
-      const u8 *words = next_words, *scales = next_scales;
-      for (int i = 0; i < AHEAD && next(); i++) {
-        bulk_prefetch(next_words, STAGE * PIECE);
-        if (FORMAT == INT4) bulk_prefetch(next_scales, SCALE_BYTES);
-        pass();
-      }
-      next_entry = entry, next_stage = stage, next_words = words, next_scales = scales;
-    }
-  }
   // Scales of the blocks that the tile lies in; held in registers, since a store would await them before the wait.
   constexpr int SCALES = (LISTED * BLOCKS_K + 31) / 32;
   float found_scales[SCALES + 1];

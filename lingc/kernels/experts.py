@@ -91,7 +91,6 @@ class Config:
         warps: Of a block; K is split among them.
         stage: Pieces of one copy.
         depth: Stages of a warp's ring.
-        ahead: Stages a warp brings into L2 beyond its ring before it waits.
         blocks: Blocks a multiprocessor.
         waves: Of the grid of `expert_up`; 0 for a block a tile.
         prepared: Whether rows are normed and quantized by a launch of their own.
@@ -102,13 +101,11 @@ class Config:
     depth: int
     blocks: int
     waves: int = 1
-    ahead: int = 0
     prepared: bool = False
 
     def name(self, kind: str) -> str:
         first = "prepare." if self.prepared else ""
-        ahead = f".a{self.ahead}" if self.ahead else ""
-        name = f"{kind}.{first}w{self.warps}.s{self.stage}.d{self.depth}{ahead}.b{self.blocks}"
+        name = f"{kind}.{first}w{self.warps}.s{self.stage}.d{self.depth}.b{self.blocks}"
         return name if kind == "down" else f"{name}.x{self.waves}"
 
 
@@ -180,7 +177,6 @@ def _constants(shape: Shape, config: Config, kind: str, shared: int) -> dict[str
         "BLOCKS": config.blocks,
         "STAGE": config.stage,
         "DEPTH": config.depth,
-        "AHEAD": config.ahead,
         "BYTES": shared,
     }
 
@@ -226,8 +222,7 @@ def _rows_space(shape: Shape, rows: int, row: int) -> tuple[Workspace, ...]:
 def _config(config: Config) -> dict[str, int | str]:
     return {
         "warps": config.warps, "stage": config.stage, "depth": config.depth,
-        "ahead": config.ahead, "blocks": config.blocks, "waves": config.waves,
-        "prepared": int(config.prepared),
+        "blocks": config.blocks, "waves": config.waves, "prepared": int(config.prepared),
     }  # fmt: skip
 
 
