@@ -319,6 +319,8 @@ def _at_once(shape: Shape, config: Config, room: int) -> int:
 def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
     """In the order of what was measured on one H200."""
     hopper = target.arch == "sm_90a"
+    if shape.format == "fp8" and shape.tokens > 4:
+        yield Narrow(warps=16, depth=2)
     if hopper and shape.before == "group_norm_gate" and shape.format == "fp8":
         yield from (Wide(groups=4, slots=8), Wide(groups=4, slots=6))
     if hopper and shape.width > 8192:
