@@ -199,11 +199,14 @@ class Standard:
         end = decayed(whole) * start + added
         if q is None:
             return end, end
-        qs = q.reshape(0, 0, heads, key).transpose(0, 2, 1, 3) * float(key**-0.5)
+        qs = q.reshape(0, 0, heads, key).transpose(0, 2, 1, 3)
         causal = body.op("GreaterOrEqual", order.unsqueeze(1), order)
         lag = body.where(causal, seen.unsqueeze(2) - seen.unsqueeze(1), FAR)
         within = body.op("Exp", lag.unsqueeze(1) * fall) * (qs @ ks.transpose(0, 1, 3, 2))
-        o = within @ vs + (qs * decayed(seen)) @ start
+        # Scaled last. Were q scaled, a product by one number would be read by a matrix product and
+        # by a product with what may be one number too (one head, one token), and of these ONNX
+        # Runtime's MatMulScaleFusion makes a model that reads the first after removing it.
+        o = (within @ vs + (qs * decayed(seen)) @ start) * float(key**-0.5)
         return o.transpose(0, 2, 1, 3).reshape(0, 0, heads * value), end
 
     # ------------------------------------------------------------------------------------- experts

@@ -259,3 +259,29 @@ def test_decode_without_accepted_tokens_reads_no_pending_ones() -> None:
     assert {"pending_k", "pending_v", "accepted"} <= reads("decode")
     for name in ("decode_settled", "decode_one"):
         assert not {"pending_k", "pending_v", "accepted"} & reads(name)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_nothing_but_a_matrix_product_reads_its_scaled_factor(library: str) -> None:
+    """ONNX Runtime's MatMulScaleFusion may remove the scaling while somebody else reads it."""
+    engine = lower(compiled("tiny"), library=library)
+
+    for name in engine.models:
+        for function in model(engine, name).functions:
+            for scaled in scalings(function):
+                readers = [node.op_type for node in function.node if scaled in node.input]
+                shared = "MatMul" in readers and len(readers) > 1
+                assert not shared, f"{name}, {function.name}: {scaled} is read by {readers}"
+
+
+def scalings(function: FunctionProto) -> Iterator[str]:
+    """Results of products and quotients with one constant number."""
+    numbers = {
+        node.output[0]
+        for node in function.node
+        if node.op_type == "Constant"
+        and all(onnx.numpy_helper.to_array(a.t).size == 1 for a in node.attribute)
+    }
+    for node in function.node:
+        if node.op_type in {"Mul", "Div"} and numbers.intersection(node.input):
+            yield node.output[0]
