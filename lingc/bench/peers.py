@@ -321,7 +321,7 @@ PEERS: Mapping[str, tuple[Peer, ...]] = {
         Peer(
             name="linghe triton_rms_norm_and_block_quant_forward", package=_LINGHE,
             module="linghe.utils.norm", prepare=_linghe_rms_norm_fp8,
-            difference="writes no bf16 copy: 101 of our 169 bytes",
+            difference="writes no bf16 copy: 3 of our 5 bytes a value",
         ),
     ),
     "silu_mul": (
