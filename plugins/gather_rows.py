@@ -2,7 +2,7 @@
 
     y[n, d] = x[rows[n], d]
 
-Shapes: x [T, D]; rows i32 [N], each below T; y [N, D]. A row below 0 is padding and gives zeros. T
+Shapes: x [T, D]; rows i32 [N]; y [N, D]. A row that x does not have is padding and gives zeros. T
 and N symbolic.
 
 Rounding: none.
@@ -25,8 +25,9 @@ from lingc.targets.spec import Target
 
 
 def reference(x: Tensor, rows: Tensor) -> Tensor:
-    found = x.index_select(0, rows.clamp(min=0))
-    return torch.where(rows[:, None] < 0, 0, found)
+    last = x.shape[0] - 1
+    found = x.index_select(0, rows.clamp(0, last))
+    return torch.where(((rows < 0) | (rows > last))[:, None], 0, found)
 
 
 def types(x: TensorType, rows: TensorType) -> TensorType:
@@ -48,20 +49,20 @@ def refusal(_target: Target, x: TensorType, _rows: TensorType) -> str | None:
 def tactics(target: Target, x: TensorType, rows: TensorType) -> Sequence[Tactic]:
     if refusal(target, x, rows) is not None:
         return ()
-    (count,), width = rows.bind({}), number(x.shape[1])
+    (count,), (tokens, width) = rows.bind({}), x.bind({})
     warps = min(8, -(-width // 256))
     kernel = Kernel(
         language="cuda",
         source="kernels/gather_rows.cu",
         entry="gather_rows",
-        arguments=(("x", "*bf16"), ("rows", "*i32"), ("y", "*bf16")),
+        arguments=(("x", "*bf16"), ("rows", "*i32"), ("y", "*bf16"), ("tokens", "i32")),
         constants=(("WIDTH", width), ("THREADS", 32 * warps)),
         warps=warps,
     )
     launch = Launch(
         kernel=kernel,
         grid=(count, 1, 1),
-        operands=(Operand("x"), Operand("rows"), Operand("y")),
+        operands=(Operand("x"), Operand("rows"), Operand("y"), tokens),
         dependent=(target.compute_capability or (0, 0)) >= (9, 0),
         moved_bytes=cost(x, rows).moved_bytes,
         blocks_per_sm=8,
@@ -70,11 +71,11 @@ def tactics(target: Target, x: TensorType, rows: TensorType) -> Sequence[Tactic]
 
 
 def inputs(tokens: int, count: int, width: int, *, dtype: str, device: str) -> tuple[Tensor, ...]:
-    """Arguments; the last of three rows and more is padding."""
+    """Arguments; the last two of four rows and more are padding."""
     some = Samples(dtype=dtype, device=device)
     rows = some.below(tokens, count)
-    if count > 2:
-        rows[-1] = -1
+    if count > 3:
+        rows[-2], rows[-1] = tokens, -1
     return some.normal(tokens, width), rows
 
 

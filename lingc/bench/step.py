@@ -63,14 +63,17 @@ class DeviceStep:
     ) -> None:
         self.device, self.schedule, self.binaries = device, schedule, binaries
         self.tensors = {
-            name: held[name] if name in held else poisoned(kind.bind({}), TORCH_DTYPE[kind.dtype])
+            name: held[name]
+            if name in held
+            else poisoned(kind.bind({}), TORCH_DTYPE[kind.dtype], device.memory)
             for name, kind in schedule.buffers.items()
         }
         room = schedule.workspace_bytes + 256
-        self._scratch = torch.full((room,), 0xFF, dtype=torch.uint8, device="cuda")
-        self._counters = torch.zeros(schedule.counter_bytes + 256, dtype=torch.uint8, device="cuda")
+        self._scratch = torch.full((room,), 0xFF, dtype=torch.uint8, device=device.memory)
+        room = schedule.counter_bytes + 256
+        self._counters = torch.zeros(room, dtype=torch.uint8, device=device.memory)
         self._addresses = [self._addresses_of(one) for one in schedule.steps]
-        torch.cuda.synchronize()
+        device.synchronize()
 
     def _addresses_of(self, one: Scheduled) -> dict[str, int]:
         found = {
@@ -226,16 +229,19 @@ class KernelBackend:
     def __init__(
         self, plan: Plan, weights: Mapping[str, Array] | None, limits: Limits, *, cache_dir: Path,
         phases: Iterable[str] | None = None, compilers: Compilers | None = None,
+        device: Device | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.limits = plan, limits
-        self.device = Device()
+        self.device = device or Device()
         self.target = targets.get(plan.target)
         self._cache_dir, self._compilers = cache_dir, compilers
         self._steps: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceStep] = {}
         dims = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
         self._dims = dims
         self.held = {
-            name: torch.zeros(kind.bind(dims), dtype=TORCH_DTYPE[kind.dtype], device="cuda")
+            name: torch.zeros(
+                kind.bind(dims), dtype=TORCH_DTYPE[kind.dtype], device=self.device.memory
+            )
             for name, kind in plan.states.items()
         }
         wanted = tuple(phases or plan.programs)
@@ -244,7 +250,7 @@ class KernelBackend:
         for name in names:
             kind = plan.weights[name].type
             if weights is not None:
-                self.held[name] = _stored(weights[name], kind)
+                self.held[name] = _stored(weights[name], kind, self.device.memory)
             else:
                 assert drawn is not None, "weights are given or drawn"
                 made = torch.empty(kind.bind({}), dtype=TORCH_DTYPE[kind.dtype], device="cuda")
@@ -268,7 +274,7 @@ class KernelBackend:
         """Run one phase; state is updated in place."""
         step = self.step(phase, inputs)
         step.give(inputs)
-        torch.cuda.synchronize()
+        self.device.synchronize()
         step.launch()
         self.device.synchronize()
         outputs = self.plan.programs[phase].outputs
@@ -290,7 +296,7 @@ class KernelBackend:
     def load_slot(self, slot: int, saved: Mapping[str, Array]) -> None:
         """Put back what `save_slot` gave."""
         for name, value in saved.items():
-            self.held[name][slot] = _stored(value, self.plan.states[name])
+            self.held[name][slot] = _stored(value, self.plan.states[name], self.device.memory)
 
     def close(self) -> None:
         """Free weights, state and buffers."""
@@ -314,10 +320,11 @@ def check_program(
     step = backend.step(phase, inputs)
     states = {name: backend.held[name].clone() for name in backend.plan.states}
     step.give(inputs)
-    torch.cuda.synchronize()
+    backend.device.synchronize()
     values: dict[str, list[torch.Tensor]] = {}
     for i, one in enumerate(step.schedule.steps):
         given = [_argument(arg, step, plain) for arg in one.step.args]
+        torch.cuda.synchronize()  # the kernel, on a stream of its own, may change what is copied
         step.launch_one(i)
         backend.device.synchronize()
         got = [step.tensors[one.buffers[name] or ""] for name in one.op.results]
@@ -330,7 +337,7 @@ def check_program(
     for name, value in states.items():
         backend.held[name].copy_(value)
     step.give(inputs)
-    torch.cuda.synchronize()
+    backend.device.synchronize()
     step.launch()
     backend.device.synchronize()
     written = {one.buffers[name] for one in step.schedule.steps for name in one.op.results}
@@ -363,10 +370,12 @@ def _argument(arg: Any, step: DeviceStep, plain: Mapping[str, torch.Tensor]) -> 
     return list(arg) if isinstance(arg, tuple) else arg
 
 
-def plain_weights(plan: Plan, weights: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+def plain_weights(
+    plan: Plan, weights: Mapping[str, Array], memory: str = Device.memory
+) -> dict[str, torch.Tensor]:
     """Packed weights in the plan's own order, on the device."""
     return {
-        name: _stored(restore(plan.weights[name].layout, value), plan.weights[name].type)
+        name: _stored(restore(plan.weights[name].layout, value), plan.weights[name].type, memory)
         for name, value in weights.items()
     }
 
@@ -408,11 +417,11 @@ class Drawn:
         return scaled.to(tensor.dtype)
 
 
-def _stored(array: Array, kind: TensorType) -> torch.Tensor:
+def _stored(array: Array, kind: TensorType, memory: str) -> torch.Tensor:
     """A stored array on the device, with the plan's element type."""
     raw = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1).copy())
     dtype = TORCH_DTYPE[kind.dtype]
-    found: torch.Tensor = raw.to("cuda").view(dtype).reshape(array.shape)
+    found: torch.Tensor = raw.to(memory).view(dtype).reshape(array.shape)
     return found
 
 
