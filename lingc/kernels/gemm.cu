@@ -213,7 +213,10 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
       for (int w = 0; w < WAVES; w++) {
         if (!SWAP && w > 0 && first_row(group, w) >= tile.tokens) {
           // Nobody wants these rows.
-          if (w == WAVES - 1 && lane == 0) barrier_arrive(s.empty + ring.slot);
+          if (w == WAVES - 1) {
+            __syncwarp();
+            if (lane == 0) barrier_arrive(s.empty + ring.slot);
+          }
           continue;
         }
         float part[N / 2];
@@ -227,7 +230,10 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
         wgmma_commit();
         wgmma_wait<0>();
         if (!SWAP) {
-          if (w == WAVES - 1 && lane == 0) barrier_arrive(s.empty + ring.slot);
+          if (w == WAVES - 1) {
+            __syncwarp();  // all lanes have read their scales
+            if (lane == 0) barrier_arrive(s.empty + ring.slot);
+          }
           const float gate0 = of_rows[w][0] * low_scale, gate1 = of_rows[w][1] * low_scale;
           const float up0 = of_rows[w][0] * high_scale, up1 = of_rows[w][1] * high_scale;
 #pragma unroll
@@ -250,7 +256,7 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
             sum[w][4 * j + 3] = fmaf(part[4 * j + 3], h1, sum[w][4 * j + 3]);
           }
           if (w == WAVES - 1) {
-            __syncwarp();  // scales are read
+            __syncwarp();  // as above
             if (lane == 0) barrier_arrive(s.empty + ring.slot);
           }
         }
