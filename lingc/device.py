@@ -76,6 +76,9 @@ class Device:
         IncompatibleError: No driver or no such device.
     """
 
+    memory = "cuda"
+    """Where torch puts tensors that this device's kernels can reach."""
+
     def __init__(self, index: int = 0) -> None:
         try:
             self._driver: Any = importlib.import_module("cuda.bindings.driver")

@@ -26,6 +26,10 @@ from lingc.targets.spec import Target
 
 _POISON = {torch.int32: -77_777_777, torch.int64: -77_777_777, torch.uint8: 0xAB, torch.bool: True}
 
+SIMILAR = 1e-4
+"""Similarity error up to which results on a model's own values are right: rounding to bf16 alone is
+about 3e-6, a row of 42 that is wrong about 1e-2."""
+
 REPLAYS = 11
 _SERIES_BYTES = 24 << 30
 """Memory that the copies of one series may take."""
@@ -142,11 +146,12 @@ def arrange_all(op: Op, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def poisoned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def poisoned(shape: Sequence[int], dtype: torch.dtype, memory: str = Device.memory) -> torch.Tensor:
     """A tensor that no kernel wrote: NaN, or a number that stands out."""
+    size = tuple(shape)
     if dtype == torch.float8_e4m3fn:
-        return torch.full(tuple(shape), 0x7F, dtype=torch.uint8, device="cuda").view(dtype)
-    return torch.full(tuple(shape), _POISON.get(dtype, math.nan), dtype=dtype, device="cuda")
+        return torch.full(size, 0x7F, dtype=torch.uint8, device=memory).view(dtype)
+    return torch.full(size, _POISON.get(dtype, math.nan), dtype=dtype, device=memory)
 
 
 # ---------------------------------------------------------------------------------------- layouts
@@ -268,9 +273,22 @@ def _problem(
 
 
 def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:
-    """Why results are not what the reference in FP64 makes of the arguments, or None."""
+    """Why results on a model's own values are not what the reference in FP64 makes of them, or None.
+
+    Weights of a trained model have outliers, and an FP8 code that falls the other way beside one
+    moves a single result by more than a tolerance for random values allows. So results are compared
+    as a whole, except where the op has a judge; the gate over cases goes element by element.
+    """
     want = op.reference(*wide_arguments(op, arguments))
-    return _judged(op, arguments, got, [want] if isinstance(want, torch.Tensor) else list(want))
+    wanted = [want] if isinstance(want, torch.Tensor) else list(want)
+    if op.judge is not None:
+        return op.judge(arguments, got, wanted)
+    for name, one, other in zip(op.results, got, wanted, strict=True):
+        dtype = DTYPE_NAME[one.dtype]
+        found = close(one, other, dtype=dtype, mechanism=op.mechanism)
+        if not found.ok and not found.similarity_error <= SIMILAR:
+            return f"{name}: {found}"
+    return None
 
 
 def _judged(

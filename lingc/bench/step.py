@@ -324,7 +324,8 @@ def check_program(
     values: dict[str, list[torch.Tensor]] = {}
     for i, one in enumerate(step.schedule.steps):
         given = [_argument(arg, step, plain) for arg in one.step.args]
-        torch.cuda.synchronize()  # the kernel, on a stream of its own, may change what is copied
+        # The kernel, on a stream of its own, may change what is copied.
+        backend.device.synchronize()
         step.launch_one(i)
         backend.device.synchronize()
         got = [step.tensors[one.buffers[name] or ""] for name in one.op.results]
