@@ -273,7 +273,7 @@ def _problem(
 
 
 def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:
-    """Why results on a model's own values are not what the reference in FP64 makes of them, or None.
+    """Why results on a model's own values are not what the reference makes of them, or None.
 
     Weights of a trained model have outliers, and an FP8 code that falls the other way beside one
     moves a single result by more than a tolerance for random values allows. So results are compared
