@@ -100,6 +100,8 @@ def _live(config: ModelConfig, target: Target, step: Step, ranks: int) -> dict[s
     dense = 3 * config.intermediate_size // ranks
     shared = 3 * config.num_shared_experts * config.moe_shared_expert_intermediate_size // ranks
     routed = 2 * hidden + 3 * config.num_experts_per_tok * config.moe_intermediate_size // ranks
+    if target.default_engine == "cuda":
+        routed = 2 * hidden + _routed(config, ranks) // act
     layers = {
         "linear attention": linear,
         "MLA": latent,
@@ -112,6 +114,16 @@ def _live(config: ModelConfig, target: Target, step: Step, ranks: int) -> dict[s
     live["MLA"] += _attention(config, target, step, heads)
     live["LM head"] = act * tokens * hidden + 4 * step.logits * -(-config.vocab_size // ranks)
     return live
+
+
+def _routed(config: ModelConfig, ranks: int) -> int:
+    """Bytes of a token between the two halves of its experts, and inside the second.
+
+    The inner activations, once more in the order of experts, and each expert's result in FP32.
+    """
+    inner = 2 * config.moe_intermediate_size // ranks
+    count = config.num_experts_per_tok + config.num_shared_experts
+    return count * (2 * inner + 4 * config.hidden_size)
 
 
 def _attention(config: ModelConfig, target: Target, step: Step, heads: int) -> int:

@@ -1,5 +1,6 @@
 """Whole phases by their kernels: a tactic for every step, launches that fit, and their order."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,10 +16,12 @@ from lingc.graph import Captured
 from lingc.kernel import Launch, Tensor, align
 from lingc.lower import lower
 from lingc.model.config import ModelConfig
-from lingc.plan import PHASES, Plan, Ref, TensorType, refs
+from lingc.plan import DTYPE_BYTES, PHASES, Plan, Ref, TensorType, refs
 from lingc.quantize.recipes import built_in, load_recipe
+from lingc.sizing import memory
 from lingc.targets.cuda.binaries import missing_features
 from lingc.targets.cuda.schedule import Schedule, Scheduled, schedule
+from lingc.targets.spec import MIB
 from tests.programs import copy
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
@@ -191,6 +194,44 @@ def _named(one: Scheduled, *names: str) -> tuple[str, ...]:
     values = [found[name] for name in names]
     assert all(isinstance(value, Ref) for value in values), one.step.outputs[0]
     return tuple(value.name for value in values if isinstance(value, Ref))
+
+
+@pytest.mark.parametrize(("model", "precision", "target"), EVERY)
+def test_the_memory_that_is_told_beforehand_holds_a_step(
+    model: str, precision: str, target: str
+) -> None:
+    """The values that live at its widest point, and the workspace of the op there."""
+    whole = plan(model, precision, target)
+    for phase, tokens, found in schedules(model, precision, target):
+        step = memory.Step(
+            tokens=tokens,
+            sequences=found.sizes["B"],
+            context=CACHED,
+            logits=tokens if phase == "verify" else found.sizes["N"],
+            is_absorbed=phase != "prefill",
+        )
+        told = memory.workspace_bytes(capturer(model).config, targets.get(target), step, 1)
+
+        # Kernels of few tokens hold a few megabytes that do not grow with the model.
+        assert widest(whole, phase, found) <= told + 8 * MIB, f"{phase}, {tokens} tokens"
+
+
+def widest(whole: Plan, phase: str, found: Schedule) -> int:
+    """Bytes of the values and the workspace that a step needs at once, at the most."""
+    program = whole.programs[phase]
+    last = {found.of[name]: i for i, one in enumerate(found.steps) for name in refs(one.step.args)}
+    last |= {found.of[name]: len(found.steps) for name in program.outputs.values()}
+    kept = {*program.inputs, *program.states, *program.weights}
+    live: dict[str, int] = {}
+    most = 0
+    for i, one in enumerate(found.steps):
+        for buffer in {found.of[value] for value in one.step.outputs} - kept:
+            kind = found.buffers[buffer]
+            live[buffer] = DTYPE_BYTES[kind.dtype] * math.prod(kind.bind({}))
+        spaces = sum(align(space.bytes) for space in one.choice.tactic.workspaces)
+        most = max(most, sum(live.values()) + spaces)
+        live = {buffer: size for buffer, size in live.items() if last.get(buffer, i) > i}
+    return most
 
 
 def launches_by_layer(found: Schedule) -> dict[int, list[str]]:
