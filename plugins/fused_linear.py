@@ -26,6 +26,7 @@ Source: `rms_norm`, `group_norm_gate`, `silu_mul` and the linears that it is mad
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def _shape(
     )
 
 
-def refusal(target: Target, x: TensorType, *rest: TensorType | float | str | None) -> str | None:
+def refusal(target: Target, x: TensorType, *rest: Any) -> str | None:
     """Kernels take BF16 activations; `lingc.kernels.gemv` and `gemm` say which sizes."""
     if x.dtype != "bf16":
         return f"activations are {x.dtype}; the kernels take bf16"
@@ -164,9 +165,7 @@ def refusal(target: Target, x: TensorType, *rest: TensorType | float | str | Non
     return gemm.refusal(shape) if shape.tokens > FEW else reason
 
 
-def tactics(
-    target: Target, x: TensorType, *rest: TensorType | float | str | None
-) -> Sequence[Tactic]:
+def tactics(target: Target, x: TensorType, *rest: Any) -> Sequence[Tactic]:
     """One read of the weights for few tokens; tiles of tokens for more, where there are both."""
     shape = _shape(x, *rest)
     many = target.arch == "sm_90a" and shape.tokens > FEW and gemm.refusal(shape) is None
