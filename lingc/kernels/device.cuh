@@ -127,6 +127,13 @@ DEVICE bf16 load_fresh(const bf16* p) {
   return v;
 }
 
+// A weight that is asked for before a wait and used behind it; the compiler would move a plain load to its use.
+DEVICE float load_early(const float* p) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+
 // ---------------------------------------------------------------- bf16, f16, E4M3
 
 DEVICE float from_bf16(bf16 v) { return __uint_as_float((u32)v << 16); }

@@ -72,13 +72,6 @@ DEVICE float round_chunk(const float* v, Chunk& to) {
 #endif
 }
 
-// Scales of weights; volatile, or the compiler would put the load where its value is first needed, behind the wait.
-DEVICE float load_scale(const void* scales, size_t n) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"((const float*)scales + n));
-  return v;
-}
-
 // Chunk n of a row, as it lies in memory; zeros where the lane has none.
 struct Raw {
   uint4 part[2];
@@ -374,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     const int expert = one.tile < 0 ? -1 : expert_of(one.entry);
     if (expert < 0 || lane % 16 >= BLOCKS_K) return 0;
     const size_t row = ((size_t)expert * 2 + lane / 16) * (INNER / 128) + one.tile * 8 / 128;
-    return load_scale(scale, row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
+    return load_early((const float*)scale + row * (WIDTH / 128) + warp * BLOCKS_K + lane % 16);
   };
 
   if (lane == 0) ring.init();
@@ -703,7 +696,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   for (int j = 0; j < SCALES; j++) {
     const int i = lane + j * 32, expert = i < count * BLOCKS_K ? hits[i / BLOCKS_K].expert : -1;
     const size_t row = (size_t)max(expert, 0) * ((WIDTH + 127) / 128) + tile * 16 / 128;
-    found_scales[j] = expert < 0 ? 0 : load_scale(scale, row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K);
+    const float* from = (const float*)scale + row * (INNER / 128) + warp * BLOCKS_K + i % BLOCKS_K;
+    found_scales[j] = expert < 0 ? 0 : load_early(from);
   }
   wait_dependencies();
 
