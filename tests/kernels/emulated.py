@@ -68,7 +68,9 @@ def problem(op: Op, arguments: Sequence[Any], tactic: Tactic, folder: Path) -> s
     """
     held = _held(op, arguments, tactic)
     for launch in tactic.launches:
-        _launch(launch, {name: guarded.address for name, guarded in held.items()}, folder)
+        addresses = {name: guarded.address for name, guarded in held.items()}
+        if broken := _launch(launch, addresses, folder):
+            return f"{launch.kernel.entry}: {broken}"
     for name, guarded in held.items():
         if not guarded.whole():
             return f"wrote outside {name}"
@@ -146,7 +148,8 @@ def _arranged(layout: str, value: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(arrange(layout, raw.numpy()).copy()).view(value.dtype)
 
 
-def _launch(launch: Launch, addresses: Mapping[str, int], folder: Path) -> None:
+def _launch(launch: Launch, addresses: Mapping[str, int], folder: Path) -> str:
+    """What the kernel did wrong; empty where nothing."""
     kernel = launch.kernel
     values = [
         _value(kind, operand, addresses)
@@ -154,7 +157,9 @@ def _launch(launch: Launch, addresses: Mapping[str, int], folder: Path) -> None:
     ]
     pointers = [ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
     run = ctypes.CDLL(str(_library(kernel, folder))).run
-    run((ctypes.c_void_p * len(pointers))(*pointers), *launch.grid, 32 * kernel.warps)
+    run.restype = ctypes.c_char_p
+    said: bytes = run((ctypes.c_void_p * len(pointers))(*pointers), *launch.grid, 32 * kernel.warps)
+    return said.decode()
 
 
 def _value(kind: str, operand: Operand, addresses: Mapping[str, int]) -> Any:
@@ -174,8 +179,9 @@ def _library(kernel: Kernel, folder: Path) -> Path:
     name = kernel.source.rpartition("/")[2]
     text = _SHARED.sub(r"\1* \2 = (\1*)emulator::shared;", sources.pop(name))
     text += f"""
-extern "C" void run(void** arguments, int x, int y, int z, int threads) {{
+extern "C" const char* run(void** arguments, int x, int y, int z, int threads) {{
   emulator::launch({kernel.entry}, Index{{x, y, z}}, threads, {kernel.shared_bytes}, arguments);
+  return emulator::problem;
 }}
 """
     mine = {path.name: path.read_text(encoding="utf-8") for path in sorted(EMULATOR.iterdir())}

@@ -81,10 +81,11 @@ inline void meet(Meeting& at, int count) {
 }
 inline void meet_warp() { meet(warps[warp()], 32); }
 
-[[noreturn]] inline void fail(const char* what) {
-  printf("block %d, thread %d: %s\n", block.x, current ? current->thread : -1, what);
-  fflush(stdout);
-  abort();
+// What a kernel did wrong; the launch ends with it.
+inline char problem[256];
+inline void fail(const char* what) {
+  if (!problem[0]) snprintf(problem, sizeof problem, "block %d, thread %d: %s", block.x, current ? current->thread : -1, what);
+  while (current) yield();
 }
 
 // An mbarrier, in its own eight bytes.
@@ -121,7 +122,8 @@ void run(Index size, int count, int shared_bytes, Body body) {
   now = &body, grid = size, threads = count, state = 1;
   if ((int)fibers.size() < count) fibers = std::vector<Fiber>(count);
   u8* memory = (u8*)aligned_alloc(1024, (shared_bytes + 1024) / 1024 * 1024);
-  for (int b = 0; b < size.x * size.y * size.z; b++) {
+  problem[0] = 0;
+  for (int b = 0; b < size.x * size.y * size.z && !problem[0]; b++) {
     block = Index{b % size.x, b / size.x % size.y, b / size.x / size.y}, shared = memory, idle = 0;
     memset(memory, 0xff, shared_bytes);
     for (auto& one : warps) one = Meeting();
@@ -143,13 +145,16 @@ void run(Index size, int count, int shared_bytes, Body body) {
           if (one.done) continue;
           current = &one;
           swapcontext(&home, &one.context);
+          current = nullptr;
           if (one.done) left--, idle = 0;
         }
       }
       deliver();
       if (++idle > PATIENCE) fail("everyone waits");
+      if (problem[0]) break;
     }
-    if (!copies.empty()) fail("ends with copies under way");
+    if (!problem[0] && !copies.empty()) fail("ends with copies under way");
+    copies.clear();
   }
   free(memory);
 }
