@@ -89,6 +89,22 @@ def problem(op: Op, arguments: Sequence[Any], tactic: Tactic, folder: Path) -> s
     return None
 
 
+def results(op: Op, arguments: Sequence[Any], tactic: Tactic, folder: Path) -> list[torch.Tensor]:
+    """What a tactic makes of arguments.
+
+    Raises:
+        AssertionError: A kernel went wrong, or wrote where it may not.
+    """
+    held = _held(op, arguments, tactic)
+    addresses = {name: guarded.address for name, guarded in held.items()}
+    for launch in tactic.launches:
+        broken = _launch(launch, addresses, folder)
+        assert not broken, f"{launch.kernel.entry}: {broken}"
+    stray = [name for name, guarded in held.items() if not guarded.whole()]
+    assert not stray, f"{tactic.name} wrote outside {', '.join(stray)}"
+    return [held[name].tensor() for name in op.results]
+
+
 def _held(op: Op, arguments: Sequence[Any], tactic: Tactic) -> dict[str, "_Guarded"]:
     """Arguments as kernels take them, results and workspaces, these full of NaN."""
     layouts = op.layouts(*(type_of(value) for value in arguments))

@@ -15,6 +15,7 @@ import torch
 from lingc import compile as compiler
 from lingc import targets
 from lingc.bench import step
+from lingc.bench.kernels import problem_of
 from lingc.bench.ops import Settings, run
 from lingc.bench.step import DeviceStep, KernelBackend, check_program, plain_weights
 from lingc.checkpoint import open_checkpoint
@@ -32,6 +33,7 @@ from lingc.runtime.backend import Array, Limits
 from lingc.runtime.slots import Piece, SlotTable
 from lingc.runtime.tokenizer import Tokenizer
 from lingc.weights import CheckpointWeights
+from tests.kernels import emulated
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "artifacts" / "checkpoints" / "ling-tiny"
@@ -178,6 +180,34 @@ def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     named = [fault for fault in found if "other bits" not in fault.problem]
     assert [fault.case for fault in named] == ["prefill layers.3.expert_up"]
     assert "differ by more than allowed" in named[0].problem
+
+
+@pytest.mark.long
+@pytest.mark.skipif(emulated.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
+def test_kernels_that_can_be_emulated_do_a_trained_models_steps(tmp_path: Path) -> None:
+    """Two of three steps; the others go by their references."""
+    plan, weights = plan_and_weights("fp8")
+    plain = plain_weights(plan, weights, "cpu")
+    backend = KernelBackend(plan, weights, LIMITS, cache_dir=tmp_path, device=Nowhere())
+    ran, steps = 0, 0
+    for phase, inputs in phases(plan):
+        now = backend.step(phase, inputs)
+        now.give(inputs)
+        for one in now.schedule.steps:
+            given = [step._argument(arg, now, plain) for arg in one.step.args]
+            if emulated.runs(one.choice.tactic):
+                got = emulated.results(one.op, given, one.choice.tactic, tmp_path)
+                problem = problem_of(one.op, given, got)
+                assert problem is None, f"{phase} {one.step.outputs[0]}: {problem}"
+                ran += 1
+            else:
+                found = one.op.reference(*given)
+                got = [found] if isinstance(found, torch.Tensor) else list(found)
+            steps += 1
+            for name, value in zip(one.op.results, got, strict=True):
+                now.tensors[one.buffers[name] or ""].copy_(value)
+
+    assert ran > steps // 2
 
 
 # ------------------------------------------------------------------------------------- on a GPU
