@@ -16,7 +16,7 @@ from typing import Any, Self
 from lingc.errors import IncompatibleError, MissingExtraError, ResourceError
 from lingc.kernel import Launch, Tensor
 
-_MAGIC = b"lingck1\n"
+_MAGIC = b"lingck2\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +44,25 @@ class Binary:
     shared_bytes: int
 
     def to_bytes(self) -> bytes:
-        """One file: magic, length of the header, header as JSON, image."""
+        """One file: magic, SHA-256 of the rest, length of the header, header as JSON, image."""
         fields = {key: getattr(self, key) for key in self.__slots__ if key != "code"}
-        fields["sha256"] = hashlib.sha256(self.code).hexdigest()
         header = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        return _MAGIC + struct.pack("<I", len(header)) + header + self.code
+        rest = struct.pack("<I", len(header)) + header + self.code
+        return _MAGIC + hashlib.sha256(rest).digest() + rest
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Raises ValueError where the bytes are no binary, or not all of one."""
-        if data[: len(_MAGIC)] != _MAGIC or len(data) < len(_MAGIC) + 4:
+        """Raises ValueError where the bytes are no binary, or not those that were written."""
+        start = len(_MAGIC) + hashlib.sha256().digest_size
+        if data[: len(_MAGIC)] != _MAGIC or len(data) < start + 4:
             raise ValueError("no kernel binary")
-        start = len(_MAGIC) + 4
-        (length,) = struct.unpack_from("<I", data, len(_MAGIC))
-        header = json.loads(data[start : start + length])
-        code = data[start + length :]
-        if hashlib.sha256(code).hexdigest() != header.pop("sha256", None):
-            raise ValueError("the device image is not whole")
+        rest = data[start:]
+        if hashlib.sha256(rest).digest() != data[len(_MAGIC) : start]:
+            raise ValueError("a kernel binary that is not whole")
+        (length,) = struct.unpack_from("<I", rest)
+        header = json.loads(rest[4 : 4 + length])
         header["arguments"] = tuple((key, kind) for key, kind in header["arguments"])
-        return cls(code=code, **header)
+        return cls(code=rest[4 + length :], **header)
 
 
 class Device:

@@ -22,7 +22,6 @@ from lingc.kernel import Kernel, Launch, Tactic, Tensor
 from lingc.op import DTYPE_NAME, TORCH_DTYPE, Benchmark, Op, type_of
 from lingc.plan import TensorType
 from lingc.quantize.layouts import PLAIN, TILE_ROWS, arrange
-from lingc.targets.spec import Target
 
 _POISON = {torch.int32: -77_777_777, torch.int64: -77_777_777, torch.uint8: 0xAB, torch.bool: True}
 
@@ -281,24 +280,20 @@ def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) ->
     """
     want = op.reference(*wide_arguments(op, arguments))
     wanted = [want] if isinstance(want, torch.Tensor) else list(want)
-    if op.judge is not None:
-        return op.judge(arguments, got, wanted)
-    for name, one, other in zip(op.results, got, wanted, strict=True):
-        dtype = DTYPE_NAME[one.dtype]
-        found = close(one, other, dtype=dtype, mechanism=op.mechanism)
-        if not found.ok and not found.similarity_error <= SIMILAR:
-            return f"{name}: {found}"
-    return None
+    return _judged(op, arguments, got, wanted, similar=SIMILAR)
 
 
 def _judged(
-    op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]
-) -> str | None:
+    op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor], want: Sequence[torch.Tensor],
+    *, similar: float = 0.0,
+) -> str | None:  # fmt: skip
+    """Why results are wrong, or None; up to a similarity error of `similar` they are not."""
     if op.judge is not None:
         return op.judge(arguments, got, want)
     for name, one, other in zip(op.results, got, want, strict=True):
         found = close(one, other, dtype=DTYPE_NAME[one.dtype], mechanism=op.mechanism)
-        if not found.ok:
+        alike = found.problem is None and 0 < found.similarity_error <= similar
+        if not found.ok and not alike:
             return f"{name}: {found}"
     return None
 
@@ -457,11 +452,3 @@ def _ceiling(
     seconds = statistics.median(graph.seconds(7)) / count
     graph.close()
     return (2 if copies else 1) * size / seconds
-
-
-def runnable(op: Op, target: Target, arguments: Sequence[Any]) -> Sequence[Tactic]:
-    """Tactics for arguments; none where the op refuses them or has no kernel."""
-    types = [type_of(value) for value in arguments]
-    if op.refusal(target, *types) is not None:
-        return ()
-    return op.tactics(target, *types)

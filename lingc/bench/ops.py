@@ -1,35 +1,27 @@
 """`lingc bench-ops`: every op's kernels held to their references on this device, then timed."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from lingc.bench import kernels
 from lingc.bench.kernels import Fault, Timing
 from lingc.bench.peers import PeerTiming, time_peers
+from lingc.compile import Stage
 from lingc.device import Binary, Device
-from lingc.errors import UsageError
+from lingc.errors import IncompatibleError, UsageError
 from lingc.kernel import Kernel, Tactic
-from lingc.op import OPS, Benchmark, Op
+from lingc.op import OPS, Benchmark, Op, type_of
 from lingc.targets.cuda.binaries import Compilers, compile_all
 from lingc.targets.cuda.binaries import kernels as kernels_of
 from lingc.targets.spec import Target
 
 FORMAT = 1
 """Version of a record."""
-
-
-class Stage(Protocol):
-    """Shows that something is under way; what it yields is called for every unit done."""
-
-    def __call__(
-        self, name: str, *, total: int | None = None, unit: str = ""
-    ) -> AbstractContextManager[Callable[[int], None]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +123,20 @@ def compile_kernels(settings: Settings, stage: Stage) -> int:
     return len(_compiled(settings, found, stage))
 
 
-def compile_some(settings: Settings, wanted: Sequence[Kernel], stage: Stage) -> int:
-    """Compile kernels that somebody else needs; how many there are."""
+def compile_some(
+    settings: Settings, wanted: Iterable[Kernel], stage: Stage
+) -> dict[Kernel, Binary]:
+    """Compile kernels, or take them from the cache, each once."""
     distinct = list(dict.fromkeys(wanted))
     with stage("compile", total=len(distinct), unit="kernels") as advance:
-        compile_all(
-            distinct, settings.target.arch, settings.cache_dir, jobs=settings.jobs, advance=advance
+        return compile_all(
+            distinct,
+            settings.target.arch,
+            settings.cache_dir,
+            compilers=settings.compilers,
+            jobs=settings.jobs,
+            advance=advance,
         )
-    return len(distinct)
 
 
 def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
@@ -163,16 +161,7 @@ def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
 
 def _compiled(settings: Settings, found: Found, stage: Stage) -> dict[Kernel, Binary]:
     needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
-    wanted = list(dict.fromkeys([*needed, *kernels.ceiling_kernels()]))
-    with stage("compile", total=len(wanted), unit="kernels") as advance:
-        return compile_all(
-            wanted,
-            settings.target.arch,
-            settings.cache_dir,
-            compilers=settings.compilers,
-            jobs=settings.jobs,
-            advance=advance,
-        )
+    return compile_some(settings, [*needed, *kernels.ceiling_kernels()], stage)
 
 
 def _measure(
@@ -241,8 +230,6 @@ def _ops(settings: Settings) -> list[Op]:
 
 def _types(one: Work) -> list[Any]:
     """Types of the arguments without their numbers, which may be gigabytes."""
-    from lingc.op import type_of  # noqa: PLC0415
-
     arguments = one.op.inputs(*one.case, dtype="bf16", device="meta")
     return [type_of(value) for value in arguments]
 
@@ -250,7 +237,7 @@ def _types(one: Work) -> list[Any]:
 def _same_architecture(device: Device, target: Target) -> None:
     if target.compute_capability != device.capability:
         major, minor = device.capability
-        raise UsageError(
+        raise IncompatibleError(
             f"the target {target.name} is {target.arch}, this device is sm_{major}{minor}",
             hint="choose a target of this device's architecture with --target",
         )

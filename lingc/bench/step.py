@@ -158,12 +158,17 @@ def decode_inputs(plan: Plan, sequences: int, context: int) -> tuple[dict[str, A
 def sizes_of(plan: Plan, phase: str, inputs: Mapping[str, Array], limits: Limits) -> dict[str, int]:
     """The value of every symbolic axis of a phase."""
     program = plan.programs[phase]
-    return {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1} | {
+    return _room(plan, limits) | {
         size: value
         for name in program.inputs
         for size, value in zip(program.types[name].shape, inputs[name].shape, strict=True)
         if isinstance(size, str)
     }
+
+
+def _room(plan: Plan, limits: Limits) -> dict[str, int]:
+    """Slots and cache rows, scratch included."""
+    return {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
 
 
 def decode_kernels(plan: Plan, *, sequences: int, context: int) -> list[Kernel]:
@@ -236,8 +241,7 @@ class KernelBackend:
         self.target = targets.get(plan.target)
         self._cache_dir, self._compilers = cache_dir, compilers
         self._steps: dict[tuple[str, tuple[tuple[str, int], ...]], DeviceStep] = {}
-        dims = {"S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
-        self._dims = dims
+        dims = _room(plan, limits)
         self.held = {
             name: torch.zeros(
                 kind.bind(dims), dtype=TORCH_DTYPE[kind.dtype], device=self.device.memory

@@ -123,7 +123,7 @@ def command(
             for sequences in settings.tokens or (1,)
             for kernel in decode_kernels(plan, sequences=sequences, context=context)
         ]
-        made = bench.compile_some(settings, wanted, out.stage)
+        made = len(bench.compile_some(settings, wanted, out.stage))
     else:
         made = 0 if into is None else bench.compile_kernels(settings, out.stage)
     if into is not None:
@@ -132,7 +132,7 @@ def command(
         return
     report = bench.run(settings, out.stage)
     document = bench.document(report, settings, about(versions(), date))
-    _save(path, document)
+    _save(out, path, document)
     if out.as_json:
         out.emit(document)
     else:
@@ -144,10 +144,12 @@ def command(
         )
 
 
-def _save(path: Path | None, document: object) -> None:
+def _save(out: Output, path: Path | None, document: object) -> None:
+    from lingc.parity.page import write_whole
+
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        out.note(f"record: {path}")
 
 
 def _plan(out: Output, settings: "Settings", checkpoint: Path, precision: str) -> "Plan":
@@ -189,7 +191,7 @@ def _step(
     document = {"kind": "bench-step", "format": 1, **about, "target": plan.target,
                 "layers": plan.config["num_hidden_layers"], "precision": plan.precision,
                 "steps": found}  # fmt: skip
-    _save(path, document)
+    _save(out, path, document)
     if out.as_json:
         out.emit(document)
     if not all(one["finite"] for one in found):

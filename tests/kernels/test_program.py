@@ -23,6 +23,7 @@ from lingc.compile import silent
 from lingc.device import Device
 from lingc.interpret import InterpreterBackend
 from lingc.model.config import ModelConfig
+from lingc.op import OPS
 from lingc.parity.data import SAMPLE, Row, read_rows
 from lingc.parity.engine import EngineSide
 from lingc.parity.run import compare
@@ -208,6 +209,15 @@ def test_kernels_that_can_be_emulated_do_a_trained_models_steps(tmp_path: Path) 
                 now.tensors[one.buffers[name] or ""].copy_(value)
 
     assert ran > steps // 2
+
+
+def test_a_result_of_another_shape_is_wrong_however_alike() -> None:
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+
+    problem = problem_of(OPS["silu_mul"], [x], [torch.zeros(4, 16, dtype=torch.bfloat16)])
+
+    assert problem is not None
+    assert "shape" in problem
 
 
 # ------------------------------------------------------------------------------------- on a GPU
