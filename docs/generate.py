@@ -121,6 +121,10 @@ def _kernels() -> list[str]:
             " in FP64 first, then timed as nodes of one graph over cold data."
         ),
         "A time holds the hand-off to the next call.",
+        (
+            "One with a star is of a shape whose own reference did not fit; smaller ones went"
+            " through the gate."
+        ),
         "Read and copy are what kernels with nothing to compute reached in the same process.",
         "What the kernels are, and why, is in [decision 5](decisions/0005-kernels.md).",
         "",
@@ -131,6 +135,8 @@ def _kernels() -> list[str]:
             lines += _measured_ops(path.name, record)
         elif record["kind"] == "bench-step":
             lines += _measured_steps(path.name, record)
+    if not any(RECORDS.glob("*.json")):
+        lines += ["There is no record yet."]
     return lines
 
 
@@ -147,7 +153,7 @@ def _measured_ops(name: str, record: Mapping[str, Any]) -> list[str]:
             benchmark,
             tokens,
             f"`{row['tactic']}`",
-            f"{row['microseconds'][1]:.2f}",
+            f"{row['microseconds'][1]:.2f}" + ("" if row["gated"] else " *"),
             f"{row['bytes_per_s'] / 1e9:.0f}",
             f"{100 * row['share_of_read']:.0f} %",
             f"{row['flops_per_s'] / 1e12:.0f}",

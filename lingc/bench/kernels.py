@@ -1,6 +1,6 @@
 """Ops run by their own kernels on a device: held to their references, then timed.
 
-The binaries are those that engines carry, compiled ahead of time and loaded through the driver.
+The binaries are compiled ahead of time and loaded through the driver, as an engine's will be.
 Every tactic of every case passes the gate before anything is timed: close to the reference in FP64
 on the same rounded inputs, nothing left of the NaN that results and workspaces were filled with,
 the same bits twice, counters back at zero.
@@ -52,6 +52,8 @@ class Timing:
         microseconds: Of one call, hand-off to the next included: 10th, 50th and 90th percentile.
         moved_bytes: What one call must read and write, by the op's cost.
         flops: By the op's cost.
+        gated: Whether this shape itself went through the gate; a large one is timed on the word of
+            the smaller ones, since its reference in FP64 would not fit.
         facts: Registers, local memory and blocks a multiprocessor of each launch.
     """
 
@@ -59,6 +61,7 @@ class Timing:
     benchmark: str
     tokens: int
     tactic: str
+    gated: bool
     microseconds: tuple[float, float, float]
     moved_bytes: float
     flops: float
@@ -328,9 +331,10 @@ def _disturbed(
 # ------------------------------------------------------------------------------------------- time
 
 
-def time_tactic(
+def time_tactic(  # noqa: PLR0913 (what is timed, on what, by what)
     device: Device, op: Op, benchmark: Benchmark, tokens: int, arguments: Sequence[Any],
     tactic: Tactic, binaries: Mapping[Kernel, Binary], arranged: Mapping[str, torch.Tensor],
+    *, gated: bool,
 ) -> Timing:  # fmt: skip
     """Median time of one call in a recorded series over cold data."""
     types = [type_of(value) for value in arguments]
@@ -351,6 +355,7 @@ def time_tactic(
         benchmark=benchmark.name,
         tokens=tokens,
         tactic=tactic.name,
+        gated=gated,
         microseconds=(low, middle, high),
         moved_bytes=cost.moved_bytes,
         flops=cost.flops,

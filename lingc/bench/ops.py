@@ -185,7 +185,7 @@ def _measure(
             timings += [
                 kernels.time_tactic(
                     device, one.op, one.benchmark, one.tokens, arguments, tactic, binaries,
-                    arranged,
+                    arranged, gated=one.tokens < settings.large,
                 )
                 for tactic in tactics
                 if tactic.name not in wrong

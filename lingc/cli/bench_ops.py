@@ -80,9 +80,10 @@ def command(
 ) -> None:
     """Run the kernels of ops on this GPU: first against FP64, then for time.
 
-    Binaries are the ones that engines carry, compiled ahead of time and kept in the cache. A tactic
-    that fails the gate is not timed, and the exit code is 5. Times are of one call in a recorded
-    series, cold data, the hand-off to the next call included.
+    Binaries are compiled ahead of time and kept in the cache, or come from elsewhere. A tactic that
+    fails the gate is not timed, and the exit code is 5. Shapes of 2,048 tokens and more, whose
+    reference would not fit, are timed on the word of the smaller ones, with a star. Times are of
+    one call in a recorded series, cold data, the hand-off to the next call included.
 
     \b
     Examples:
@@ -256,7 +257,7 @@ def _row(one: "Timing", read: float | None) -> tuple[object, ...]:
         one.benchmark,
         one.tokens,
         one.tactic,
-        f"{middle:.2f}",
+        f"{middle:.2f}" + ("" if one.gated else "*"),
         f"{low:.2f}-{high:.2f}",
         f"{one.bytes_per_s / 1e9:.0f}",
         "-" if read is None else f"{100 * one.bytes_per_s / read:.1f} %",

@@ -353,7 +353,7 @@ def _triton(kernel: Kernel, arch: str) -> Binary:
             made = triton.compile(
                 source, target=backends.GPUTarget("cuda", number, 32), options=options
             )
-        except Exception as error:
+        except (_import("triton.errors").TritonError, RuntimeError) as error:
             raise StageError(
                 f"{kernel.source} does not compile for {arch} with {constants}: {error}",
                 hint="a fault of lingc; please report it",

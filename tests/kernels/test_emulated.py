@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: neith
 
 ROUNDED_WEIGHTS = pytest.mark.xfail(
     strict=True,
-    reason="INT4 values are rounded to bf16 before wgmma; through SwiGLU and with an f32 result "
-    "that is just beyond what an FP8 product is allowed",
+    reason="INT4 values are rounded to bf16 before wgmma; through SwiGLU one of 8,960 results is "
+    "8.6e-3 off where 7.9e-3 are allowed, with a bf16 result as well. The scale belongs behind the "
+    "product",
 )
 BEYOND = {
     ("fused_linear", (70, 256, 384, "none", "swiglu", "int4", 32, 0, 1, 0, "f32")): ROUNDED_WEIGHTS
