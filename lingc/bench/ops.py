@@ -92,9 +92,9 @@ def run(settings: Settings, stage: Stage) -> Report:
         IncompatibleError: No device, or another architecture than the target's.
         StageError: A kernel does not compile.
     """
+    found, refused = _tactics(settings)  # what was asked for wrongly is told without a device too
     device = Device()
     _same_architecture(device, settings.target)
-    found, refused = _tactics(settings)
     binaries = _compiled(settings, found, stage)
     with stage("run", total=len(found), unit="shapes") as advance:
         faults, timings, peers, gated = _measure(settings, device, found, binaries, advance)
