@@ -23,12 +23,16 @@ class Tolerance:
 
     Attributes:
         source: Why this much: what differs, and by how much at the worst.
+        stray: Share of elements that may differ by up to twice that, where inputs are quantized.
+            An input within an f32 rounding of the middle between two codes has two right codes, and
+            one code beside a large weight moves a sum by more than the allowance.
     """
 
     rtol: float
     atol: float
     source: str
     of_mean: float = 0.0
+    stray: float = 0.0
 
 
 _EXACT = Tolerance(rtol=0, atol=0, source="integers and flags are equal or wrong")
@@ -40,9 +44,13 @@ _BF16 = Tolerance(
 _BF16_SUM = Tolerance(
     rtol=2**-6, atol=5e-3, source="as elementwise, and the sum's terms cancel near zero"
 )
+_STRAY = 2e-5
+"""An f32 error of 3e-7 makes 5e-6 of 3-bit codes fall the other way; of the sums that hold one, a
+few in a thousand leave their allowance. Up to 1e-5 were found; none may in less than 50,000."""
 _FP8_SUM = Tolerance(
-    rtol=2e-2, atol=0, of_mean=2e-2, source=f"{_PUBLISHED}, against dequantized f32"
-)
+    rtol=2e-2, atol=0, of_mean=2e-2, stray=_STRAY,
+    source=f"{_PUBLISHED}, against dequantized f32",
+)  # fmt: skip
 
 TABLE = MappingProxyType(
     {
@@ -66,7 +74,10 @@ TABLE = MappingProxyType(
         ("bf16", "fp8_gemm"): _FP8_SUM,
         ("f32", "experts"): _F32_SUM,
         ("bf16", "experts"): Tolerance(
-            rtol=2e-2, atol=2e-2, source="the inner activation is rounded to bf16 before a sum"
+            rtol=2e-2,
+            atol=2e-2,
+            stray=_STRAY,
+            source="the inner activation is rounded to bf16 before a sum",
         ),
         ("f32", "attention"): _F32_SUM,
         ("bf16", "attention"): Tolerance(
@@ -104,6 +115,7 @@ class Comparison:
     Attributes:
         problem: What makes them incomparable (shapes), or None.
         outside: How many elements differ by more than is allowed.
+        far: How many of them by more than twice that.
         elements: How many there are.
         similarity_error: 1 - 2<a, b> / (<a, a> + <b, b>): 0 for equal, 1 for unrelated tensors.
         worst: Coordinate of the element that exceeds its allowance by most, () for scalars.
@@ -117,6 +129,7 @@ class Comparison:
 
     problem: str | None = None
     outside: int = 0
+    far: int = 0
     elements: int = 0
     similarity_error: float = 0.0
     worst: tuple[int, ...] = ()
@@ -129,7 +142,8 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        return self.problem is None and self.outside == 0
+        strays = self.far == 0 and self.outside <= self.tolerance.stray * self.elements
+        return self.problem is None and (self.outside == 0 or strays)
 
     def __str__(self) -> str:
         if self.problem is not None:
@@ -138,6 +152,8 @@ class Comparison:
         terms = [f"rtol {used.rtol:.3g}", f"atol {used.atol:.3g}"]
         if used.of_mean:
             terms.append(f"{used.of_mean:.3g} of mean |want|")
+        if used.stray:
+            terms.append(f"{used.stray:.3g} of the elements up to twice that")
         return (
             f"{self.outside} of {self.elements} elements differ by more than allowed; "
             f"similarity error {self.similarity_error:.3e}\n"
@@ -183,6 +199,7 @@ def close(
     at = torch.unravel_index(excess.argmax(), excess.shape)
     return Comparison(
         outside=int((excess > 0).sum()),
+        far=int((excess > allowed).sum()),
         elements=got.numel(),
         similarity_error=_similarity_error(a, b),
         worst=tuple(int(i) for i in at),

@@ -41,6 +41,25 @@ def test_fp8_products_are_held_to_two_percent_of_the_mean() -> None:
         assert (found.rtol, found.atol, found.of_mean) == (2e-2, 0, 2e-2)
 
 
+def test_codes_that_fall_the_other_way_move_few_elements_and_not_far() -> None:
+    want = torch.ones(100_000)
+    few, many, far = (want.clone() for _ in range(3))
+    few[:2] = 1.06  # allowed: 2 % of the value and 2 % of the mean
+    many[:3] = 1.06
+    far[0] = 1.09
+
+    assert close(few, want, dtype="bf16", mechanism="fp8_gemm").ok
+    assert not close(many, want, dtype="bf16", mechanism="fp8_gemm").ok
+    assert not close(far, want, dtype="bf16", mechanism="fp8_gemm").ok
+    assert not close(few[:49_999], want[:49_999], dtype="bf16", mechanism="fp8_gemm").ok
+
+
+def test_without_quantized_inputs_no_element_may_stray() -> None:
+    strays = {key for key, entry in TABLE.items() if entry.stray}
+
+    assert strays == {("f32", "fp8_gemm"), ("bf16", "fp8_gemm"), ("bf16", "experts")}
+
+
 def test_every_entry_says_where_it_comes_from() -> None:
     assert all(len(entry.source) > 20 for entry in TABLE.values())
 
