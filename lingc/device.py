@@ -1,9 +1,10 @@
-"""Compiled kernels on a device: load, launch, record a graph.
+"""Compiled kernels on a device: load, launch, record a graph; memory, copies and events.
 
 Only the driver is used, through cuda-bindings, so that whatever runs an engine needs neither torch
 nor a compiler. Programmatic dependent launch and graphs are the driver's own.
 """
 
+import ctypes
 import hashlib
 import importlib
 import json
@@ -12,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lingc.errors import IncompatibleError, MissingExtraError, ResourceError
 from lingc.kernel import Launch, Tensor
@@ -65,6 +69,14 @@ class Binary:
         return cls(code=rest[4 + length :], **header)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pinned:
+    """Host memory that a device copies from and to by itself, while the host does other work."""
+
+    address: int
+    array: NDArray[np.uint8]
+
+
 class Device:
     """The current CUDA context, its loaded binaries and one stream.
 
@@ -96,7 +108,9 @@ class Device:
                 f"no CUDA device {index} can be used: {error}",
                 hint="run this where an NVIDIA GPU and its driver are",
             ) from error
-        self._ok(cu.cuCtxSetCurrent(self._ok(cu.cuDevicePrimaryCtxRetain(device))))
+        self._device = device
+        self._context = self._ok(cu.cuDevicePrimaryCtxRetain(device))
+        self.attach()
         attribute = cu.CUdevice_attribute
         wanted = {
             "major": attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
@@ -114,16 +128,104 @@ class Device:
         flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = self._ok(cu.cuStreamCreate(flags))
         self._functions: dict[str, Any] = {}
+        self._modules: list[Any] = []
+
+    def attach(self) -> None:
+        """Let the calling thread use the device; the one that made it can already."""
+        self._ok(self._driver.cuCtxSetCurrent(self._context))
+
+    def close(self) -> None:
+        """Give back the code and the context. What was allocated must have been freed."""
+        cu = self._driver
+        for module in self._modules:
+            self._ok(cu.cuModuleUnload(module))
+        self._modules.clear()
+        self._functions.clear()
+        self._ok(cu.cuStreamDestroy(self.stream))
+        self._ok(cu.cuDevicePrimaryCtxRelease(self._device))
 
     def synchronize(self) -> None:
         """Wait for everything on the device."""
         self._ok(self._driver.cuCtxSynchronize())
+
+    # ------------------------------------------------------------------------------------- memory
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Memory that is free, and in all."""
+        cu = self._driver
+        result, *both = cu.cuMemGetInfo()
+        self._ok((result, None))
+        free, total = map(int, both)
+        return free, total
+
+    def allocate(self, size: int) -> int:
+        """Device memory, as an address that is a multiple of 256.
+
+        Raises:
+            ResourceError: There is not as much in one piece.
+        """
+        return int(self._ok(self._driver.cuMemAlloc(max(size, 1))))
+
+    def free(self, address: int) -> None:
+        """Give back what `allocate` gave."""
+        self._ok(self._driver.cuMemFree(address))
+
+    def pin(self, size: int) -> Pinned:
+        """Host memory for copies that do not hold up the host."""
+        cu = self._driver
+        address = int(self._ok(cu.cuMemHostAlloc(max(size, 1), cu.CU_MEMHOSTALLOC_PORTABLE)))
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        return Pinned(address=address, array=np.ctypeslib.as_array(raw))
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Give back what `pin` gave; no view of it may be used any more."""
+        self._ok(self._driver.cuMemFreeHost(pinned.address))
+
+    def clear(self, address: int, size: int) -> None:
+        """Zero bytes of device memory, on the stream."""
+        if size:
+            self._ok(self._driver.cuMemsetD8Async(address, 0, size, self.stream))
+
+    def upload(self, address: int, host: int, size: int, *, stream: Any = None) -> None:
+        """Copy bytes from a host address, on the stream or another."""
+        on = self.stream if stream is None else stream
+        self._ok(self._driver.cuMemcpyHtoDAsync(address, host, size, on))
+
+    def download(self, host: int, address: int, size: int) -> None:
+        """Copy bytes to a host address, on the stream."""
+        self._ok(self._driver.cuMemcpyDtoHAsync(host, address, size, self.stream))
+
+    # ------------------------------------------------------------------------- streams and events
+
+    def new_stream(self) -> Any:
+        """A stream beside the device's own, for copies that overlap with it."""
+        cu = self._driver
+        return self._ok(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
+
+    def end_stream(self, stream: Any) -> None:
+        """Give back what `new_stream` gave."""
+        self._ok(self._driver.cuStreamDestroy(stream))
+
+    def mark(self, *, stream: Any = None) -> Any:
+        """An event behind what is on the stream now; `wait` for it once."""
+        cu = self._driver
+        event = self._ok(cu.cuEventCreate(cu.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        self._ok(cu.cuEventRecord(event, self.stream if stream is None else stream))
+        return event
+
+    def wait(self, event: Any) -> None:
+        """Wait until an event has come, and forget it."""
+        self._ok(self._driver.cuEventSynchronize(event))
+        self._ok(self._driver.cuEventDestroy(event))
+
+    # --------------------------------------------------------------------------------------- code
 
     def function(self, binary: Binary) -> Any:
         """The loaded function of a binary; loaded once."""
         if binary.name not in self._functions:
             cu = self._driver
             module = self._ok(cu.cuModuleLoadData(binary.code))
+            self._modules.append(module)
             function = self._ok(cu.cuModuleGetFunction(module, binary.entry.encode()))
             attribute = cu.CUfunction_attribute
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -161,30 +263,57 @@ class Device:
             addresses: Device address of every tensor that the launch names.
             dependent: Overrides `launch.dependent`: the first launch of a series depends on none.
         """
+        values = [
+            _address(operand, addresses) if kind.startswith("*") else operand
+            for (_, kind), operand in zip(binary.arguments, launch.operands, strict=True)
+        ]
+        self.put(
+            binary,
+            values,
+            grid=launch.grid,
+            cluster=launch.cluster,
+            dependent=launch.dependent if dependent is None else dependent,
+        )
+
+    def put(
+        self,
+        binary: Binary,
+        values: Sequence[Any],
+        *,
+        grid: tuple[int, int, int],
+        cluster: tuple[int, int, int] = (1, 1, 1),
+        dependent: bool = False,
+    ) -> None:
+        """Put one run of a function on the stream.
+
+        Args:
+            values: One for each of its arguments; addresses for pointers.
+            dependent: Whether it may begin before what is ahead of it has ended.
+        """
         cu = self._driver
-        values, kinds = _parameters(launch, binary, addresses)
         config = cu.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = binary.threads, 1, 1
         config.sharedMemBytes = binary.shared_bytes
         config.hStream = self.stream
-        attributes = self._attributes(launch, dependent)
+        attributes = self._attributes(cluster, dependent=dependent)
         config.attrs, config.numAttrs = attributes, len(attributes)
-        self._ok(cu.cuLaunchKernelEx(config, self.function(binary), (values, kinds), 0))
+        given = (*values, *(0,) * binary.hidden), _c_types(binary)
+        self._ok(cu.cuLaunchKernelEx(config, self.function(binary), given, 0))
 
-    def _attributes(self, launch: Launch, dependent: bool | None) -> list[Any]:  # noqa: FBT001
+    def _attributes(self, cluster: tuple[int, int, int], *, dependent: bool) -> list[Any]:
         cu, found = self._driver, []
         kind = cu.CUlaunchAttributeID
-        if launch.dependent if dependent is None else dependent:
+        if dependent:
             attribute = cu.CUlaunchAttribute()
             attribute.id = kind.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             found.append(attribute)
-        if launch.cluster != (1, 1, 1):
+        if cluster != (1, 1, 1):
             attribute = cu.CUlaunchAttribute()
             attribute.id = kind.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster = attribute.value.clusterDim
-            cluster.x, cluster.y, cluster.z = launch.cluster
+            dim = attribute.value.clusterDim
+            dim.x, dim.y, dim.z = cluster
             found.append(attribute)
         return found
 
@@ -246,25 +375,16 @@ class Graph:
         self._device._ok(cu.cuGraphExecDestroy(self.executable))  # noqa: SLF001
 
 
-def _parameters(
-    launch: Launch, binary: Binary, addresses: Mapping[str, int]
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Values and C types of a launch's arguments, hidden ones included."""
-    import ctypes  # noqa: PLC0415
+_SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
 
-    scalars = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
-    values: list[Any] = []
-    kinds: list[Any] = []
-    for (_, kind), operand in zip(binary.arguments, launch.operands, strict=True):
-        if kind.startswith("*"):
-            kinds.append(ctypes.c_void_p)
-            values.append(_address(operand, addresses))
-        else:
-            kinds.append(scalars[kind.partition(":")[0]])
-            values.append(operand)
-    kinds += [ctypes.c_void_p] * binary.hidden
-    values += [0] * binary.hidden
-    return tuple(values), tuple(kinds)
+
+def _c_types(binary: Binary) -> tuple[Any, ...]:
+    """C types of a function's arguments, hidden ones included."""
+    kinds = [
+        ctypes.c_void_p if kind.startswith("*") else _SCALARS[kind.partition(":")[0]]
+        for _, kind in binary.arguments
+    ]
+    return (*kinds, *[ctypes.c_void_p] * binary.hidden)
 
 
 def _address(operand: Any, addresses: Mapping[str, int]) -> int:
