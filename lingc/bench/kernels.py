@@ -301,6 +301,24 @@ def _judged(
     return None
 
 
+_BY_HEAD = frozenset({"w_k", "w_v", "kv_b"})
+"""Weights whose first axis is heads, of which there may be as many as rows."""
+
+
+def row_arguments(op: Op, arguments: Sequence[Any], rows: int) -> list[str]:
+    """Names of the activations that have a row for each of the first result's `rows`."""
+    weights = layouts_of(op, arguments).keys() | _BY_HEAD | set(op.results)
+    return [
+        name
+        for name, value in zip(op.arguments, arguments, strict=True)
+        if isinstance(value, torch.Tensor)
+        and value.shape[:1] == (rows,)
+        and value.dtype == torch.bfloat16
+        and name not in weights
+        and "weight" not in name
+    ]
+
+
 def _disturbed(
     device: Device, op: Op, arguments: Sequence[Any], tactic: Tactic,
     binaries: Mapping[Kernel, Binary], arranged: Mapping[str, torch.Tensor],
@@ -308,13 +326,11 @@ def _disturbed(
 ) -> str | None:  # fmt: skip
     """A result whose first row changes when every other row of the activations does."""
     rows = got[0].shape[0]
-    layouts = layouts_of(op, arguments)
     changed = dict(arranged)
-    for name, value in arranged.items():
-        per_row = value.shape[:1] == (rows,) and value.dtype == torch.bfloat16
-        if per_row and name not in layouts and name not in op.results and "weight" not in name:
-            other = (value.float() * -0.75 + 0.1).to(value.dtype)
-            changed[name] = torch.cat((value[:1], other[1:].flip(0)))
+    for name in row_arguments(op, arguments, rows):
+        value = arranged[name]
+        other = (value.float() * -0.75 + 0.1).to(value.dtype)
+        changed[name] = torch.cat((value[:1], other[1:].flip(0)))
     if rows < 2 or all(changed[name] is arranged[name] for name in arranged):
         return None
     bound = Bound(op, arguments, tactic, arranged=changed)
