@@ -2,22 +2,23 @@
 
     checkpoint -> capture -> passes -> plan -> engine code -> weights -> test vectors -> package
 
-The part up to the plan is `lingc.compile`. What is built depends on the checkpoint and the
-arguments alone.
+The part up to the plan is `lingc.compile`, the engine's code is `lingc.code`. What is built depends
+on the checkpoint and the arguments alone.
 """
 
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lingc import targets
+from lingc import code, recording, targets
 from lingc.capture import Capturer
 from lingc.checkpoint import Checkpoint
 from lingc.checkpoint.reader import GENERATION_CONFIG, TOKENIZER_FILES, read_generation_config
+from lingc.code import Code
 from lingc.compile import (
     Compiled,
     Request,
@@ -30,29 +31,14 @@ from lingc.compile import (
 )
 from lingc.engine import Contents, Manifest, PackageWriter
 from lingc.errors import CheckpointError, ConfigError
-from lingc.interpret import InterpreterBackend
 from lingc.model.config import ARCHITECTURE, ModelConfig
-from lingc.plan import Arg, Plan, Program, TensorType, dumps
+from lingc.plan import Plan, dumps
 from lingc.quantize.recipes import Recipe, load_recipe
-from lingc.runtime import vectors
-from lingc.runtime.backend import Limits
 from lingc.runtime.stopping import stop_ids
 from lingc.runtime.tokenizer import FILES, Tokenizer
-from lingc.targets.onnx.lower import OnnxEngine
-from lingc.targets.onnx.lower import lower as lower_onnx
-from lingc.targets.spec import EngineKind
-from lingc.weights import open_weights, write_weights
+from lingc.weights import write_weights
 
 log = logging.getLogger(__name__)
-
-VECTOR_TOKENS = 8
-VECTOR_TOLERANCE = 2e-3
-"""FP32 sums in another order differ by up to 1e-4 of logits that reach 20; see lingc.compare."""
-
-VECTOR_WEIGHT_BYTES = 4 << 30
-"""Beyond this no vectors are made at build time: the interpreter holds the weights in memory."""
-
-PROMPT_LENGTHS = (5, 70)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +48,7 @@ class Built:
     path: Path
     manifest: Manifest
     compiled: Compiled
-    engine: OnnxEngine
+    code: Code
 
 
 def build(
@@ -73,6 +59,7 @@ def build(
     overwrite: bool = False,
     stage: Stage = silent,
     capturer: Capturer | None = None,
+    cache_dir: Path | None = None,
 ) -> Built:
     """Build an engine from a checkpoint directory, or from a config alone.
 
@@ -83,6 +70,7 @@ def build(
         overwrite: Replace a package that is there.
         stage: How progress is shown.
         capturer: As for `compile_plan`.
+        cache_dir: Where compiled kernels are kept for the next build; not at all where None.
 
     Raises:
         LingcError: Anything that is in the way, by its class; nothing is left at `output`.
@@ -110,52 +98,30 @@ def build(
             stage=stage,
             capturer=capturer,
         )
-        with stage("lower to ONNX"):
-            engine = lower_onnx(compiled.plan, widen=request.widen)
-        plan = with_layouts(compiled.plan, engine)
+        made = code.make(compiled, kind, request, cache_dir=cache_dir, stage=stage)
         shards: list[Path] | None = None
         tests: Mapping[str, bytes] = {}
         if request.weights == "embed":
             assert checkpoint is not None
-            shards = _pack(plan, checkpoint, writer.weights_dir, stage)
-            tests = _vectors(plan, shards, stage)
-        parts = _Parts(
-            plan=plan,
-            compiled=compiled,
-            engine=engine,
-            kind=kind,
-            texts=texts,
-            shards=shards,
-            tests=tests,
-        )
+            shards = _pack(made.plan, checkpoint, writer.weights_dir, stage)
+            tests = recording.record(made.plan, shards, stage)
+        parts = _Parts(compiled=compiled, code=made, texts=texts, shards=shards, tests=tests)
         contents = _contents(parts, checkpoint, request)
         with stage("write package"):
             manifest = writer.commit(contents)
     log.info("wrote %s", output)
-    return Built(path=output, manifest=manifest, compiled=compiled, engine=engine)
+    return Built(path=output, manifest=manifest, compiled=compiled, code=made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     """What a package is made of, before it is written."""
 
-    plan: Plan
     compiled: Compiled
-    engine: OnnxEngine
-    kind: EngineKind
+    code: Code
     texts: Mapping[str, bytes]
     shards: list[Path] | None
     tests: Mapping[str, bytes]
-
-
-def with_layouts(plan: Plan, engine: OnnxEngine) -> Plan:
-    """The plan with the row orders that an engine's kernels want."""
-    layouts = {weight.name: weight.layout for weight in engine.weights}
-    weights = {
-        name: replace(spec, layout=layouts.get(name, spec.layout))
-        for name, spec in plan.weights.items()
-    }
-    return replace(plan, weights=weights)
 
 
 def _pack(plan: Plan, checkpoint: Checkpoint, directory: Path, stage: Stage) -> list[Path]:
@@ -173,64 +139,14 @@ def _pack(plan: Plan, checkpoint: Checkpoint, directory: Path, stage: Stage) -> 
         )
 
 
-def _vectors(plan: Plan, shards: list[Path], stage: Stage) -> Mapping[str, bytes]:
-    """Prompts and what the references answer, for whoever receives the package."""
-    if sum(spec.type.bytes() for spec in plan.weights.values()) > VECTOR_WEIGHT_BYTES:
-        log.warning("no test vectors: the weights exceed what the interpreter may hold in memory")
-        return {}
-    vocab = int(plan.config["vocab_size"])
-    # Ids spread over the vocabulary by a fixed rule: the same for every build.
-    prompts = {
-        f"prompt-{length}": [(7919 * (i + 1)) % min(vocab, 1 << 16) for i in range(length)]
-        for length in PROMPT_LENGTHS
-    }
-    prompts = {name: [token % vocab for token in ids] for name, ids in prompts.items()}
-    limits = Limits.from_tokens(
-        slots=1,
-        tokens_per_sequence=max(PROMPT_LENGTHS) + VECTOR_TOKENS,
-        page_size=plan.page_size,
-    )
-    with stage("record test vectors"):
-        backend = InterpreterBackend(_in_f64(plan), open_weights(shards), limits)
-        cases = vectors.record(backend, prompts, count=VECTOR_TOKENS, tolerance=VECTOR_TOLERANCE)
-        backend.close()
-    return vectors.encode(cases)
-
-
-def _in_f64(plan: Plan) -> Plan:
-    """The plan with f64 for every f32 that is not a weight.
-
-    The order of f32 sums depends on the number of cores and on what they can do, and so would the
-    vectors' bytes. Rounded to f32 once, at the end, they are those of every machine.
-    """
-
-    def wide(kind: TensorType) -> TensorType:
-        return replace(kind, dtype="f64") if kind.dtype == "f32" else kind
-
-    def named(arg: Arg) -> Arg:
-        return "f64" if arg == "f32" else arg
-
-    def program(old: Program) -> Program:
-        kept = {name: old.types[name] for name in old.weights}
-        types = {name: wide(kind) for name, kind in old.types.items()} | kept
-        steps = tuple(replace(step, args=tuple(map(named, step.args))) for step in old.steps)
-        return replace(old, types=types, steps=steps)
-
-    return replace(
-        plan,
-        states={name: wide(kind) for name, kind in plan.states.items()},
-        programs={phase: program(old) for phase, old in plan.programs.items()},
-    )
-
-
 def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) -> Contents:
-    plan, compiled, engine = parts.plan, parts.compiled, parts.engine
+    plan, compiled, made = parts.code.plan, parts.compiled, parts.code
     config = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
     return Contents(
         plan=dumps(plan),
         model_files={"config.json": config.encode(), **parts.texts},
-        variants={plan.target: {f"{phase}.onnx": data for phase, data in engine.models.items()}},
-        variant_info={plan.target: {"engine": parts.kind, "runs_on": RUNS_ON, **engine.info}},
+        variants={plan.target: made.files},
+        variant_info={plan.target: {"engine": made.kind, **made.info}},
         weights=parts.shards,
         architecture=ARCHITECTURE,
         checkpoint=None
@@ -239,12 +155,12 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
         request={
             "precision": plan.precision,
             "target": plan.target,
-            "engine": parts.kind,
+            "engine": made.kind,
             "weights": request.weights,
-            "widen": engine.info.get("widen", request.widen),
             "page_size": plan.page_size,
             "max_draft": plan.max_draft,
             "waive": sorted(request.waive),
+            **made.request,
         },
         passes=[
             {"phase": x.phase, "name": x.name, "expected": x.expected, "found": x.found}
@@ -257,16 +173,10 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
             if compiled.recipe.activations == "fp8" and not compiled.target.fp8_activations
             else "",
         },
-        producer={name: version(name) for name in ("torch", "onnx", "numpy")},
+        producer={**{name: version(name) for name in ("torch", "numpy")}, **made.producer},
+        kernels=made.kernels,
         tests=parts.tests,
     )
-
-
-RUNS_ON: Mapping[str, Any] = {
-    "os": ["linux"],
-    "arch": ["x86_64", "aarch64"],
-    "libraries": {"onnxruntime": ">=1.31"},
-}
 
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:

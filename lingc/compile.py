@@ -67,6 +67,10 @@ class Request:
     dump_dir: Path | None = None
 
 
+BUILT: tuple[EngineKind, ...] = ("onnx", "cuda")
+"""Kinds of engines that this version can build."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compiled:
     """A plan and how it came about."""
@@ -187,7 +191,7 @@ def engine_kind(target: Target, wanted: str) -> EngineKind:
     for known in target.engines:
         if known == wanted:
             kind = known
-    if kind != "onnx":
+    if kind not in BUILT:
         raise IncompatibleError(
             f"this version plans for target {target.name!r} but cannot build its {kind!r} engine",
             hint="`lingc passes` and `lingc plan` work for it; `--target cpu` builds an engine",

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lingc.cli import output
+from lingc.cli.failure import cache_dir
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text, seconds_text
 
@@ -118,7 +119,9 @@ def command(
         dump_dir=dump_ir,
     )
     path = path or _default_path(checkpoint, precision, target)
-    built = builder.build(checkpoint, path, request, overwrite=overwrite, stage=out.stage)
+    built = builder.build(
+        checkpoint, path, request, overwrite=overwrite, stage=out.stage, cache_dir=cache_dir()
+    )
     plan, manifest = built.compiled.plan, built.manifest
     size = sum(file.size for file in manifest.files.values())
     if out.as_json:
@@ -130,7 +133,7 @@ def command(
                 "precision": plan.precision,
                 "target": plan.target,
                 "engine": manifest.variants[plan.target].engine,
-                "widen": built.engine.info.get("widen"),
+                "widen": built.code.info.get("widen"),
                 "phases": list(plan.programs),
             }
         )

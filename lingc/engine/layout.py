@@ -35,6 +35,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
         "model": "model/<name>",
         "weights": "weights/<sha256>.safetensors",
         "variant": "variants/<target>/<path>",
+        "kernel": "kernels/<sha256>.xz",
         "test": "tests/<name>",
     }
 )
@@ -49,6 +50,7 @@ _ROLE_PATTERNS = {
     "model": re.compile(rf"model/{_NAME}"),
     "weights": re.compile(r"weights/[0-9a-f]{64}\.safetensors"),
     "variant": re.compile(rf"variants/{_NAME}/{_NAME}(?:/{_NAME})*"),
+    "kernel": re.compile(r"kernels/[0-9a-f]{64}\.xz"),
     "test": re.compile(rf"tests/{_NAME}"),
 }
 assert _ROLE_PATTERNS.keys() == ROLES.keys()

@@ -154,6 +154,7 @@ def faults(value: Mapping[str, Any]) -> list[Problem]:
 
 def _contradictions(value: Mapping[str, Any]) -> Iterator[Problem]:
     """What no field shows by itself. The value has the shape of the schema."""
+    entries = {entry["path"]: entry for entry in value["files"]}
     paths = [entry["path"] for entry in value["files"]]
     targets = [variant["target"] for variant in value["variants"]]
     if len(paths) > LIMITS["files"]:
@@ -174,6 +175,8 @@ def _contradictions(value: Mapping[str, Any]) -> Iterator[Problem]:
     for path in paths:
         if role_of(path) == "variant" and path.split("/")[1] not in targets:
             yield _fault("files", f"a file of one of {targets}", shown(path))
+        if role_of(path) == "kernel" and entries[path]["sha256"] not in path:
+            yield _fault("files", "a kernel under its own digest", shown(path))
         if role_of(path) == "weights" and value["weights"]["kind"] == "external":
             yield _fault("files", "no weights, as they are external", shown(path))
     if value["format_min_reader"] > value["format"]:

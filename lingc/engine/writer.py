@@ -30,6 +30,7 @@ class Contents:
             stand in the manifest too; the rest is the backend's own.
         weights: Shards that are already written, moved in and named by their digest; None where
             the weights stay outside and are bound from a checkpoint.
+        kernels: Digest -> bytes of `kernels/`: device code that variants of several targets share.
         tests: Name -> bytes of `tests/`.
         architecture: As `config.json` names it.
         checkpoint: Layout (`bf16`, `fp8`, `int4`) and identity of the checkpoint that it was made
@@ -53,6 +54,7 @@ class Contents:
     passes: Sequence[Mapping[str, Any]] = ()
     quant: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     producer: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    kernels: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     tests: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -164,6 +166,7 @@ def _read_plan(contents: Contents) -> plans.Plan:
 def _small_files(contents: Contents) -> dict[str, bytes]:
     files = {PLAN: contents.plan.encode("ascii")}
     files |= {f"model/{name}": data for name, data in contents.model_files.items()}
+    files |= {f"kernels/{name}.xz": data for name, data in contents.kernels.items()}
     files |= {f"tests/{name}": data for name, data in contents.tests.items()}
     if contents.variants.keys() != contents.variant_info.keys():
         raise StageError(

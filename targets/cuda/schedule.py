@@ -4,7 +4,7 @@ Names of tensors in the launches of a tactic are the op's; here they become the 
 that share memory are resolved to one buffer: results that an op updates in place, and reshapes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from lingc.targets.cuda.tactics import Choice, choose
 from lingc.targets.spec import Target
 
 assert _table.OPS is OPS  # the table is filled by its import
+
+OPEN = ("S", "R")
+"""Sizes of the runtime's own: how many slots and cache rows there are, scratch included."""
 
 _VIEWS = ("aten.reshape.default", "aten.view.default")
 
@@ -66,16 +69,28 @@ class Schedule:
         return sum(len(one.choice.tactic.launches) for one in self.steps)
 
 
-def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -> Schedule:
-    """Choose a tactic for every step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One step as a call of its op, for any sizes.
+
+    Attributes:
+        buffers: Name in a tactic's launches -> buffer of the program; None for what is absent.
+    """
+
+    step: Step
+    op: Op
+    buffers: Mapping[str, str | None]
+
+
+def calls(plan: Plan, phase: str) -> tuple[list[Call], dict[str, str]]:
+    """The steps that launch something, and the buffer of every value.
 
     Raises:
-        InputError: An op has no kernel for its sizes.
-        StageError: A step that is neither an op nor a view.
+        StageError: A step that is neither an op nor a view, or overwrites an input.
     """
     program = plan.programs[phase]
     of = {name: name for name in (*program.inputs, *program.states, *program.weights)}
-    steps: list[Scheduled] = []
+    found: list[Call] = []
     for step in program.steps:
         if step.op in _VIEWS:
             of[step.outputs[0]] = of[_name(step.args[0])]
@@ -86,7 +101,36 @@ def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -
                 f"step {step.outputs[0]!r} is {step.op}, which no kernel runs",
                 hint="a fault of the passes; please report it",
             )
-        steps.append(_scheduled(program, step, OPS[name], of, sizes, target))
+        found.append(_call(step, OPS[name], of))
+        for result in found[-1].op.results:
+            if found[-1].buffers[result] in program.inputs:
+                raise StageError(
+                    f"step {step.outputs[0]!r} overwrites the input {found[-1].buffers[result]!r}",
+                    hint="a fault of the passes; please report it",
+                )
+    return found, of
+
+
+def _call(step: Step, op: Op, of: dict[str, str]) -> Call:
+    buffers: dict[str, str | None] = {}
+    for name, arg in zip(op.arguments, step.args, strict=True):
+        if arg is None or isinstance(arg, Ref):
+            buffers[name] = of[arg.name] if isinstance(arg, Ref) else None
+    for result, value in zip(op.results, step.outputs, strict=True):
+        of[value] = buffers.setdefault(result, value) or value
+    return Call(step=step, op=op, buffers=buffers)
+
+
+def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -> Schedule:
+    """Choose a tactic for every step.
+
+    Raises:
+        InputError: An op has no kernel for its sizes.
+        StageError: A step that is neither an op nor a view.
+    """
+    program = plan.programs[phase]
+    found, of = calls(plan, phase)
+    steps = [_scheduled(program, call, sizes, target) for call in found]
     spaces = [one.choice.tactic.workspaces for one in steps]
     return Schedule(
         steps=tuple(steps),
@@ -106,18 +150,24 @@ def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -
 
 
 def _scheduled(
-    program: Program, step: Step, op: Op, of: dict[str, str], sizes: Mapping[str, int],
-    target: Target,
-) -> Scheduled:  # fmt: skip
-    arguments = [_bound(arg, program, sizes) for arg in step.args]
-    choice = choose(op, target, arguments)
-    buffers: dict[str, str | None] = {}
-    for name, arg in zip(op.arguments, step.args, strict=True):
-        if arg is None or isinstance(arg, Ref):
-            buffers[name] = of[arg.name] if isinstance(arg, Ref) else None
-    for result, value in zip(op.results, step.outputs, strict=True):
-        of[value] = buffers.setdefault(result, value) or value
-    return Scheduled(step=step, op=op, arguments=tuple(arguments), choice=choice, buffers=buffers)
+    program: Program, call: Call, sizes: Mapping[str, int], target: Target
+) -> Scheduled:
+    arguments = arguments_of(program, call.step, sizes)
+    named = arguments_of(program, call.step, sizes, OPEN)
+    return Scheduled(
+        step=call.step,
+        op=call.op,
+        arguments=tuple(arguments),
+        choice=choose(call.op, target, arguments, known_as=named),
+        buffers=call.buffers,
+    )
+
+
+def arguments_of(
+    program: Program, step: Step, sizes: Mapping[str, int], open_sizes: Collection[str] = ()
+) -> list[Any]:
+    """Arguments of a step's op as tactics take them: sizes are numbers, but for open ones."""
+    return [_bound(arg, program, sizes, open_sizes) for arg in step.args]
 
 
 def _name(arg: Arg) -> str:
@@ -125,14 +175,17 @@ def _name(arg: Arg) -> str:
     return arg.name
 
 
-def _bound(arg: Arg, program: Program, sizes: Mapping[str, int]) -> object:
-    """An argument as tactics take it: sizes are numbers."""
+def _bound(
+    arg: Arg, program: Program, sizes: Mapping[str, int], open_sizes: Collection[str]
+) -> object:
     match arg:
         case Ref(name):
             kind = program.types[name]
-            return TensorType(kind.dtype, kind.bind(sizes))
+            shape = zip(kind.shape, kind.bind(sizes), strict=True)
+            kept = tuple(dim if dim in open_sizes else size for dim, size in shape)
+            return TensorType(kind.dtype, kept)
         case Size(name):
             return sizes[name]
         case tuple():
-            return [_bound(item, program, sizes) for item in arg]
+            return [_bound(item, program, sizes, open_sizes) for item in arg]
     return arg
