@@ -282,12 +282,11 @@ class KernelBackend:
         step.launch()
         self.device.synchronize()
         outputs = self.plan.programs[phase].outputs
-        return {role: step.value(name).float().cpu().numpy() for role, name in outputs.items()}
+        return {role: _wide(step.value(name)) for role, name in outputs.items()}
 
     def state(self, name: str) -> Array:
         """A copy of a state tensor, in f32."""
-        found: Array = self.held[name].float().cpu().numpy()
-        return found
+        return _wide(self.held[name])
 
     def save_slot(self, slot: int) -> dict[str, Array]:
         """Linear state and pending tokens of one slot."""
@@ -427,6 +426,12 @@ def _stored(array: Array, kind: TensorType, memory: str) -> torch.Tensor:
     raw = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).reshape(-1).copy())
     dtype = TORCH_DTYPE[kind.dtype]
     found: torch.Tensor = raw.to(memory).view(dtype).reshape(array.shape)
+    return found
+
+
+def _wide(tensor: torch.Tensor) -> Array:
+    """A copy in f32, which later steps leave alone."""
+    found: Array = tensor.to("cpu", torch.float32, copy=True).numpy()
     return found
 
 
