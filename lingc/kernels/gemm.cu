@@ -8,8 +8,10 @@
 //
 // so that every copy is a run of bytes and every 8 rows x 64 bytes are an atom of the tensor cores.
 // In FP8 the products of 128 channels are added up by the tensor cores and promoted to f32 sums with the scales
-// of both sides. INT4 weights become BF16, scaled and rounded, in the registers of the warpgroup that multiplies them.
-// Grouped, tiles come from a list on the device, which route.cu made of the experts' pairs.
+// of both sides. INT4 weights become BF16 in the registers of the warpgroup that multiplies them, as the whole numbers
+// that they are; their scales are applied to the products of a group.
+// Grouped, tiles come from a list on the device, which route.cu made of the experts' pairs, and blocks take the next one
+// when they are ready for it. The thread that copies finds tiles; it leaves a note about each with its first stage.
 //
 // Constants:
 //   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP and 256 bytes of tokens a stage
@@ -22,7 +24,6 @@
 //   F32      1: y is f32, not BF16
 //   GROUPED  1: tiles and rows of y from the lists of route.cu
 //   BAND     token blocks that are walked through together, so that weights and tokens stay in L2
-//   PRODUCERS  threads that issue copies
 #include "wgmma.cuh"
 
 #define ROWS (WAVES * 128)
@@ -34,6 +35,7 @@
 #define SCALE_STAGE (FORMAT == 1 ? TOKEN_ROWS * 4 : FORMAT == 2 ? WEIGHT_ROWS / 16 * TILE_SCALES : 0)
 #define STAGING 8192  // bytes of a warpgroup, to turn fragments into rows
 #define CONSUMERS 256
+#define SECOND (SWAP && WAVES == 2 && !GATED)  // warpgroups have FP8 scales of their own
 
 struct Arguments {
   const u8* weight;
@@ -42,7 +44,7 @@ struct Arguments {
   const float* scales;
   const bf16* residual;
   u8* y;
-  const int* work;
+  int* work;
   const int* rows;
   int tokens, padded, outputs, width;
 };
@@ -67,10 +69,11 @@ struct Tiles {
     Tile tile;
     if (GROUPED) {
       // Entries of one expert lie together; all of them pass before the next weights.
-      const int* of = a.work + 8 + index / weight_blocks * 8;
-      const int first = load_fresh(of + 3), entries = load_fresh(of + 4), rest = index - first * weight_blocks;
-      const int* entry = a.work + 8 + (first + rest % entries) * 8;
-      tile.expert = load_fresh(entry), tile.token_row = load_fresh(entry + 1), tile.tokens = load_fresh(entry + 2);
+      const uint4* entry = (const uint4*)(a.work + 8 + index / weight_blocks * 8);
+      const uint4 of = load_fresh(entry), way = load_fresh(entry + 1);
+      const int each = of.w, first = way.x, entries = way.y, rest = index - first * weight_blocks;
+      const int mine = rest % entries * each;
+      tile.expert = of.x, tile.token_row = of.y + mine, tile.tokens = min(each, (int)of.z - mine);
       tile.weight_row = rest / entries * WEIGHT_ROWS;
     } else {
       const int band = index / (BAND * weight_blocks), rest = index - band * (BAND * weight_blocks);
@@ -84,9 +87,9 @@ struct Tiles {
   }
 };
 
-// Token rows that a tile's copies and products cover: all, or the columns that suffice.
+// Token rows that a tile's copies and products cover: those of the warps, or the columns, that suffice.
 DEVICE int covered(const Tile& tile) {
-  if (!SWAP) return TOKEN_ROWS;
+  if (!SWAP) return (tile.tokens + 63) / 64 * 64;
   return tile.tokens <= 16 ? 16 : (tile.tokens + 31) / 32 * 32;
 }
 
@@ -102,9 +105,18 @@ struct Ring {
   }
 };
 
+// What the warpgroups are told with a stage.
+struct __align__(16) Note {
+  int weight_row, token_row, tokens;  // of the tile that begins; no tokens: there are no more
+  int blank;
+  float scales[2];  // FP8: of gate and up; or of our weights, or of the first and of the second warpgroup's
+  int blanks[2];
+};
+
 struct Shared {
   u8 *weights, *tokens, *staging;
   u8* scales;
+  Note* notes;
   u64 *full, *empty;
 
   DEVICE Shared(u8* base) {
@@ -112,41 +124,58 @@ struct Shared {
     tokens = weights + STAGES * WEIGHT_STAGE;
     staging = tokens + STAGES * TOKEN_STAGE;
     scales = staging + 2 * STAGING;
-    full = (u64*)(scales + STAGES * SCALE_STAGE);
+    notes = (Note*)(scales + STAGES * SCALE_STAGE);
+    full = (u64*)(notes + STAGES);
     empty = full + STAGES;
   }
 };
 
 // ---------------------------------------------------------------- copies
 
-// One thread's part of the copies. Every address is the same in all threads of the warp, so that the compiler keeps
-// them in uniform registers, where copies want them.
-DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s, int part) {
-  constexpr int PER = WEIGHT_ROWS / 16 / PRODUCERS, PIECES = FORMAT == 2 ? 1 : 2, PANELS = FORMAT == 2 ? 4 : 2;
+// One thread copies. Every address is the same in all threads of its warp, so that the compiler keeps them in uniform
+// registers, where copies want them.
+DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s) {
+  constexpr int PIECES = FORMAT == 2 ? 1 : 2, PANELS = FORMAT == 2 ? 4 : 2;
   const int blocks = a.width / (FORMAT ? 128 : 64), pieces = blocks * PIECES;
   const i64 panel = (i64)a.padded * 64;
-  const u32 weights = shared_address(s.weights) + part * PER * 1024, tokens = shared_address(s.tokens);
+  const u32 weights = shared_address(s.weights), tokens = shared_address(s.tokens);
   const u32 all_scales = shared_address(s.scales), full0 = shared_address(s.full);
   Ring ring;
-  for (int index = blockIdx.x; index < tiles.count; index += gridDim.x) {
+  int next;
+  for (int index = blockIdx.x; index < tiles.count; index = next) {
+    next = GROUPED ? gridDim.x + atomicAdd(a.work + 1, 1) : index + gridDim.x;
     const Tile tile = tiles.at(a, index);
     const int wanted = min(WEIGHT_ROWS, a.outputs - tile.weight_row) / 16;  // tiles of 16 weight rows
-    const int mine = min(PER, wanted - part * PER), rows = covered(tile);
+    const int rows = covered(tile);
     const u32 bytes = wanted * (PIECES * 1024 + (FORMAT == 2 ? TILE_SCALES : 0)) + rows * (PANELS * 64 + (FORMAT == 1 ? 4 : 0));
-    const i64 first = (i64)tile.expert * (a.outputs / 16) + tile.weight_row / 16 + part * PER;
+    const i64 first = (i64)tile.expert * (a.outputs / 16) + tile.weight_row / 16;
     const u8* weight = a.weight + first * pieces * 1024;
     const u8* weight_scale = (const u8*)a.weight_scale + first * blocks * TILE_SCALES;
     const u8* codes = a.codes + (i64)tile.token_row * 64;
     const float* scales = a.scales + tile.token_row;
+    // Scale blocks of the weights: gate and up of a gated matrix have blocks of their own.
+    const float *low = a.weight_scale, *high = nullptr;
+    float low_next = 0, high_next = 0;
+    if (FORMAT == 1) {
+      const int across = (a.outputs + 127) / 128, at = (GATED ? tile.weight_row / 2 : tile.weight_row) / 128;
+      low += ((i64)tile.expert * across + at) * blocks;
+      high = low + (i64)(GATED ? across / 2 : SECOND && at + 1 < across ? 1 : 0) * blocks;
+      low_next = __ldg(low), high_next = __ldg(high);
+    }
     for (int block = 0; block < blocks; block++) {
       const u32 full = full0 + ring.slot * 8;
       barrier_wait(s.empty + ring.slot, ring.phase ^ 1);
-      if (part == 0) barrier_expect(s.full + ring.slot, bytes);
+      Note* note = s.notes + ring.slot;
+      if (block == 0) note->weight_row = tile.weight_row, note->token_row = tile.token_row, note->tokens = tile.tokens;
+      if (FORMAT == 1) {
+        *(float2*)note->scales = float2{low_next, high_next};
+        if (block + 1 < blocks) low_next = __ldg(low + block + 1), high_next = __ldg(high + block + 1);
+      }
+      barrier_expect(s.full + ring.slot, bytes);
       u32 to = weights + ring.slot * WEIGHT_STAGE, scales_to = all_scales + ring.slot * SCALE_STAGE;
       const u8 *from = weight, *scale_from = weight_scale;
-      if (FORMAT == 2) scales_to += part * PER * TILE_SCALES;
 #pragma unroll 4
-      for (int i = 0; i < mine; i++) {
+      for (int i = 0; i < wanted; i++) {
         bulk_load_at(to, from, 1024, full);
         if (PIECES == 2) bulk_load_at(to + WEIGHT_ROWS * 64, from + 1024, 1024, full);
         to += 1024, from += (i64)pieces * 1024;
@@ -156,16 +185,17 @@ DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s, int
         }
       }
       weight += PIECES * 1024, weight_scale += TILE_SCALES;
-      if (part == PRODUCERS - 1) {
-        const u32 into = tokens + ring.slot * TOKEN_STAGE;
+      const u32 into = tokens + ring.slot * TOKEN_STAGE;
 #pragma unroll
-        for (int i = 0; i < PANELS; i++) bulk_load_at(into + i * TOKEN_ROWS * 64, codes + i * panel, rows * 64, full);
-        if (FORMAT == 1) bulk_load_at(all_scales + ring.slot * SCALE_STAGE, scales, rows * 4, full);
-        codes += PANELS * panel, scales += a.padded;
-      }
+      for (int i = 0; i < PANELS; i++) bulk_load_at(into + i * TOKEN_ROWS * 64, codes + i * panel, rows * 64, full);
+      if (FORMAT == 1) bulk_load_at(all_scales + ring.slot * SCALE_STAGE, scales, rows * 4, full);
+      codes += PANELS * panel, scales += a.padded;
       ring.next();
     }
   }
+  barrier_wait(s.empty + ring.slot, ring.phase ^ 1);
+  s.notes[ring.slot].tokens = 0;
+  barrier_arrive(s.full + ring.slot);
 }
 
 // ---------------------------------------------------------------- products
@@ -179,27 +209,15 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
   const u64 row_base = operand_at(shared_address(SWAP ? s.weights : s.tokens));
   const u64 column_base = operand_at(shared_address(SWAP ? s.tokens : s.weights));
 
-  // Scale blocks of our weights: gate and up of a gated matrix have blocks of their own.
-  const float *low = a.weight_scale, *high = nullptr;
-  float low_next = 0, high_next = 0;
-  if (FORMAT == 1) {
-    const int row = min(tile.weight_row + (SWAP ? group * WAVES * 64 : 0), a.outputs - 1);
-    const int across = (a.outputs + 127) / 128;
-    low += ((i64)tile.expert * across + (GATED ? row / 2 : row) / 128) * blocks;
-    high = low + (i64)(across / 2) * blocks;
-    low_next = __ldg(low);
-    if (GATED) high_next = __ldg(high);
-  }
-
   for (int block = 0; block < blocks; block++) {
-    const float low_scale = low_next, high_scale = high_next;
-    if (FORMAT == 1 && block + 1 < blocks) {
-      low_next = __ldg(low + block + 1);
-      if (GATED) high_next = __ldg(high + block + 1);
-    }
     barrier_wait(s.full + ring.slot, ring.phase);
     const u64 row_at = row_base + (u64)(ring.slot * (ROW_STAGE >> 4)), column_at = column_base + (u64)(ring.slot * (COLUMN_STAGE >> 4));
     const float* scales = (const float*)(s.scales + ring.slot * SCALE_STAGE);
+    float low_scale = 0, high_scale = 0;
+    if (FORMAT == 1) {
+      const float2 f = *(const float2*)s.notes[ring.slot].scales;
+      low_scale = SECOND && group ? f.y : f.x, high_scale = f.y;
+    }
     float of_rows[WAVES][2];
     if (FORMAT == 1 && !SWAP) {
 #pragma unroll
@@ -211,7 +229,7 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
     if (FORMAT == 1) {
 #pragma unroll
       for (int w = 0; w < WAVES; w++) {
-        if (!SWAP && w > 0 && first_row(group, w) >= tile.tokens) {
+        if (!SWAP && first_row(group, w) >= tile.tokens) {
           // Nobody wants these rows.
           if (w == WAVES - 1) {
             __syncwarp();
@@ -262,32 +280,62 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
         }
       }
     } else if (FORMAT == 2) {
-      u32 values[WAVES][8][4];
+      // Units of one group's channels and one wave, of which two are under way where there are two waves.
+      constexpr int UNITS = 128 / GROUP * WAVES, STEPS = GROUP / 16;
+      float part[WAVES][N / 2], low_scale[WAVES], high_scale[WAVES];
+      u32 values[WAVES][STEPS][4];
+      auto promote = [&](int w) {
 #pragma unroll
-      for (int w = 0; w < WAVES; w++) {
-        // A warp's 16 rows are one piece: 32 neighbouring channels a lane, of rows g and g + 8.
+        for (int j = 0; j < N / 8; j++) {
+          sum[w][4 * j] = fmaf(part[w][4 * j], low_scale[w], sum[w][4 * j]);
+          sum[w][4 * j + 1] = fmaf(part[w][4 * j + 1], low_scale[w], sum[w][4 * j + 1]);
+          sum[w][4 * j + 2] = fmaf(part[w][4 * j + 2], high_scale[w], sum[w][4 * j + 2]);
+          sum[w][4 * j + 3] = fmaf(part[w][4 * j + 3], high_scale[w], sum[w][4 * j + 3]);
+        }
+      };
+#pragma unroll
+      for (int u = 0; u < UNITS; u++) {
+        const int w = u % WAVES, first = u / WAVES * STEPS;
+        // A warp's 16 rows are one piece. Of each 32 channels a lane has 8 neighbours, of rows g and g + 8.
         const int piece = first_row(group, w) / 16 + warp;
-        const u8* codes = s.weights + ring.slot * WEIGHT_STAGE + piece * 1024 + g * 64 + (t ^ (g / 2 % 4)) * 16;
-        const uint4 low = *(const uint4*)codes, high = *(const uint4*)(codes + 512);
-        const bf16* scale = (const bf16*)(s.scales + ring.slot * SCALE_STAGE + piece * TILE_SCALES) + t * 32 / GROUP * 16 + g;
-        const u32 low_scale2 = scale[0] * 0x10001u, high_scale2 = scale[8] * 0x10001u;
-        const u32 words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+        const u8* codes = s.weights + ring.slot * WEIGHT_STAGE + piece * 1024 + g * 64 + t * 4;
+        const bf16* scale = (const bf16*)(s.scales + ring.slot * SCALE_STAGE + piece * TILE_SCALES) + u / WAVES * 16 + g;
+        u32 words[STEPS / 2][2];
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
+        for (int q = 0; q < STEPS / 2; q++) {
+          words[q][0] = *(const u32*)(codes + ((first / 2 + q) ^ (g / 2 % 4)) * 16);
+          words[q][1] = *(const u32*)(codes + ((first / 2 + q) ^ (g / 2 % 4)) * 16 + 512);
+        }
+        if (u >= WAVES) {
+          wgmma_wait<WAVES - 1>();
+          promote(w);
+        }
+        low_scale[w] = from_bf16(scale[0]), high_scale[w] = from_bf16(scale[8]);
+#pragma unroll
+        for (int k = 0; k < STEPS; k++) {
           const int shift = k % 2 * 8;
-          values[w][k][0] = multiply_bf16(int4_to_bf16(words[0][k / 2] >> shift), low_scale2);
-          values[w][k][1] = multiply_bf16(int4_to_bf16(words[1][k / 2] >> shift), high_scale2);
-          values[w][k][2] = multiply_bf16(int4_to_bf16(words[0][k / 2] >> (shift + 4)), low_scale2);
-          values[w][k][3] = multiply_bf16(int4_to_bf16(words[1][k / 2] >> (shift + 4)), high_scale2);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            values[w][k][half] = int4_to_bf16(words[k / 2][half] >> shift);
+            values[w][k][half + 2] = int4_to_bf16(words[k / 2][half] >> (shift + 4));
+          }
         }
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 8; k++)
-          Wgmma<N>::b16_from(sum[w], values[w][k], column_at + k / 2 * (COLS * 64 >> 4) + k % 2 * 2, 1);
+        for (int k = 0; k < STEPS; k++) {
+          const u64 column = column_at + (first + k) / 2 * (COLS * 64 >> 4) + (first + k) % 2 * 2;
+          Wgmma<N>::b16_from(part[w], values[w][k], column, k > 0);
+        }
         wgmma_commit();
       }
+      if (WAVES == 2) {
+        wgmma_wait<1>();
+        promote(0);
+      }
       wgmma_wait<0>();
+      __syncwarp();  // all lanes have read their weights and scales
       if (lane == 0) barrier_arrive(s.empty + ring.slot);
+      promote(WAVES - 1);
     } else {
       wgmma_fence();
 #pragma unroll
@@ -317,25 +365,26 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
 #define OUT_BYTES (F32 ? 4 : 2)
 
 // Row of y, or -1, of a tile's token row.
-DEVICE i64 result_row(const Arguments& a, const Tile& tile, int row) {
+DEVICE int result_row(const Arguments& a, const Tile& tile, int row) {
   if (row >= tile.tokens) return -1;
-  return GROUPED ? (i64)load_fresh(a.rows + tile.token_row + row) : (i64)(tile.token_row + row);
+  return GROUPED ? load_fresh(a.rows + tile.token_row + row) : tile.token_row + row;
 }
 
 DEVICE float gated(float gate, float up) { return silu(gate) * up; }
 
-// Tokens are rows: each warp turns 16 rows of 64 results in its own corner of the staging.
-DEVICE void store_rows(const Arguments& a, const Tile& tile, const Shared& s, float (&sum)[WAVES][COLS / 2]) {
+// Tokens are rows: each warp turns 16 rows of 64 results in its own corner of the staging. Lane 16 w + r has the row of
+// y of wave w's row r.
+DEVICE void store_rows(const Arguments& a, const Tile& tile, const Shared& s, int mine, float (&sum)[WAVES][COLS / 2]) {
   const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int outputs = GATED ? a.outputs / 2 : a.outputs, column0 = GATED ? tile.weight_row / 2 : tile.weight_row;
   u8* corner = s.staging + (group * 4 + warp) * 2048;
 #pragma unroll
   for (int w = 0; w < WAVES; w++) {
-    const int row0 = first_row(group, w) + warp * 16;
+    if (first_row(group, w) >= tile.tokens) continue;
     if (F32) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const i64 row = result_row(a, tile, row0 + g + half * 8);
+        const i64 row = __shfl_sync(FULL_WARP, mine, w * 16 + g + half * 8);
 #pragma unroll
         for (int j = 0; j < COLS / 8; j += GATED ? 2 : 1) {
           const int column = column0 + (GATED ? j / 2 : j) * 8 + 2 * t;
@@ -353,7 +402,7 @@ DEVICE void store_rows(const Arguments& a, const Tile& tile, const Shared& s, fl
     } else {
       i64 row[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) row[i] = result_row(a, tile, row0 + i * 4 + lane / 8);
+      for (int i = 0; i < 4; i++) row[i] = __shfl_sync(FULL_WARP, mine, w * 16 + i * 4 + lane / 8);
 #pragma unroll
       for (int chunk = 0; chunk < COLS / (GATED ? 128 : 64); chunk++) {
         const int column = column0 + chunk * 64 + lane % 8 * 8;
@@ -396,9 +445,11 @@ DEVICE void store_rows(const Arguments& a, const Tile& tile, const Shared& s, fl
   }
 }
 
-// Tokens are columns: a warpgroup turns 32 of them at a time, all its channels.
+// Tokens are columns: a warpgroup turns 32 of them at a time, all its channels. Lane r has the rows of y of every 32nd
+// token from r on.
 template <int N>
-DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s, float (&sum)[WAVES][N / 2]) {
+DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s, const int (&mine)[(N + 31) / 32],
+                          float (&sum)[WAVES][N / 2]) {
   const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int outputs = GATED ? a.outputs / 2 : a.outputs;
   const int channel0 = (tile.weight_row + group * WAVES * 64) / (GATED ? 2 : 1);
@@ -414,7 +465,7 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
       for (int j = j0; j < j0 + BLOCKS; j++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const i64 row = result_row(a, tile, 8 * j + 2 * t + e);
+          const i64 row = __shfl_sync(FULL_WARP, mine[j / 4], j % 4 * 8 + 2 * t + e);
 #pragma unroll
           for (int w = 0; w < WAVES; w++) {
 #pragma unroll
@@ -435,8 +486,8 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
       i64 row[VECTORS];
 #pragma unroll
       for (int i = 0; i < VECTORS; i++) {
-        const int r = (i * 128 + threadIdx.x % 128) / CHUNKS;
-        row[i] = r < BLOCKS * 8 ? result_row(a, tile, token0 + r) : -1;
+        const int r = (i * 128 + threadIdx.x % 128) / CHUNKS, found = __shfl_sync(FULL_WARP, mine[token0 / 32], r);
+        row[i] = r < BLOCKS * 8 ? found : -1;
       }
       const int at = threadIdx.x % CHUNKS, channel = channel0 + at * 8;
       named_barrier(1 + group, 128);
@@ -485,22 +536,30 @@ DEVICE void store_columns(const Arguments& a, const Tile& tile, const Shared& s,
 
 template <int N>
 DEVICE void finish(const Arguments& a, const Tile& tile, const Shared& s, Ring& ring) {
+  const int lane = threadIdx.x % 32;
   float sum[WAVES][N / 2];
 #pragma unroll
   for (int w = 0; w < WAVES; w++)
 #pragma unroll
     for (int i = 0; i < N / 2; i++) sum[w][i] = 0;
-  multiply<N>(a, tile, s, ring, sum);
+  // Where results go is asked for before there are any.
 #if SWAP
-  store_columns<N>(a, tile, s, sum);
+  int mine[(N + 31) / 32];
+#pragma unroll
+  for (int i = 0; i < (N + 31) / 32; i++) mine[i] = result_row(a, tile, i * 32 + lane);
+  multiply<N>(a, tile, s, ring, sum);
+  store_columns<N>(a, tile, s, mine, sum);
 #else
-  store_rows(a, tile, s, sum);
+  const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
+  const int mine = lane < WAVES * 16 ? result_row(a, tile, first_row(group, lane / 16) + warp * 16 + lane % 16) : -1;
+  multiply<N>(a, tile, s, ring, sum);
+  store_rows(a, tile, s, mine, sum);
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     gemm(const u8* weight, const float* weight_scale, const u8* codes, const float* scales, const bf16* residual, u8* y,
-         const int* work, const int* rows, int tokens, int padded, int outputs, int width) {
+         int* work, const int* rows, int tokens, int padded, int outputs, int width) {
   extern __shared__ __align__(1024) u8 memory[];
   const Arguments a = {weight, weight_scale, codes, scales, residual, y, work, rows, tokens, padded, outputs, width};
   const Shared s(memory);
@@ -515,21 +574,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   }
   __syncthreads();
   wait_dependencies();
-  const Tiles tiles(a);
 
   if (warp >= CONSUMERS / 32) {
     registers_give<40>();
-    if (warp < CONSUMERS / 32 + PRODUCERS && elected()) produce(a, tiles, s, warp - CONSUMERS / 32);
+    if (warp == CONSUMERS / 32 && elected()) produce(a, Tiles(a), s);
   } else {
     registers_keep<232>();
     Ring ring;
-    for (int index = blockIdx.x; index < tiles.count; index += gridDim.x) {
-      const Tile tile = tiles.at(a, index);
+    while (true) {
+      barrier_wait(s.full + ring.slot, ring.phase);
+      const Note& note = s.notes[ring.slot];
+      const Tile tile = {note.weight_row, note.token_row, note.tokens, 0};
+      if (tile.tokens == 0) break;
 #if SWAP
       const int n = covered(tile);
-      if (n > 96) finish<128>(a, tile, s, ring);
-      else if (n > 64) finish<96>(a, tile, s, ring);
-      else if (n > 32) finish<64>(a, tile, s, ring);
+      if (n > 96) finish<(COLS > 96 ? 128 : 16)>(a, tile, s, ring);
+      else if (n > 64) finish<(COLS > 64 ? 96 : 16)>(a, tile, s, ring);
+      else if (n > 32) finish<(COLS > 32 ? 64 : 16)>(a, tile, s, ring);
       else if (n > 16) finish<32>(a, tile, s, ring);
       else finish<16>(a, tile, s, ring);
 #else

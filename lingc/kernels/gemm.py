@@ -7,10 +7,12 @@ Activations are first laid out as the tensor cores read them (`prep.cu`), in a w
 
 so that any 8 rows of a panel are an atom of the 64-byte swizzle and any run of rows is one copy.
 Grouped, `route.cu` says where each expert's rows are and lists tiles; the sum over a token's
-experts is a launch of its own, in the order of the slots.
+experts is a launch of its own, in the order of the slots. So many tokens that this would take more
+memory than `MOST_BYTES` pass in several runs, one after another.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Operand, Rate, Tactic, Tensor, Workspace, align
 from lingc.kernels import experts, gemv
@@ -20,6 +22,9 @@ BLOCK = 128
 INT4_GROUPS = (32, 64, 128)
 PREP_ROWS = 8
 ROUTE_THREADS = 256
+MOST_BYTES = 1536 << 20
+"""Workspace of a tactic, about."""
+
 _STAGING = 2 * 8192
 _SHARED = 227 * 1024
 _WARPS = 12
@@ -68,16 +73,20 @@ class Config:
         return self.stages(format, group) * self._stage_bytes(format, group) + _STAGING
 
     def _stage_bytes(self, format: str, group: int) -> int:  # noqa: A002
-        """Operands, scales and two barriers of 8 bytes."""
+        """Operands, scales, a note of 32 bytes and two barriers of 8."""
         if format == "int4":
-            return 64 * self.weights + 256 * self.tokens + self.weights // 16 * (4096 // group) + 16
-        return 128 * (self.rows + self.columns) + (4 * self.tokens if format == "fp8" else 0) + 16
+            return 64 * self.weights + 256 * self.tokens + self.weights // 16 * (4096 // group) + 48
+        return 128 * (self.rows + self.columns) + (4 * self.tokens if format == "fp8" else 0) + 48
 
 
 LARGE = Config(swap=False, waves=2, columns=128)
 MIDDLE = Config(swap=False, waves=1, columns=128)
 SWAPPED = Config(swap=True, waves=2, columns=128)
+NARROW = Config(swap=True, waves=2, columns=64)
 SMALL = tuple(Config(swap=True, waves=1, columns=columns) for columns in (128, 64, 32))
+
+
+_GROUPED = (LARGE, SWAPPED, NARROW)
 
 
 def refusal(shape: gemv.Shape) -> str | None:
@@ -102,16 +111,17 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     """Of a fused linear; those that suit the number of tokens, best guess first."""
     fewer = tuple(c for c in SMALL if c.tokens < 2 * max(shape.tokens, 32))
     if shape.tokens > 512:
-        chosen: tuple[Config, ...] = (SWAPPED,) if shape.format == "int4" else (LARGE,)
+        chosen: tuple[Config, ...] = (NARROW, SMALL[0]) if shape.format == "int4" else (LARGE,)
         chosen = (*chosen, MIDDLE, SMALL[0]) if shape.tokens <= 2048 else chosen
+        chosen = tuple(dict.fromkeys(chosen))
     else:
         chosen = (*fewer, MIDDLE) if shape.tokens > 64 else fewer
     return tuple(_dense(target.sms or 1, shape, c) for c in chosen if _runs(c, shape.format))
 
 
 def _runs(config: Config, format: str) -> bool:  # noqa: A002 (as the ops name it)
-    """INT4 becomes BF16 in registers, where only a tile's rows may be."""
-    return config.swap or format != "int4"
+    """INT4 becomes BF16 in registers, where only a tile's rows may be, and of few columns."""
+    return format != "int4" or (config.swap and config.waves * config.columns <= 128)
 
 
 def expert_refusal(shape: experts.Shape) -> str | None:
@@ -129,13 +139,13 @@ def expert_refusal(shape: experts.Shape) -> str | None:
 
 def expert_up_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_up` with `pairs` and `starts`."""
-    chosen = (c for c in (SWAPPED, LARGE) if _runs(c, shape.format))
+    chosen = (c for c in _GROUPED if _runs(c, shape.format))
     return tuple(_expert_up(target.sms or 1, shape, config) for config in chosen)
 
 
 def expert_down_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_down` with `pairs` and `starts`."""
-    chosen = (c for c in (SWAPPED, LARGE) if _runs(c, shape.format))
+    chosen = (c for c in _GROUPED if _runs(c, shape.format))
     return tuple(_expert_down(target.sms or 1, shape, config) for config in chosen)
 
 
@@ -151,9 +161,9 @@ def _spaces(padded: int, width: int, format: str) -> tuple[Workspace, ...]:  # n
 
 
 def _prep(  # noqa: PLR0913 (as many as the kernel has)
-    *, rows: int, width: int, padded: int, format: str, x: str, x_pitch: int, before: str = "none",  # noqa: A002
-    gate_pitch: int = 0, groups: int = 1, eps: float = 0.0, scatter: int = 0, slots: int = 0,
-    shared: bool = False, copies: int = 1,
+    *, rows: int, width: int, padded: int, format: str, x: Tensor, x_pitch: int,  # noqa: A002
+    before: str = "none", gate: Tensor | None = None, gate_pitch: int = 0, groups: int = 1,
+    eps: float = 0.0, scatter: int = 0, slots: int = 0, shared: bool = False, copies: int = 1,
 ) -> Launch:  # fmt: skip
     kernel = Kernel(
         language="cuda",
@@ -173,26 +183,26 @@ def _prep(  # noqa: PLR0913 (as many as the kernel has)
         warps=PREP_ROWS,
         features=("bulk", "fp8"),
     )  # fmt: skip
-    gated, normed = before == "group_norm_gate", before != "none"
+    normed = before != "none"
     return Launch(
         kernel=kernel,
         grid=(-(-rows // PREP_ROWS), 1, 1),
         operands=(
-            Tensor(x), Tensor("gate") if gated else None,
+            x, gate,
             Tensor("norm_weight") if normed else None, Tensor("codes"),
             Tensor("code_scales") if format == "fp8" else None, Tensor("to") if scatter else None,
             rows, x_pitch, gate_pitch, padded, slots, 0 if shared else -1, eps,
         ),
         dependent=True,
-        moved_bytes=float(rows) * width * (2 + 2 * gated + copies * _bytes(format)),
+        moved_bytes=float(rows) * width * (2 + 2 * (gate is not None) + copies * _bytes(format)),
         blocks_per_sm=2,
     )  # fmt: skip
 
 
 def _product(  # noqa: PLR0913 (as many as the kernel has)
     config: Config, *, blocks: int, tokens: int, padded: int, outputs: int, width: int,
-    format: str, group: int, weight: str, y: str, wide: bool, gated: bool, residual: bool,  # noqa: A002
-    grouped: bool, flops: float, moved_bytes: float,
+    format: str, group: int, weight: str, y: Tensor, wide: bool, gated: bool,  # noqa: A002
+    residual: Tensor | None, grouped: bool, flops: float, moved_bytes: float,
 ) -> Launch:  # fmt: skip
     fp8 = format == "fp8"
     kernel = Kernel(
@@ -210,8 +220,8 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
             ("FORMAT", gemv.FORMATS.index(format)), ("SWAP", int(config.swap)),
             ("WAVES", config.waves), ("COLS", config.columns),
             ("STAGES", config.stages(format, group)),
-            ("GATED", int(gated)), ("RESIDUAL", int(residual)), ("F32", int(wide)),
-            ("GROUPED", int(grouped)), ("BAND", 8), ("PRODUCERS", 1),
+            ("GATED", int(gated)), ("RESIDUAL", int(residual is not None)), ("F32", int(wide)),
+            ("GROUPED", int(grouped)), ("BAND", 8),
             ("GROUP", group if format == "int4" else BLOCK),
         ),
         warps=_WARPS,
@@ -221,8 +231,8 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
     rate: Rate = "fp8" if fp8 else "bf16"
     operands: tuple[Operand, ...] = (
         Tensor(weight), None if format == "bf16" else Tensor("scale"), Tensor("codes"),
-        Tensor("code_scales") if fp8 else None, Tensor("residual") if residual else None,
-        Tensor(y), Tensor("work") if grouped else None, Tensor("rows") if grouped else None,
+        Tensor("code_scales") if fp8 else None, residual,
+        y, Tensor("work") if grouped else None, Tensor("rows") if grouped else None,
         tokens, padded, outputs, width,
     )  # fmt: skip
     return Launch(
@@ -236,8 +246,31 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
     )
 
 
+def _parts(tokens: int, most: int) -> Iterator[tuple[int, int]]:
+    """First token and number of tokens of each run of at most `most`."""
+    return ((first, min(most, tokens - first)) for first in range(0, tokens, most))
+
+
 def _dense(sms: int, shape: gemv.Shape, config: Config) -> Tactic:
-    padded = align(shape.tokens, 256)
+    most = align(shape.tokens, 256)
+    while (
+        most > 256 and sum(s.bytes for s in _spaces(most, shape.width, shape.format)) > MOST_BYTES
+    ):
+        most = align(most // 2, 256)
+    launches: list[Launch] = []
+    for first, tokens in _parts(shape.tokens, most):
+        launches += _dense_part(sms, replace(shape, tokens=tokens), config, first, most)
+    return Tactic(
+        name=config.name,
+        launches=tuple(launches),
+        workspaces=_spaces(most, shape.width, shape.format),
+    )
+
+
+def _dense_part(
+    sms: int, shape: gemv.Shape, config: Config, first: int, padded: int
+) -> tuple[Launch, ...]:
+    """Tokens from `first` on, as many as the shape has."""
     tiles = -(-shape.rows // config.weights) * -(-shape.tokens // config.tokens)
     # A last wave that is not full takes as long as a full one.
     rounds = -(-tiles // sms)
@@ -245,23 +278,24 @@ def _dense(sms: int, shape: gemv.Shape, config: Config) -> Tactic:
     stored = {"bf16": 2.0, "fp8": 1.0, "int4": 0.5}[shape.format]
     moved = float(shape.width) * (shape.rows * stored + shape.tokens * _bytes(shape.format))
     moved += float(shape.tokens) * columns * (2 + 2 * shape.wide + 2 * shape.residual)
-    first = _prep(
-        rows=shape.tokens, width=shape.width, padded=padded, format=shape.format, x="x",
-        x_pitch=shape.x_pitch, before=shape.before, gate_pitch=shape.gate_pitch,
-        groups=shape.groups if shape.before == "group_norm_gate" else 1, eps=shape.eps,
+    gated = shape.before == "group_norm_gate"
+    prep = _prep(
+        rows=shape.tokens, width=shape.width, padded=padded, format=shape.format,
+        x=Tensor("x", 2 * first * shape.x_pitch), x_pitch=shape.x_pitch, before=shape.before,
+        gate=Tensor("gate", 2 * first * shape.gate_pitch) if gated else None,
+        gate_pitch=shape.gate_pitch, groups=shape.groups if gated else 1, eps=shape.eps,
     )  # fmt: skip
-    second = _product(
+    product = _product(
         config, blocks=min(tiles, sms), tokens=shape.tokens, padded=padded, outputs=shape.rows,
-        width=shape.width, format=shape.format, group=shape.group, weight="weight", y="y",
-        wide=shape.wide, gated=shape.after == "swiglu", residual=shape.residual, grouped=False,
+        width=shape.width, format=shape.format, group=shape.group, weight="weight",
+        y=Tensor("y", (2 + 2 * shape.wide) * first * columns), wide=shape.wide,
+        gated=shape.after == "swiglu",
+        residual=Tensor("residual", 2 * first * columns) if shape.residual else None,
+        grouped=False,
         flops=2.0 * config.rows * config.columns * shape.width * min(tiles, sms) * rounds,
         moved_bytes=moved,
     )  # fmt: skip
-    return Tactic(
-        name=config.name,
-        launches=(first, second),
-        workspaces=_spaces(padded, shape.width, shape.format),
-    )
+    return prep, product
 
 
 def _operand_rows(shape: experts.Shape) -> int:
@@ -281,7 +315,11 @@ def _lists(shape: experts.Shape, config: Config) -> tuple[Workspace, ...]:
     )
 
 
-def _route(shape: experts.Shape, config: Config, blank: str | None, blank_bytes: int) -> Launch:
+def _route(
+    shape: experts.Shape, config: Config, blank: Tensor | None, blank_bytes: int, first: int,
+    tokens: int,
+) -> Launch:  # fmt: skip
+    """Lists of the `shape.tokens` tokens from `first` on, of `tokens`."""
     kernel = Kernel(
         language="cuda",
         source="kernels/route.cu",
@@ -289,7 +327,8 @@ def _route(shape: experts.Shape, config: Config, blank: str | None, blank_bytes:
         arguments=(
             ("ids", "*i32"), ("pairs", "*i32"), ("starts", "*i32"), ("to", "*i32"),
             ("rows", "*i32"), ("work", "*i32"), ("blank", "*u8"), ("tokens", "i32"),
-            ("slots", "i32"), ("shared", "i32"), ("blank_bytes", "i32"),
+            ("slots", "i32"), ("shared", "i32"), ("blank_bytes", "i32"), ("from", "i32"),
+            ("all", "i32"),
         ),
         constants=(
             ("EXPERTS", shape.experts), ("TOKENS", config.tokens),
@@ -303,75 +342,112 @@ def _route(shape: experts.Shape, config: Config, blank: str | None, blank_bytes:
         kernel=kernel,
         grid=(min(64, -(-pairs // ROUTE_THREADS)), 1, 1),
         operands=(
-            Tensor("ids"), Tensor("pairs"), Tensor("starts"), Tensor("to"), Tensor("rows"),
-            Tensor("work"), None if blank is None else Tensor(blank), shape.tokens, shape.top_k,
-            shape.shared, blank_bytes,
+            Tensor("ids", 4 * first * shape.top_k), Tensor("pairs"), Tensor("starts"),
+            Tensor("to"), Tensor("rows"), Tensor("work"), blank, shape.tokens, shape.top_k,
+            shape.shared, blank_bytes, first, tokens,
         ),
         dependent=True,
         moved_bytes=16.0 * pairs,
     )  # fmt: skip
 
 
-def _grouped(
-    sms: int, shape: experts.Shape, config: Config, outputs: int, width: int, **how: bool | str
-) -> Launch:
+def _grouped(  # noqa: PLR0913 (as many as there are)
+    sms: int, shape: experts.Shape, config: Config, *, padded: int, outputs: int, width: int,
+    weight: str, y: Tensor, gated: bool,
+) -> Launch:  # fmt: skip
     """The product of all experts; a tile of an expert is half empty as a guess."""
     rows = shape.tokens * shape.slots
-    padded = rows + shape.hit * (8 if config.swap else 48)
+    filled = rows + shape.hit * (8 if config.swap else 48)
     stored = shape.hit * shape.matrix_bytes(outputs, width)
-    wide = bool(how["wide"])
-    columns = outputs // 2 if how["gated"] else outputs
+    columns = outputs // 2 if gated else outputs
     return _product(
-        config, blocks=sms, tokens=shape.tokens, padded=_operand_rows(shape), outputs=outputs,
-        width=width, format=shape.format, group=shape.group, weight=str(how["weight"]),
-        y=str(how["y"]), wide=wide, gated=bool(how["gated"]), residual=False, grouped=True,
-        flops=2.0 * padded * outputs * width * (1.3 if config.swap else 1.0),
-        moved_bytes=stored + rows * (width * _bytes(shape.format) + columns * (2.0 + 2 * wide)),
+        config, blocks=sms, tokens=shape.tokens, padded=padded, outputs=outputs, width=width,
+        format=shape.format, group=shape.group, weight=weight, y=y, wide=False, gated=gated,
+        residual=None, grouped=True,
+        flops=2.0 * filled * outputs * width * (1.3 if config.swap else 1.0),
+        moved_bytes=stored + rows * (width * _bytes(shape.format) + columns * 2.0),
     )  # fmt: skip
+
+
+def _most(shape: experts.Shape, config: Config, *, down: bool) -> experts.Shape:
+    """The shape of the longest run."""
+    tokens = shape.tokens
+    while tokens > 1024:
+        spaces = _expert_spaces(replace(shape, tokens=tokens), config, down=down)
+        if sum(space.bytes for space in spaces) <= MOST_BYTES:
+            break
+        tokens = align(tokens // 2, 256)
+    return replace(shape, tokens=tokens)
+
+
+def _expert_spaces(shape: experts.Shape, config: Config, *, down: bool) -> tuple[Workspace, ...]:
+    padded, width = _operand_rows(shape), shape.inner if down else shape.width
+    spaces = (*_lists(shape, config), *_spaces(padded, width, shape.format))
+    if not down:
+        return spaces
+    return (*spaces, Workspace(name="z", bytes=align(shape.tokens * shape.slots * shape.width * 2)))
 
 
 def _expert_up(sms: int, shape: experts.Shape, config: Config) -> Tactic:
-    padded = _operand_rows(shape)
-    prep = _prep(
-        rows=shape.tokens, width=shape.width, padded=padded, format=shape.format, x="x",
-        x_pitch=shape.pitch, before="rms_norm", eps=shape.eps, scatter=1, slots=shape.top_k,
-        shared=bool(shape.shared), copies=shape.slots,
-    )  # fmt: skip
-    product = _grouped(
-        sms, shape, config, 2 * shape.inner, shape.width, weight="gate_up", y="a", wide=False,
-        gated=True,
-    )  # fmt: skip
+    most = _most(shape, config, down=False)
+    padded = _operand_rows(most)
+    launches: list[Launch] = []
+    for first, tokens in _parts(shape.tokens, most.tokens):
+        part = replace(shape, tokens=tokens)
+        a = Tensor("a", 2 * first * shape.slots * shape.inner)
+        launches += [
+            _route(part, config, a, shape.inner * 2, first, shape.tokens),
+            _prep(
+                rows=tokens, width=shape.width, padded=padded, format=shape.format,
+                x=Tensor("x", 2 * first * shape.pitch), x_pitch=shape.pitch, before="rms_norm",
+                eps=shape.eps, scatter=1, slots=shape.top_k, shared=bool(shape.shared),
+                copies=shape.slots,
+            ),
+            _grouped(
+                sms, part, config, padded=padded, outputs=2 * shape.inner, width=shape.width,
+                weight="gate_up", y=a, gated=True,
+            ),
+        ]  # fmt: skip
     return Tactic(
         name=config.name,
-        launches=(_route(shape, config, "a", shape.inner * 2), prep, product),
-        workspaces=(*_lists(shape, config), *_spaces(padded, shape.width, shape.format)),
+        launches=tuple(launches),
+        workspaces=_expert_spaces(most, config, down=False),
     )
 
 
 def _expert_down(sms: int, shape: experts.Shape, config: Config) -> Tactic:
-    padded, rows = _operand_rows(shape), shape.tokens * shape.slots
-    prep = _prep(
-        rows=rows, width=shape.inner, padded=padded, format=shape.format, x="a",
-        x_pitch=shape.inner, scatter=2, slots=shape.top_k, shared=bool(shape.shared),
-    )  # fmt: skip
-    product = _grouped(
-        sms, shape, config, shape.width, shape.inner, weight="down", y="z", wide=True, gated=False
-    )
-    space = Workspace(name="z", bytes=align(rows * shape.width * 4))
+    most = _most(shape, config, down=True)
+    padded = _operand_rows(most)
+    launches: list[Launch] = []
+    for first, tokens in _parts(shape.tokens, most.tokens):
+        part = replace(shape, tokens=tokens)
+        launches += [
+            _route(part, config, None, 0, first, shape.tokens),
+            _prep(
+                rows=tokens * shape.slots, width=shape.inner, padded=padded, format=shape.format,
+                x=Tensor("a", 2 * first * shape.slots * shape.inner), x_pitch=shape.inner,
+                scatter=2, slots=shape.top_k, shared=bool(shape.shared),
+            ),
+            _grouped(
+                sms, part, config, padded=padded, outputs=shape.width, width=shape.inner,
+                weight="down", y=Tensor("z"), gated=False,
+            ),
+            _combine(part, first),
+        ]  # fmt: skip
     return Tactic(
         name=config.name,
-        launches=(_route(shape, config, None, 0), prep, product, _combine(shape)),
-        workspaces=(*_lists(shape, config), *_spaces(padded, shape.inner, shape.format), space),
+        launches=tuple(launches),
+        workspaces=_expert_spaces(most, config, down=True),
     )
 
 
-def _combine(shape: experts.Shape) -> Launch:
+def _combine(shape: experts.Shape, first: int) -> Launch:
     kernel = Kernel(
         language="cuda",
         source="kernels/route.cu",
         entry="combine",
         arguments=(
-            ("z", "*f32"), ("weights", "*f32"), ("ids", "*i32"), ("residual", "*bf16"),
+            ("z", "*bf16"), ("weights", "*f32"), ("ids", "*i32"), ("residual", "*bf16"),
             ("y", "*bf16"), ("tokens", "i32"), ("slots", "i32"), ("shared", "i32"),
         ),
         constants=(
@@ -381,14 +457,15 @@ def _combine(shape: experts.Shape) -> Launch:
         features=("bulk",),
     )  # fmt: skip
     numbers = shape.tokens * shape.width
+    pairs, row = 4 * first * shape.top_k, 2 * first * shape.width
     return Launch(
         kernel=kernel,
-        grid=(-(-numbers // (4 * ROUTE_THREADS)), 1, 1),
+        grid=(-(-numbers // (8 * ROUTE_THREADS)), 1, 1),
         operands=(
-            Tensor("z"), Tensor("weights"), Tensor("ids"), Tensor("residual"), Tensor("y"),
-            shape.tokens, shape.top_k, shape.shared,
+            Tensor("z"), Tensor("weights", pairs), Tensor("ids", pairs), Tensor("residual", row),
+            Tensor("y", row), shape.tokens, shape.top_k, shape.shared,
         ),
         dependent=True,
-        moved_bytes=numbers * (4.0 * shape.slots + 4.0),
+        moved_bytes=numbers * (2.0 * shape.slots + 4.0),
         blocks_per_sm=8,
     )  # fmt: skip

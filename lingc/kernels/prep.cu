@@ -12,8 +12,8 @@
 //            shared + t; 2: row r = t * (slots + (shared >= 0)) + i goes to `to[t * slots + i]`, the last to shared + t.
 //            A destination below 0 is none.
 //
-// In FORMAT 2, channel 32 t + 4 s + 2 h + e of each 128 stands at 16 s + 8 h + 2 t + e: lane t of a quad, which
-// finds 32 neighbouring channels in the 16 bytes it reads of a row of weights, multiplies four in each step s.
+// In FORMAT 2, channel 8 t + 4 s + 2 h + e of each 32 stands at 16 s + 8 h + 2 t + e: lane t of a quad, which finds 8
+// neighbouring channels in a word of a row of weights, multiplies four in each step s.
 #include "device.cuh"
 
 #define VECTORS ((WIDTH + 255) / 256)  // of 8 channels, a lane
@@ -126,24 +126,22 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       u32 made[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) made[e] = pack_bf16(v[2 * e], v[2 * e + 1]);
-      int at = channel * 2;
+      const int at = channel * 2;
       if (FORMAT == 2) {
-        // Pair (s, h) of lanes t = 0..3, which stand 4 lanes apart, makes 16 bytes: a transpose of four by four.
-        const int t = lane / 4 % 4;
+        // Pair (s, h) of the quad's lanes t = 0..3 makes 16 bytes: a transpose of four by four.
+        const int t = lane % 4;
         u32 turned[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int i0 = t ^ k;
           const u32 sent = i0 == 0 ? made[0] : i0 == 1 ? made[1] : i0 == 2 ? made[2] : made[3];
-          const u32 got = __shfl_xor_sync(FULL_WARP, sent, k * 4);
+          const u32 got = __shfl_xor_sync(FULL_WARP, sent, k);
 #pragma unroll
           for (int e = 0; e < 4; e++)
             if (e == i0) turned[e] = got;
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) made[e] = turned[e];
-        // Our four channels' pairs were (2 m', 0), (2 m', 1), (2 m' + 1, 0), (2 m' + 1, 1), m' = lane % 4; we keep number t.
-        at = channel / 128 * 256 + (lane % 4 * 2 + t / 2) * 32 + t % 2 * 16;
       }
       for (int c = 0; c < copies; c++) {
         const int row_to = __shfl_sync(FULL_WARP, mine, SCATTER == 1 ? c : 0);
