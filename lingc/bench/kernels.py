@@ -239,14 +239,20 @@ def wide_arguments(op: Op, arguments: Sequence[Any]) -> list[Any]:
 
 def check(
     device: Device, op: Op, arguments: Sequence[Any], tactics: Sequence[Tactic],
-    binaries: Mapping[Kernel, Binary], label: str,
+    binaries: Mapping[Kernel, Binary], label: str, *, similar: float = 0.0,
 ) -> Iterator[Fault]:  # fmt: skip
-    """Run tactics on arguments and compare with the reference in FP64."""
+    """Run tactics on arguments and compare with the reference in FP64.
+
+    Args:
+        similar: Similarity error up to which results are right though single elements are not.
+    """
     want = op.reference(*wide_arguments(op, arguments))
     want = [want] if isinstance(want, torch.Tensor) else list(want)
     arranged = arrange_all(op, arguments)
     for tactic in tactics:
-        problem = _problem(device, op, arguments, tactic, binaries, want, arranged)
+        problem = _problem(
+            device, op, arguments, tactic, binaries, want, arranged, similar=similar
+        )
         if problem is not None:
             yield Fault(op=op.name, case=label, tactic=tactic.name, problem=problem)
 
@@ -254,7 +260,7 @@ def check(
 def _problem(
     device: Device, op: Op, arguments: Sequence[Any], tactic: Tactic,
     binaries: Mapping[Kernel, Binary], want: Sequence[torch.Tensor],
-    arranged: Mapping[str, torch.Tensor],
+    arranged: Mapping[str, torch.Tensor], *, similar: float,
 ) -> str | None:  # fmt: skip
     runs = []
     for _ in range(2):
@@ -271,7 +277,7 @@ def _problem(
         return f"left counters {', '.join(dirty)} at other than zero"
     if strange := _disturbed(device, op, arguments, tactic, binaries, arranged, got):
         return f"row 0 of {strange} depends on what the other rows hold"
-    return _judged(op, arguments, got, want)
+    return _judged(op, arguments, got, want, similar=similar)
 
 
 def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:

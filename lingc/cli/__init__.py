@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "parity": "Compare an engine, a checkpoint or a plan with another.",
         "bench": "Time a package against eager, after checking that it is right.",
         "bench-ops": "Time ops' kernels on a GPU, after checking that they are right.",
+        "tune": "Measure which tactics are fastest on this GPU.",
         "inspect": "Show what a package holds, and where it came from.",
         "verify": "Check every byte of a package, and whether it fits here.",
         "plan": "Tell the memory that a model needs, without building it.",

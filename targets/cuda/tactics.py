@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from lingc.errors import InputError
@@ -316,8 +317,27 @@ def _form(name: str) -> tuple[str, tuple[int, ...]]:
 @cache
 def measured(target: Target) -> Mapping[tuple[str, str], Row]:
     """Rows of a target by op and key; none where nothing was measured."""
-    path = resources.files("lingc.targets").joinpath("tactics", f"{target.name}.json")
-    if not path.is_file():
+    return read_rows(rows_file(target))
+
+
+def rows_file(target: Target) -> Path:
+    """Where the rows of a target stand."""
+    return Path(str(resources.files("lingc.targets"))) / "tactics" / f"{target.name}.json"
+
+
+def read_rows(file: Path) -> dict[tuple[str, str], Row]:
+    """Rows of a file by op and key; none where there is no file.
+
+    Raises:
+        InputError: It does not hold rows.
+    """
+    if not file.is_file():
         return {}
-    rows = [Row(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    try:
+        rows = [Row(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{str(file)!r} holds no rows of tactics: {error}",
+            hint="`lingc tune` writes such a file; remove this one to begin anew",
+        ) from error
     return {(row.op, row.key): row for row in rows}

@@ -1,0 +1,192 @@
+"""What kernels reach, fitted to measurements, and how well the model of time then tells others.
+
+A measurement is a tactic's launches as the model sees them and how long they took together.
+What a few measurements cannot tell stays near what kernels reach as a rule.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lingc.targets.cuda.tactics import Reach, predict_features
+from lingc.targets.spec import Target
+
+Array = NDArray[np.float64]
+
+RULE = Reach(floor_s=2e-6, read=0.93, issue=1.2e12, mma=0.5)
+"""What a kernel reaches as a rule; where no measurement says otherwise."""
+
+RULES = {"int4": Reach(floor_s=2e-6, read=0.93, issue=0.75e12, mma=0.5)}
+"""The same of weights in a format: INT4 codes are taken apart before they are multiplied."""
+
+_LEAST = (0.2e-6, 0.05, 1e9, 0.02)
+_MOST = (60e-6, 1.04, 1e14, 1.0)
+_PULL = (0.05, 0.15, 0.02, 0.02)
+"""How strongly each is held at the rule, against a measurement's deviation of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A tactic on arguments of known sizes.
+
+    Attributes:
+        label: For a reader.
+        launches: As `tactics.features` gives them.
+        seconds: Of all launches together.
+    """
+
+    label: str
+    target: Target
+    launches: tuple[Mapping[str, Any], ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Error:
+    """How far predictions are off, as shares of what was measured.
+
+    Attributes:
+        median: Of the absolute deviations.
+        p90: Nine of ten are no farther off.
+        bias: Median with its sign; above 0 the model predicts too much.
+    """
+
+    count: int
+    median: float
+    p90: float
+    bias: float
+
+
+def read_record(record: Mapping[str, Any], target: Target) -> list[Measured]:
+    """The measurements of a record of `lingc tune`."""
+    return [
+        Measured(
+            label=f"{entry['op']}, {entry['work']}, {one['tactic']}",
+            target=target,
+            launches=tuple(one["launches"]),
+            seconds=1e-6 * one["microseconds"][1],
+        )
+        for entry in record["shapes"]
+        for one in entry["candidates"]
+        if one["microseconds"] is not None
+    ]
+
+
+def predicted(one: Measured, reaches: Mapping[str, Reach]) -> float:
+    """Seconds by the model."""
+    return sum(
+        predict_features(launch, one.target, _known(launch["kind"], reaches))
+        for launch in one.launches
+    )
+
+
+def rule_of(kind: str) -> Reach:
+    """What kernels of a kind reach where nothing was measured."""
+    return RULES.get(kind.rpartition(".")[2], RULE)
+
+
+def _known(kind: str, reaches: Mapping[str, Reach]) -> Reach:
+    return reaches.get(kind) or rule_of(kind)
+
+
+def error(some: Iterable[Measured], reaches: Mapping[str, Reach]) -> Error:
+    """Predictions against measurements."""
+    shares = [predicted(one, reaches) / one.seconds - 1 for one in some]
+    if not shares:
+        return Error(count=0, median=0.0, p90=0.0, bias=0.0)
+    away = [abs(share) for share in shares]
+    return Error(
+        count=len(shares),
+        median=statistics.median(away),
+        p90=float(np.quantile(away, 0.9)),
+        bias=statistics.median(shares),
+    )
+
+
+def fit(some: Sequence[Measured], rounds: int = 60) -> dict[str, Reach]:
+    """What each kind of kernel reaches: least squares of logarithms, damped.
+
+    Large deviations count linearly, so that one tactic that does badly for a reason of its own
+    does not spoil its kind.
+    """
+    kinds = sorted({launch["kind"] for one in some for launch in one.launches})
+    rule = np.log(np.array([_values(rule_of(name)) for name in kinds]))
+    low, high = np.log(np.array(_LEAST)), np.log(np.array(_MOST))
+    pull = np.array([_PULL] * len(kinds))
+    now, damp = rule.copy(), 1e-2
+    loss, slope, rest = _linear(some, kinds, now, rule, pull)
+    for _ in range(rounds):
+        square = slope.T @ slope
+        step = np.linalg.solve(square + damp * np.eye(len(square)), -slope.T @ rest)
+        tried = np.clip(now + step.reshape(now.shape), low, high)
+        found = _linear(some, kinds, tried, rule, pull)
+        if found[0] < loss:
+            now, damp = tried, damp / 3
+            loss, slope, rest = found
+        else:
+            damp *= 4
+    return {name: _reach(row) for name, row in zip(kinds, np.exp(now), strict=True)}
+
+
+def _linear(
+    some: Sequence[Measured], kinds: Sequence[str], at: Array, rule: Array, pull: Array
+) -> tuple[float, Array, Array]:
+    """Loss, slopes and remainders, each measurement weighted down where it is far off."""
+    small = 1e-4
+    index = {name: i for i, name in enumerate(kinds)}
+    reaches = {name: _reach(row) for name, row in zip(kinds, np.exp(at), strict=True)}
+    rest = np.array([np.log(predicted(one, reaches) / one.seconds) for one in some])
+    slope = np.zeros((len(some), at.size))
+    for i, one in enumerate(some):
+        for name in {launch["kind"] for launch in one.launches}:
+            for j in range(at.shape[1]):
+                moved = np.exp(at[index[name]])
+                moved[j] *= 1 + small
+                other = predicted(one, {**reaches, name: _reach(moved)})
+                value = (np.log(other / one.seconds) - rest[i]) / small
+                slope[i, index[name] * at.shape[1] + j] = value
+    weight = 1 / np.sqrt(1 + (rest / 0.2) ** 2)
+    held = (pull * (at - rule)).reshape(-1)
+    loss = float((np.sqrt(1 + (rest / 0.2) ** 2) * 0.08).sum() + (held**2).sum())
+    weight = np.sqrt(weight)
+    slopes = np.concatenate((slope * weight[:, None], np.diag(pull.reshape(-1))))
+    return loss, slopes, np.concatenate((rest * weight, held))
+
+
+def _values(one: Reach) -> tuple[float, float, float, float]:
+    return one.floor_s, one.read, one.issue, one.mma
+
+
+def _reach(values: Array) -> Reach:
+    floor_s, read, issue, mma = map(float, values)
+    return Reach(floor_s=floor_s, read=read, issue=issue, mma=mma)
+
+
+def document(
+    some: Sequence[Measured], reaches: Mapping[str, Reach], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The file of the model, in JSON's types."""
+
+    def plain(one: Reach) -> dict[str, float]:
+        return {
+            "floor_us": float(f"{1e6 * one.floor_s:.4g}"),
+            "read": float(f"{one.read:.4g}"),
+            "issue_gflops": float(f"{1e-9 * one.issue:.4g}"),
+            "mma": float(f"{one.mma:.4g}"),
+        }
+
+    kinds: dict[str, Any] = {"": plain(RULE), **{name: plain(one) for name, one in RULES.items()}}
+    for name, one in sorted(reaches.items()):
+        mine = [m for m in some if any(launch["kind"] == name for launch in m.launches)]
+        found = error(mine, reaches)
+        kinds[name] = {
+            **plain(one),
+            "measured": found.count,
+            "median_error": round(found.median, 4),
+        }
+    whole = {name: round(value, 4) for name, value in asdict(error(some, reaches)).items()}
+    return {**about, "error": whole, "kinds": kinds}

@@ -1,0 +1,263 @@
+"""`lingc tune`: measure which tactics are fastest on the GPU at hand."""
+
+import json
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lingc.cli import output
+from lingc.cli.failure import cache_dir, versions
+from lingc.cli.interrupts import held
+from lingc.cli.output import Output
+from lingc.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lingc.bench.tune import Found, Settings, Shape
+    from lingc.device import Device
+    from lingc.plan import Plan
+    from lingc.targets.cuda.tactics import Row
+
+
+@click.command()
+@click.option("--target", "target_name", default="h200-sxm", show_default=True)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Directory with the model's config.json; its weights are drawn at random.",
+)
+@click.option("--precision", default="fp8", show_default=True, help="Of the model.")
+@click.option("--op", "ops", multiple=True, help="This op alone; again for more.")
+@click.option("--batch", default="1,16,32,4,8,2,64", show_default=True, help="Of decode.")
+@click.option("--context", default="4096,512,32768,131072", show_default=True, help="Of decode.")
+@click.option("--prefill", default="1024,8192,16,64,256,4096", show_default=True, help="Tokens.")
+@click.option("--no-prefill", is_flag=True, help="Decode alone.")
+@click.option("--every", is_flag=True, help="Also time what has one tactic alone, for the record.")
+@click.option("--again", is_flag=True, help="Also measure what has a row already.")
+@click.option(
+    "--sms",
+    type=click.IntRange(min=1),
+    help="Use so many multiprocessors: the device stands in for one that has fewer.",
+)
+@click.option("--seconds", type=click.FloatRange(min=0), help="Begin no shape after so long.")
+@click.option("--dry-run", is_flag=True, help="List what would be measured; needs no GPU.")
+@click.option(
+    "--compile",
+    "into",
+    type=click.Path(path_type=Path),
+    help="Only compile, into this directory; needs no GPU.",
+)
+@click.option(
+    "--binaries",
+    type=click.Path(path_type=Path),
+    help="Take what `--compile` made elsewhere, and compile nothing.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(path_type=Path),
+    help="The file of rows, read first (default: the target's own).",
+)
+@click.option(
+    "--record", type=click.Path(path_type=Path), help="Write every candidate's time as well."
+)
+@output.options
+def command(
+    out: Output,
+    *,
+    target_name: str,
+    checkpoint: Path,
+    precision: str,
+    ops: tuple[str, ...],
+    batch: str,
+    context: str,
+    prefill: str,
+    no_prefill: bool,
+    every: bool,
+    again: bool,
+    sms: int | None,
+    seconds: float | None,
+    dry_run: bool,
+    into: Path | None,
+    binaries: Path | None,
+    jobs: int | None,
+    path: Path | None,
+    record: Path | None,
+) -> None:
+    """Time every tactic of a model's steps on this GPU, and keep the fastest as rows.
+
+    Each tactic is held to its reference before it is timed. A row says which was fastest for an op
+    on given sizes, how long it took and how long the model's choice, and on what it was measured.
+    Builds for the target read the rows. They are written as they come, so that an interrupted run
+    goes on where it was.
+
+    \b
+    Examples:
+      lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --dry-run
+      lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --batch 1 --no-prefill
+      lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --target h20 --sms 78
+    """  # noqa: D301 click's mark for a block that is not rewrapped
+    with held():
+        from lingc import targets
+        from lingc.bench import tune
+        from lingc.targets.cuda.binaries import read_compilers, write_compilers
+        from lingc.targets.cuda.tactics import read_rows, rows_file
+
+    if into is not None and binaries is not None:
+        raise UsageError("--compile and --binaries contradict each other; give one of them")
+    target = targets.get(target_name)
+    if target.default_engine != "cuda":
+        raise UsageError(f"{target.name} has no cuda engine to tune", hint="see `lingc targets`")
+    plan = _plan(out, checkpoint, precision, target_name)
+    settings = tune.Settings(
+        target=target,
+        cache_dir=into or binaries or cache_dir(),
+        work=tune.default_work(
+            plan,
+            batches=numbers(batch, "--batch"),
+            contexts=numbers(context, "--context"),
+            prefill=() if no_prefill else numbers(prefill, "--prefill"),
+        ),
+        command=shlex.join(("lingc", *sys.argv[1:])),
+        date=datetime.now(UTC).date().isoformat(),
+        ops=ops,
+        every=every,
+        sms=sms,
+        seconds=seconds,
+        jobs=jobs,
+        compilers=None if binaries is None else read_compilers(binaries),
+    )
+    place = rows_file(target) if path is None else path
+    rows = read_rows(place)
+    shapes = tune.shapes(plan, settings)
+    wanted = [one for one in shapes if again or (one.op, one.known_as) not in rows]
+    if dry_run:
+        _list(out, wanted, len(shapes) - len(wanted))
+        return
+    if into is not None:
+        made = tune.compile_kernels(plan, settings, wanted, out.stage)
+        write_compilers(into)
+        out.line(f"{len(made)} kernels for {target.arch} are in {into}")
+        return
+    _run(out, plan, settings, wanted, rows, place, record)
+
+
+def _run(
+    out: Output, plan: "Plan", settings: "Settings", wanted: "Sequence[Shape]",
+    rows: "dict[tuple[str, str], Row]", place: Path, record: Path | None,
+) -> None:  # fmt: skip
+    from lingc.bench import tune
+    from lingc.bench.record import about
+    from lingc.parity.page import write_whole
+
+    told: dict[str, Any] = {
+        "kind": "tune", "format": tune.FORMAT, **about(versions(), settings.date),
+        "target": settings.target.name, "precision": plan.precision, "command": settings.command,
+        "shapes": [],
+    }  # fmt: skip
+    table: list[tuple[object, ...]] = []
+
+    def keep(found: "Found", device: "Device") -> None:
+        row = tune.row_of(found, settings, device)
+        if row is not None:
+            rows[row.op, row.key] = row
+            write_whole(place, tune.rows_text(rows))
+        told["shapes"].append(tune.entry_of(found))
+        table.append(_row(found, row))
+
+    done = tune.run(plan, settings, wanted, out.stage, keep)
+    told |= done
+    if record is not None:
+        write_whole(record, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        out.note(f"record: {record}")
+    if out.as_json:
+        out.emit(told)
+    else:
+        out.line(f"device: {done['device']['name']}, {done['device']['sms']} SMs")
+        out.table(("op", "work", "model", "µs", "predicted", "fastest", "µs"), table)
+        out.line(f"rows: {place}" + (f"; {done['left']} shapes are left" if done["left"] else ""))
+    wrong = [
+        f"{one['op']}, {one['work']}, {each['tactic']}: {each['problem']}"
+        for one in told["shapes"]
+        for each in one["candidates"]
+        if each["problem"] is not None
+    ]
+    if wrong:
+        raise GateError(f"{len(wrong)} tactics are wrong, so they have no time", hint=wrong[0])
+
+
+def _row(found: "Found", row: "Row | None") -> tuple[object, ...]:
+    chosen = next(one for one in found.candidates if one.tactic == found.shape.chosen)
+    best = "none is right" if row is None else row.tactic
+    same = row is not None and row.tactic == chosen.tactic
+    return (
+        found.shape.op,
+        found.shape.work.name,
+        chosen.tactic,
+        "wrong" if chosen.microseconds is None else f"{chosen.microseconds[1]:.2f}",
+        f"{chosen.predicted:.2f}",
+        "the same" if same else best,
+        "" if row is None or same else f"{row.microseconds:.2f}",
+    )
+
+
+def _list(out: Output, wanted: "Sequence[Shape]", known: int) -> None:
+    if out.as_json:
+        out.emit(
+            {
+                "known": known,
+                "shapes": [
+                    {
+                        "op": one.op,
+                        "key": one.known_as,
+                        "work": one.work.name,
+                        "model": one.chosen,
+                        "tactics": [tactic.name for tactic in one.tactics],
+                    }
+                    for one in wanted
+                ],
+            }
+        )
+        return
+    out.table(
+        ("op", "work", "tactics", "the model's choice"),
+        [(one.op, one.work.name, len(one.tactics), one.chosen) for one in wanted],
+    )
+    out.line(f"{len(wanted)} shapes to measure, {known} have rows")
+
+
+def _plan(out: Output, checkpoint: Path, precision: str, target_name: str) -> "Plan":
+    """The plan of the model with one group of its layers."""
+    from lingc import compile as compiler
+    from lingc import targets
+    from lingc.bench.tune import reduced
+    from lingc.model.config import ModelConfig
+    from lingc.quantize.recipes import load_recipe
+
+    config = reduced(ModelConfig.from_file(checkpoint))
+    recipe = load_recipe(precision)
+    request = compiler.Request(precision=recipe.name, target=target_name)
+    return compiler.compile_plan(
+        config,
+        recipe,
+        targets.get(target_name),
+        has_mtp=config.has_mtp,
+        request=request,
+        stage=out.stage,
+    ).plan
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """A list of sizes as words give it: `1,8,32`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{option} {text!r} is not a list of sizes", hint="for example: 1,8,32")
+    return tuple(dict.fromkeys(map(int, parts)))
