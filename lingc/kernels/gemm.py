@@ -372,7 +372,7 @@ def _grouped(  # noqa: PLR0913 (as many as there are)
 def _most(shape: experts.Shape, config: Config, *, down: bool) -> experts.Shape:
     """The shape of the longest run."""
     tokens = shape.tokens
-    while tokens > 1024:
+    while tokens > 256:
         spaces = _expert_spaces(replace(shape, tokens=tokens), config, down=down)
         if sum(space.bytes for space in spaces) <= MOST_BYTES:
             break

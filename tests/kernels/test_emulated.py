@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lingc.kernels import gemm
 from lingc.op import OPS, Op, type_of
 from lingc.plugins import table  # noqa: F401 (registers the ops)
-from tests.kernels.emulated import COMPILER, TARGET, problem, runs
+from tests.kernels.emulated import COMPILER, TARGET, problem, results, runs
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
 
@@ -42,6 +44,30 @@ def test_a_tactic_does_what_the_reference_does(
     tactic = next(one for one in tactics if one.name == name)
 
     assert problem(op, arguments, tactic, libraries) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("fused_linear", (300, 256, 128, "group_norm_gate", "none", "fp8", 0, 1)),
+        ("expert_up", (300, 2, 5, 128, 128, "fp8", 0, 1, 2)),
+        ("expert_down", (300, 2, 5, 128, 128, "fp8", 0, 1, 2)),
+    ],
+)
+def test_tokens_that_pass_in_several_runs_have_the_same_bits(
+    name: str, case: tuple[Any, ...], libraries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = OPS[name]
+    arguments = op.inputs(*case, dtype="bf16", device="cpu")
+    types = [type_of(value) for value in arguments]
+    at_once = op.tactics(TARGET, *types)[0]
+    monkeypatch.setattr(gemm, "MOST_BYTES", 1)
+    by_runs = op.tactics(TARGET, *types)[0]
+
+    want, got = (results(op, arguments, one, libraries) for one in (at_once, by_runs))
+
+    assert len(by_runs.launches) == 2 * len(at_once.launches)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
 def test_kernels_of_few_and_of_many_tokens_are_among_them() -> None:

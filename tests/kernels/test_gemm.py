@@ -46,6 +46,22 @@ def test_every_format_and_length_has_tactics_that_fit_a_block(
             assert launch.kernel.shared_bytes <= (H200.smem_per_block_bytes or 0), tactic.name
 
 
+@pytest.mark.parametrize(("stored", "group"), [("bf16", 0), ("fp8", 0), ("int4", 128)])
+@pytest.mark.parametrize("tokens", [8192, 32768, 131072, 1 << 20])
+def test_however_many_tokens_there_are_the_workspace_is_bounded(
+    tokens: int, stored: str, group: int
+) -> None:
+    linear = replace(LINEAR, tokens=tokens, width=9216, before="none", format=stored, group=group)
+    stack = replace(EXPERTS, tokens=tokens, format=stored, group=group)
+
+    for tactic in (
+        *gemm.tactics(H200, linear),
+        *gemm.expert_up_tactics(H200, stack),
+        *gemm.expert_down_tactics(H200, stack),
+    ):
+        assert sum(space.bytes for space in tactic.workspaces) <= gemm.MOST_BYTES, tactic.name
+
+
 def test_int4_weights_are_never_the_columns_of_a_tile() -> None:
     found = gemm.tactics(H200, replace(LINEAR, format="int4", group=128))
 
