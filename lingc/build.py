@@ -77,6 +77,7 @@ def build(
     """
     target = targets.get(request.target)
     kind = engine_kind(target, request.engine)
+    code.refuse(kind, request)
     recipe = None if request.precision is None else load_recipe(request.precision)
     with stage("read checkpoint"):
         config, checkpoint = read_config(source)

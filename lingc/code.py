@@ -59,8 +59,21 @@ def make(
         stage: How progress is shown.
     """
     if kind == "cuda":
-        return _cuda(compiled, request, cache_dir, stage)
+        return _cuda(compiled, cache_dir, stage)
     return _onnx(compiled, request, stage)
+
+
+def refuse(kind: EngineKind, request: Request) -> None:
+    """Refuse what a kind of engine has no use for.
+
+    Raises:
+        UsageError: It would be ignored.
+    """
+    if kind == "cuda" and request.widen != "auto":
+        raise UsageError(
+            f"--widen {request.widen} is for CPU engines: a GPU multiplies weights as stored",
+            hint="leave --widen out",
+        )
 
 
 def _onnx(compiled: Compiled, request: Request, stage: Stage) -> Code:
@@ -90,16 +103,11 @@ def _onnx(compiled: Compiled, request: Request, stage: Stage) -> Code:
     )
 
 
-def _cuda(compiled: Compiled, request: Request, cache_dir: Path | None, stage: Stage) -> Code:
+def _cuda(compiled: Compiled, cache_dir: Path | None, stage: Stage) -> Code:
     from lingc.targets.cuda import binaries  # noqa: PLC0415
     from lingc.targets.cuda.buckets import buckets  # noqa: PLC0415
     from lingc.targets.cuda.lower import XZ, schedule_all, with_kernels  # noqa: PLC0415
 
-    if request.widen != "auto":
-        raise UsageError(
-            f"--widen {request.widen} is for a CPU engine; a GPU multiplies weights as stored",
-            hint="leave --widen out",
-        )
     plan, target = compiled.plan, compiled.target
     compilers = binaries.installed()
     sizes = buckets(plan)

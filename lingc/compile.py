@@ -194,7 +194,7 @@ def engine_kind(target: Target, wanted: str) -> EngineKind:
     if kind not in BUILT:
         raise IncompatibleError(
             f"this version plans for target {target.name!r} but cannot build its {kind!r} engine",
-            hint="`lingc passes` and `lingc plan` work for it; `--target cpu` builds an engine",
+            hint=f"it builds: {', '.join(BUILT)}; `lingc passes` and `lingc plan` work for it",
         )
     return kind
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lingc.cli.build as command
-from lingc import build as builder
+from lingc import recording
 from lingc.build import Built, build
 from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint, write_checkpoint
 from lingc.compile import Request, silent
@@ -236,9 +236,9 @@ def test_vectors_do_not_depend_on_the_order_of_f32_sums(built: Callable[[str], P
         limits = Limits.from_tokens(slots=1, tokens_per_sequence=80, page_size=plan.page_size)
         backend = InterpreterBackend(plan, packed(package), limits)
         prompts = {case.name: case.prompt for case in recorded}
-        return vectors.record(backend, prompts, count=8, tolerance=builder.VECTOR_TOLERANCE)
+        return vectors.record(backend, prompts, count=8, tolerance=recording.TOLERANCE["f32"])
 
-    plain, wide = record(package.plan), record(builder._in_f64(package.plan))
+    plain, wide = record(package.plan), record(recording.in_f64(package.plan))
     assert vectors.encode(wide) == vectors.encode(recorded)
     assert vectors.encode(plain) != vectors.encode(recorded)
     for f32, f64 in zip(plain, wide, strict=True):
@@ -253,7 +253,7 @@ def test_large_weights_are_not_run_while_building(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(builder, "VECTOR_WEIGHT_BYTES", 1000)
+    monkeypatch.setattr(recording, "MOST_WEIGHT_BYTES", 1000)
     caplog.set_level("WARNING", logger="lingc")
 
     make(checkpoint, tmp_path / "x.ling")

@@ -32,6 +32,9 @@ CHECKS: Mapping[str, tuple[int, str]] = MappingProxyType(
         "arch": (4, "the variant runs on this CPU architecture"),
         "library": (4, "the libraries that the variant needs are installed"),
         "library-version": (4, "their versions are among those that the variant was made for"),
+        "gpu": (4, "there is a GPU of the generation that the variant's code was compiled for"),
+        "gpu-driver": (4, "its driver is new enough for that code"),
+        "gpu-memory": (4, "its memory holds the weights and the smallest step"),
     }
 )
 """id -> (exit code if it fails, what holds if it passes), in the order of checking."""

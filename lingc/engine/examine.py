@@ -31,7 +31,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 _TREE = ("node", "collision", "missing", "extra", "size")
 _CONTENT = ("plan-format", "plan", "agreement", "weights", "bound-weights")
-_MACHINE = ("requirement", "os", "arch", "library", "library-version")
+_GPU = ("gpu", "gpu-driver", "gpu-memory")
+_MACHINE = ("requirement", "os", "arch", "library", "library-version", *_GPU)
 _MAX_ROWS = 50
 _LARGE_BYTES = 1 << 20
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lingc.engine import canonical
 from lingc.engine.layout import CONFIG, FORMAT, LIMITS, PLAN, VARIANT_INFO, role_of
-from lingc.engine.schema import Maybe, Open, Problem, Shape, problems, shown
+from lingc.engine.schema import Absent, Maybe, Open, Problem, Shape, problems, shown
 
 SCHEMA: Mapping[str, Shape] = {
     "format": "count",
@@ -51,7 +51,16 @@ SCHEMA: Mapping[str, Shape] = {
             "target": "path",
             "engine": "engine",
             "weights_in_use_bytes": Maybe("count"),
-            "runs_on": Open({"os": "texts", "arch": "texts", "libraries": "texts by name"}),
+            "runs_on": Open(
+                {
+                    "os": "texts",
+                    "arch": "texts",
+                    "libraries": "texts by name",
+                    "gpu": Absent(
+                        {"capability": "text", "driver": "text", "memory_bytes": "count"}
+                    ),
+                }
+            ),
         }
     ],
     "files": [{"path": "path", "role": "role", "size": "count", "sha256": "sha256"}],
@@ -78,7 +87,8 @@ class Variant:
 
     Attributes:
         runs_on: What the machine must have: `os`, `arch` (any of the listed), `libraries`
-            (module name -> versions, `>=1.20,<2` or empty for any).
+            (module name -> versions, `>=1.20,<2` or empty for any); perhaps `gpu` (`capability`,
+            `driver`: versions of CUDA that it speaks, `memory_bytes`).
     """
 
     target: str

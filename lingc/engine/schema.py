@@ -19,13 +19,20 @@ class Maybe:
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """A value under a key that may be left out."""
+
+    inner: "Shape"
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """An object with these keys, and any others."""
 
     known: Mapping[str, "Shape"]
 
 
-Shape = str | Mapping[str, "Shape"] | list["Shape"] | Maybe | Open
+Shape = str | Mapping[str, "Shape"] | list["Shape"] | Maybe | Absent | Open
 """A kind by name, an object with exactly these keys, a list of one shape, or one of the above."""
 
 
@@ -92,6 +99,8 @@ def problems(value: Any, shape: Shape, *, strict: bool, where: str = "") -> Iter
         case Maybe():
             if value is not None:
                 yield from problems(value, shape.inner, strict=strict, where=where)
+        case Absent():
+            yield from problems(value, shape.inner, strict=strict, where=where)
         case str():
             holds, expected = KINDS[shape]
             if not holds(value):
@@ -118,7 +127,7 @@ def _object(
         name = f"{where}.{key}" if where else key
         if key in value:
             yield from problems(value[key], inner, strict=strict, where=name)
-        else:
+        elif not isinstance(inner, Absent):
             yield Problem(where=name, kind="key", expected="a value", found="nothing")
     for key in sorted(value.keys() - known.keys()) if closed else ():
         # The key comes from outside: its repr keeps control characters off the terminal.
@@ -135,12 +144,13 @@ def fields(shape: Shape, where: str = "") -> Iterator[tuple[str, str]]:
     match shape:
         case str():
             yield where, shape
-        case Maybe():
+        case Maybe() | Absent():
             inner = list(fields(shape.inner, where))
+            other = "null" if isinstance(shape, Maybe) else "absent"
             if inner[0][0] == where:
-                yield where, f"{inner[0][1]} or null"
+                yield where, f"{inner[0][1]} or {other}"
             else:
-                yield where, "object or null"
+                yield where, f"object or {other}"
                 yield from inner
         case list():
             yield from fields(shape[0], f"{where}[]")

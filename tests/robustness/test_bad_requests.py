@@ -33,13 +33,18 @@ REQUESTS: dict[str, tuple[int, list[str], str]] = {
     ),
     "an engine that this version cannot build": (
         4,
-        ["--target", "h20", "--engine", "cuda"],
-        r"plans for target 'h20' but cannot build its 'cuda' engine.*`--target cpu` builds an eng",
+        ["--target", "h20", "--engine", "tensorrt"],
+        r"plans for target 'h20' but cannot build its 'tensorrt' engine.*it builds: onnx, cuda",
     ),
     "the default engine of a target without one": (
         4,
         ["--target", "spark"],
         r"plans for target 'spark' but cannot build its 'tensorrt' engine.*`lingc passes`",
+    ),
+    "widened weights on a GPU": (
+        2,
+        ["--target", "h20", "--widen", "load"],
+        r"--widen load is for CPU engines",
     ),
     "an unknown pass": (
         2,
