@@ -6,7 +6,7 @@ What a few measurements cannot tell stays near what kernels reach as a rule.
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,17 @@ from lingc.targets.spec import Target
 
 Array = NDArray[np.float64]
 
-RULE = Reach(floor_s=2e-6, read=0.93, issue=1.2e12, mma=0.5)
+RULE = Reach(floor_s=2e-6, read=0.93, issue=8e12, mma=0.5)
 """What a kernel reaches as a rule; where no measurement says otherwise."""
 
-RULES = {"int4": Reach(floor_s=2e-6, read=0.93, issue=0.75e12, mma=0.5)}
-"""The same of weights in a format: INT4 codes are taken apart before they are multiplied."""
+RULES: Mapping[str, Reach] = {
+    "gemv.": replace(RULE, issue=1.2e12),
+    "experts.": replace(RULE, issue=1.2e12),
+    ".int4": replace(RULE, issue=0.75e12),
+    "router.": replace(RULE, issue=0.25e12),
+}
+"""The same of kinds by how they begin or end: products whose operands go through registers, INT4
+codes that are taken apart before them, products without tensor cores."""
 
 _LEAST = (0.2e-6, 0.05, 1e9, 0.02)
 _MOST = (60e-6, 1.04, 1e14, 1.0)
@@ -86,7 +92,10 @@ def predicted(one: Measured, reaches: Mapping[str, Reach]) -> float:
 
 def rule_of(kind: str) -> Reach:
     """What kernels of a kind reach where nothing was measured."""
-    return RULES.get(kind.rpartition(".")[2], RULE)
+    through_registers = kind.startswith(("gemv.", "experts."))
+    if kind.endswith(".int4") and through_registers:
+        return RULES[".int4"]
+    return next((one for name, one in RULES.items() if kind.startswith(name)), RULE)
 
 
 def _known(kind: str, reaches: Mapping[str, Reach]) -> Reach:
@@ -179,7 +188,7 @@ def document(
             "mma": float(f"{one.mma:.4g}"),
         }
 
-    kinds: dict[str, Any] = {"": plain(RULE), **{name: plain(one) for name, one in RULES.items()}}
+    kinds: dict[str, Any] = {"": plain(RULE)}
     for name, one in sorted(reaches.items()):
         mine = [m for m in some if any(launch["kind"] == name for launch in m.launches)]
         found = error(mine, reaches)

@@ -54,12 +54,14 @@ class LimitedDevice(Device):
         finest = int(
             cu.CUdevSmResourceSplitByCount_flags.CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING
         )
+        said = ""
         for flags in (0,) if sms % 8 == 0 else (finest, 0):
             answer = cu.cuDevSmResourceSplitByCount(1, whole, flags, sms)
             if answer[0] == cu.CUresult.CUDA_SUCCESS:
                 part = answer[1][0]
                 return part, int(part.sm.smCount)
+            said = answer[0].name
         raise IncompatibleError(
-            f"the driver makes no part of {sms} multiprocessors: {answer[0].name}",
+            f"the driver makes no part of {sms} multiprocessors: {said}",
             hint="try a multiple of 8",
         )

@@ -25,6 +25,7 @@ from lingc.kernel import Kernel, Tactic
 from lingc.model.config import ModelConfig
 from lingc.op import TORCH_DTYPE, Benchmark
 from lingc.plan import Plan, Ref, Size
+from lingc.quantize.layouts import PLAIN
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.slots import Piece, SlotTable
 from lingc.targets.cuda.binaries import Compilers, compile_all
@@ -351,7 +352,7 @@ def _plain_weights(
             spec = plan.weights[arg.name]
             plain = torch.empty_like(held[arg.name])
             drawn.fill(arg.name, plain)
-            if spec.layout != kernels.PLAIN:
+            if spec.layout != PLAIN:
                 held[arg.name].copy_(kernels.arranged_tensor(spec.layout, plain))
             found[arg.name] = plain
     return found

@@ -190,7 +190,7 @@ def predict_tactic(tactic: Tactic, target: Target) -> float:
 def reach(name: str) -> Reach:
     """What the kernels of a kind reach; of one that was not measured, what kernels do as a rule."""
     known = _reaches()
-    return known.get(name) or known.get(name.rpartition(".")[2]) or known[""]
+    return known.get(name) or known[""]
 
 
 @cache

@@ -1,0 +1,86 @@
+"""The model of time is found again from what it predicts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lingc import targets
+from lingc.bench import fit
+from lingc.bench.fit import RULE, Measured, error, predicted, read_record
+from lingc.targets.cuda import tactics
+from lingc.targets.cuda.tactics import Reach
+
+H200 = targets.get("h200-sxm")
+TRUE = {
+    "gemv.gemv.fp8": Reach(floor_s=1.5e-6, read=0.99, issue=1.2e12, mma=0.5),
+    "gemm.gemm.fp8": Reach(floor_s=4e-6, read=0.8, issue=8e12, mma=0.4),
+}
+
+
+def a_launch(kind: str, moved_bytes: float, flops: float = 0.0) -> dict[str, object]:
+    return {"kind": kind, "blocks": 132, "blocks_per_sm": 1, "moved_bytes": moved_bytes,
+            "flops": flops, "rate": "fp8", "dependent": True}  # fmt: skip
+
+
+def some(noise: float) -> list[Measured]:
+    random = np.random.default_rng(0)
+    made = []
+    for moved in (1e6, 4e6, 17e6, 67e6, 300e6, 1e9):
+        for flops in (1e9, 1e12):
+            for kinds in (("gemv.gemv.fp8",), ("gemm.gemm.fp8",), tuple(TRUE)):
+                launches = tuple(
+                    a_launch(kind, moved, 0.0 if kind.startswith("gemv") else flops)
+                    for kind in kinds
+                )
+                one = Measured(label="", target=H200, launches=launches, seconds=1.0)
+                factor = 1 + noise * random.standard_normal()
+                made.append(replace(one, seconds=predicted(one, TRUE) * factor))
+    return made
+
+
+def test_constants_are_found_again() -> None:
+    found = fit.fit(some(0.0))
+
+    assert error(some(0.0), found).median < 0.01
+    assert found["gemv.gemv.fp8"].floor_s == pytest.approx(1.5e-6, rel=0.1)
+    assert found["gemv.gemv.fp8"].read == pytest.approx(0.99, rel=0.02)
+    assert found["gemm.gemm.fp8"].mma == pytest.approx(0.4, rel=0.05)
+
+
+def test_noise_moves_them_little_and_is_told() -> None:
+    found = fit.fit(some(0.05))
+
+    assert found["gemv.gemv.fp8"].read == pytest.approx(0.99, rel=0.1)
+    assert 0.01 < error(some(0.05), found).median < 0.06
+
+
+def test_what_was_not_measured_keeps_the_rule() -> None:
+    only = [one for one in some(0.0) if len(one.launches) == 1]
+    found = fit.fit([one for one in only if one.launches[0]["kind"] == "gemv.gemv.fp8"])
+
+    assert set(found) == {"gemv.gemv.fp8"}
+    assert predicted(only[-1], found) == predicted(only[-1], {"gemm.gemm.fp8": RULE})
+
+
+def test_a_record_is_read_without_what_was_wrong() -> None:
+    launches = [a_launch("gemv.gemv.fp8", 1e6)]
+    right = {"tactic": "a", "microseconds": [1.0, 2.0, 3.0], "launches": launches}
+    wrong = {"tactic": "b", "microseconds": None, "launches": launches}
+    entry = {"op": "fused_linear", "work": "decode", "candidates": [right, wrong]}
+
+    (one,) = read_record({"shapes": [entry]}, H200)
+
+    assert one.seconds == 2e-6
+    assert one.label == "fused_linear, decode, a"
+
+
+def test_the_shipped_model_is_within_its_bar_where_it_was_fitted() -> None:
+    path = Path(tactics.__file__).parents[1] / "tactics" / "model.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+
+    assert told["error"]["median"] < 0.2
+    assert told["device"]
+    assert told["date"]
