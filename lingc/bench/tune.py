@@ -28,6 +28,7 @@ from lingc.plan import Plan, Ref, Size
 from lingc.quantize.layouts import PLAIN
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.slots import Piece, SlotTable
+from lingc.targets.cuda import buckets
 from lingc.targets.cuda.binaries import Compilers, compile_all
 from lingc.targets.cuda.binaries import kernels as kernels_of
 from lingc.targets.cuda.schedule import OPEN, Scheduled, arguments_of, schedule
@@ -166,7 +167,9 @@ def default_work(
         for batch in batches
         if batch * context <= MOST_CACHED
     ]
-    made += [Work(phase="prefill", sequences=2, context=most, tokens=tokens) for tokens in prefill]
+    for tokens in prefill:
+        room = next((one for one in buckets.contexts(plan) if one >= tokens), most)
+        made.append(Work(phase="prefill", sequences=2, context=room, tokens=tokens))
     return tuple(dict.fromkeys(made))
 
 
