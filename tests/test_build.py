@@ -236,7 +236,7 @@ def test_vectors_do_not_depend_on_the_order_of_f32_sums(built: Callable[[str], P
         limits = Limits.from_tokens(slots=1, tokens_per_sequence=80, page_size=plan.page_size)
         backend = InterpreterBackend(plan, packed(package), limits)
         prompts = {case.name: case.prompt for case in recorded}
-        return vectors.record(backend, prompts, count=8, tolerance=recording.TOLERANCE["f32"])
+        return vectors.record(backend, prompts, count=8, tolerance=recording.F32_TOLERANCE)
 
     plain, wide = record(package.plan), record(recording.in_f64(package.plan))
     assert vectors.encode(wide) == vectors.encode(recorded)

@@ -2,12 +2,14 @@
 
     decode   sequences x context
     verify   tokens a sequence x sequences x context; whole sequences are padding
-    prefill  tokens x sequences; a sequence of padding takes the tokens that are left over
-    draft    a token for each sequence, x context; longer ones as prefill
+    prefill  tokens x sequences x context; a sequence of padding takes the tokens that are left over
+    draft    room for a sequence a token, x context; of more tokens as prefill
 
-A context is what a sequence's page table has room for.
+A context is what a sequence's page table has room for. Attention of many tokens makes keys and
+values of whole contexts: many sequences of the longest have no bucket, and run in several steps.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +21,9 @@ VERIFY_SEQUENCES = (1, 2, 4, 8, 16)
 PREFILL_TOKENS = (16, 64, 256, 1024, 4096, 8192)
 PREFILL_SEQUENCES = (2, 9, 65)
 """One more than the sequences that are meant: the last may be padding."""
+
+MOST_ROWS = 65 << 15
+"""Most rows of the cache, sequences times context, of a prefill bucket: about 1 GiB a head."""
 
 FEW_TOKENS = 64
 """Up to here a draft has room for as many sequences as tokens."""
@@ -67,10 +72,13 @@ def _verify(plan: Plan) -> Iterator[dict[str, int]]:
 
 
 def _prefill(plan: Plan, least: int = 0) -> Iterator[dict[str, int]]:
-    for tokens in PREFILL_TOKENS:
-        for sequences in PREFILL_SEQUENCES:
-            if least < tokens and sequences <= tokens + 1:
-                yield {"T": tokens, "B": sequences, "N": sequences, "P": _pages(plan)[-1]}
+    for below, tokens in itertools.pairwise((0, *PREFILL_TOKENS)):
+        for sequences, context in itertools.product(PREFILL_SEQUENCES, contexts(plan)):
+            is_needed = least < tokens and sequences <= tokens + 1
+            has_use = below < (sequences - 1) * context and sequences * context <= MOST_ROWS
+            if is_needed and has_use:
+                pages = -(-context // plan.page_size)
+                yield {"T": tokens, "B": sequences, "N": sequences, "P": pages}
 
 
 def _draft(plan: Plan) -> Iterator[dict[str, int]]:

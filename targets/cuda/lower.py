@@ -31,6 +31,7 @@ from lingc.plan import Plan, Program, Ref, Step, TensorType
 from lingc.targets.cuda.binaries import compile_all
 from lingc.targets.cuda.buckets import Sizes, buckets
 from lingc.targets.cuda.memory import Lifetime, place
+from lingc.targets.cuda.sampling import sample_of
 from lingc.targets.cuda.schedule import OPEN, Call, arguments_of, calls
 from lingc.targets.cuda.tactics import choose, key
 from lingc.targets.spec import Target
@@ -80,7 +81,7 @@ def schedule_all(
         InputError: An op has no kernel for a bucket's sizes.
         StageError: A launch depends on the state's size in a way that no table can say.
     """
-    phases = {name: _Phase(plan, name) for name in plan.programs}
+    phases = {name: _Phase(plan, name, target) for name in plan.programs}
     chosen = _Tactics(plan, target)
     made = []
     for one in buckets(plan) if sizes is None else sizes:
@@ -113,9 +114,7 @@ def with_kernels(scheduled: Scheduled, binaries: Mapping[Kernel, Binary]) -> Cud
         buckets=old.buckets,
         counter_bytes=old.counter_bytes,
     )
-    return CudaEngine(
-        table=table, kernels=MappingProxyType(dict(zip(names, files, strict=True)))
-    )
+    return CudaEngine(table=table, kernels=MappingProxyType(dict(zip(names, files, strict=True))))
 
 
 # ---------------------------------------------------------------------------------------- a phase
@@ -127,6 +126,7 @@ class _Phase:
 
     plan: Plan
     name: str
+    target: Target
     program: Program = field(init=False)
     calls: list[Call] = field(init=False)
     of: dict[str, str] = field(init=False)
@@ -138,7 +138,11 @@ class _Phase:
 
     def __post_init__(self) -> None:
         self.program = self.plan.programs[self.name]
-        self.calls, self.of = calls(self.plan, self.name)
+        self.calls, self.of = calls(self.program)
+        if (sampling := sample_of(self.name, self.program, self.of, self.target)) is not None:
+            self.program = sampling.program
+            self.calls.append(sampling.call)
+            self.of |= sampling.of
         seen: dict[Any, int] = {}
         self.kinds = [
             seen.setdefault((one.op.name, _typed(one.step, self.program)), index)
@@ -152,7 +156,7 @@ class _Phase:
     def _lifetimes(self) -> dict[str, tuple[int, int]]:
         """Buffer of the arena -> first and last step that needs it."""
         end = len(self.calls)
-        lives = {name: (-1, end) for name in self.program.inputs}
+        lives = dict.fromkeys(self.program.inputs, (-1, end))
         for index, call in enumerate(self.calls):
             for buffer in call.buffers.values():
                 if buffer in self.arena and buffer not in self.program.inputs:
@@ -185,9 +189,7 @@ def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
         found[index] = chosen.index(phase, phase.calls[index], one.axes)
     tactics = tuple(found[kind] for kind in phase.kinds)
     types = phase.program.types
-    lifetimes = [
-        Lifetime(types[name].bytes(one.axes), *phase.lives[name]) for name in phase.arena
-    ]
+    lifetimes = [Lifetime(types[name].bytes(one.axes), *phase.lives[name]) for name in phase.arena]
     lifetimes += [
         Lifetime(sum(align(size) for _, size in chosen.table[tactic].workspaces), step, step)
         for step, tactic in enumerate(tactics)

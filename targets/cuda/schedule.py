@@ -82,13 +82,12 @@ class Call:
     buffers: Mapping[str, str | None]
 
 
-def calls(plan: Plan, phase: str) -> tuple[list[Call], dict[str, str]]:
+def calls(program: Program) -> tuple[list[Call], dict[str, str]]:
     """The steps that launch something, and the buffer of every value.
 
     Raises:
         StageError: A step that is neither an op nor a view, or overwrites an input.
     """
-    program = plan.programs[phase]
     of = {name: name for name in (*program.inputs, *program.states, *program.weights)}
     found: list[Call] = []
     for step in program.steps:
@@ -129,7 +128,7 @@ def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -
         StageError: A step that is neither an op nor a view.
     """
     program = plan.programs[phase]
-    found, of = calls(plan, phase)
+    found, of = calls(program)
     steps = [_scheduled(program, call, sizes, target) for call in found]
     spaces = [one.choice.tactic.workspaces for one in steps]
     return Schedule(
@@ -149,9 +148,7 @@ def schedule(plan: Plan, phase: str, sizes: Mapping[str, int], target: Target) -
     )
 
 
-def _scheduled(
-    program: Program, call: Call, sizes: Mapping[str, int], target: Target
-) -> Scheduled:
+def _scheduled(program: Program, call: Call, sizes: Mapping[str, int], target: Target) -> Scheduled:
     arguments = arguments_of(program, call.step, sizes)
     named = arguments_of(program, call.step, sizes, OPEN)
     return Scheduled(
