@@ -27,7 +27,10 @@ _POISON = {torch.int32: -77_777_777, torch.int64: -77_777_777, torch.uint8: 0xAB
 
 SIMILAR = 1e-4
 """Similarity error up to which results on a model's own values are right: rounding to bf16 alone is
-about 3e-6, a row of 42 that is wrong about 1e-2."""
+about 3e-6, codes and keys that round the other way up to 2e-5, a row of 42 that is wrong 1e-2."""
+SIMILAR_ROW = 2e-3
+"""The same of any one row, where few codes weigh more: right ones have up to 4e-4, a row with 8 of
+1024 channels wrong 8e-3."""
 
 REPLAYS = 11
 _SERIES_BYTES = 24 << 30
@@ -250,9 +253,7 @@ def check(
     want = [want] if isinstance(want, torch.Tensor) else list(want)
     arranged = arrange_all(op, arguments)
     for tactic in tactics:
-        problem = _problem(
-            device, op, arguments, tactic, binaries, want, arranged, similar=similar
-        )
+        problem = _problem(device, op, arguments, tactic, binaries, want, arranged, similar=similar)
         if problem is not None:
             yield Fault(op=op.name, case=label, tactic=tactic.name, problem=problem)
 
@@ -284,8 +285,9 @@ def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) ->
     """Why results on a model's own values are not what the reference makes of them, or None.
 
     Weights of a trained model have outliers, and an FP8 code that falls the other way beside one
-    moves a single result by more than a tolerance for random values allows. So results are compared
-    as a whole, except where the op has a judge; the gate over cases goes element by element.
+    moves a single result by more than a tolerance for random values allows, as does a key that
+    rounds the other way. So results are compared as a whole, but for integers and codes, which have
+    a judge; the gate over cases goes element by element.
     """
     want = op.reference(*wide_arguments(op, arguments))
     wanted = [want] if isinstance(want, torch.Tensor) else list(want)
@@ -298,13 +300,23 @@ def _judged(
 ) -> str | None:  # fmt: skip
     """Why results are wrong, or None; up to a similarity error of `similar` they are not."""
     if op.judge is not None:
-        return op.judge(arguments, got, want)
+        problem = op.judge(arguments, got, want)
+        rounded = all(one.dtype in (torch.bfloat16, torch.float32) for one in got)
+        if problem is None or not similar or not rounded:
+            return problem
     for name, one, other in zip(op.results, got, want, strict=True):
         found = close(one, other, dtype=DTYPE_NAME[one.dtype], mechanism=op.mechanism)
         alike = found.problem is None and 0 < found.similarity_error <= similar
-        if not found.ok and not alike:
+        if not found.ok and not (alike and _worst_row(one, other) <= SIMILAR_ROW):
             return f"{name}: {found}"
     return None
+
+
+def _worst_row(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest similarity error of a row."""
+    a, b = (x.double().reshape(len(x), -1) for x in (got, want))
+    size = a.square().sum(1) + b.square().sum(1)
+    return float(((a - b).square().sum(1) / size.clamp(min=1e-30)).max())
 
 
 _BY_HEAD = frozenset({"w_k", "w_v", "kv_b"})
