@@ -1,0 +1,297 @@
+"""Runs a CUDA engine: buckets recorded as graphs, replayed over memory that is laid out once.
+
+A step is copied to the device in one piece, runs as one graph, and its results are copied back.
+Neither torch nor a compiler is needed: the driver does everything.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from lingc.device import Binary, Device, Pinned
+from lingc.engine import Package
+from lingc.errors import InputError, UsageError
+from lingc.launch_table import Bucket
+from lingc.plan import Plan, Program, TensorType
+from lingc.quantize.formats import widen_bf16
+from lingc.runtime.backend import Array, Limits, SlotState
+from lingc.runtime.cuda_bucket import AGAIN, WHOLE, BoundBucket
+from lingc.runtime.cuda_code import CudaCode, check, read_code, read_kernel
+from lingc.runtime.cuda_inputs import (
+    EVEN,
+    NUMPY_DTYPE,
+    ROWS,
+    fill,
+    order,
+    reachable,
+    sizes_of,
+    smallest,
+)
+from lingc.runtime.cuda_memory import DeviceMemory, Held
+from lingc.runtime.cuda_weights import upload_weights
+from lingc.weights import Progress
+
+GIVE_BYTES = 1 << 20
+"""Room for a step's inputs to begin with; it grows to what the largest step needs."""
+
+FETCH_BYTES = 4 << 20
+"""What is copied back at once: several rows of logits."""
+
+
+class CudaBackend:
+    """A loaded engine; `lingc.runtime.backend.Backend` says what it does.
+
+    Outputs in bf16 come as their bits, and `hidden` may be given so or in f32.
+
+    Args:
+        package: A checked package of the kind `cuda`, or its code.
+        weights: Its weights, by name, as they are stored; None leaves their memory as it is, for
+            whoever fills it (`weight`).
+        limits: How many slots and pages of state to hold.
+        threads: Threads that read weights; as many as help where None.
+        progress: Told while weights are loaded.
+        device: The first one where None.
+
+    Raises:
+        IncompatibleError: The device or its driver cannot run the engine.
+        ResourceError: The device has not enough free memory.
+        UsageError: More slots than the largest bucket has sequences.
+        IntegrityError: The code is not what a build makes.
+    """
+
+    def __init__(
+        self,
+        package: Package | CudaCode,
+        weights: Mapping[str, Array] | None,
+        limits: Limits,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        device: Device | None = None,
+    ) -> None:
+        code = package if isinstance(package, CudaCode) else read_code(package)
+        check(code)
+        self._code, self._limits = code, limits
+        every = {
+            phase: sorted((b for b in code.table.buckets if b.phase == phase), key=order)
+            for phase in code.plan.programs
+        }
+        _check_slots(every, limits)
+        self._buckets = {
+            phase: reachable(phase, buckets, limits) for phase, buckets in every.items()
+        }
+        self.device = device or Device()
+        self._owns_device = device is None
+        self._kernels: dict[int, Binary] = {}
+        self._bound: dict[int, BoundBucket] = {}
+        self._pinned: list[Pinned] = []
+        used = [bucket for buckets in self._buckets.values() for bucket in buckets]
+        self._memory = DeviceMemory(self.device, code, limits, used)
+        try:
+            if weights is not None:
+                upload_weights(
+                    self.device, weights, self._memory.weights, progress=progress, threads=threads
+                )
+            self._given = self._pin(GIVE_BYTES)
+            self._fetched = self._pin(FETCH_BYTES)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def plan(self) -> Plan:
+        return self._code.plan
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
+
+    @property
+    def prefill_tokens(self) -> int:
+        """The most tokens of a prefill step."""
+        return max(bucket.sizes["T"] for bucket in self._buckets["prefill"])
+
+    def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one phase; see `lingc.runtime.backend.Backend`.
+
+        Raises:
+            UsageError: The plan has no such phase, or no bucket holds the step.
+            InputError: An input is missing, or of another type or shape.
+        """
+        program = self._program(phase)
+        sizes = sizes_of(phase, program, inputs)
+        bound = self._bind(smallest(phase, self._buckets[phase], sizes))
+        most = bound.sizes.get("N", 0)
+        rows = inputs.get(ROWS)
+        now = inputs if rows is None else {**inputs, ROWS: rows[:most]}
+        self._give(bound, program, now)
+        bound.replay(WHOLE)
+        found = {
+            role: self._fetch(_first_rows(bound, program.types[name], name, sizes))
+            for role, name in program.outputs.items()
+        }
+        if rows is not None and len(rows) > most:
+            more = [found["logits"], *self._more_logits(bound, program, rows[most:])]
+            found["logits"] = np.concatenate(more)
+        return found
+
+    def state(self, name: str) -> Array:
+        """A copy of a state tensor, scratch included; bf16 widened."""
+        found = self._fetch(self._state(name))
+        return widen_bf16(found) if found.dtype == np.uint16 else found
+
+    def save_slot(self, slot: int) -> SlotState:
+        return {name: self._fetch(held) for name, held in self._slot(slot).items()}
+
+    def load_slot(self, slot: int, saved: SlotState) -> None:
+        for name, held in self._slot(slot).items():
+            if name not in saved:
+                raise InputError(f"the saved slot lacks {name!r}")
+            dtype, shape = NUMPY_DTYPE[held.kind.dtype], held.kind.shape
+            given = np.ascontiguousarray(saved[name])
+            if given.dtype != dtype or given.shape != shape:
+                raise InputError(
+                    f"{name!r} of the saved slot is {given.dtype} {list(given.shape)}, "
+                    f"not {held.kind}"
+                )
+            self.device.upload(held.address, given.ctypes.data, held.bytes)
+            self._finish()
+
+    def weight(self, name: str) -> Held:
+        """Where a weight lies on the device."""
+        return self._memory.weights[name]
+
+    def close(self) -> None:
+        self.device.synchronize()
+        for bound in self._bound.values():
+            bound.close()
+        self._bound.clear()
+        for pinned in self._pinned:
+            self.device.unpin(pinned)
+        self._pinned.clear()
+        self._memory.close()
+        self._kernels.clear()
+        if self._owns_device:
+            self.device.close()
+
+    # ------------------------------------------------------------------------------------- a step
+
+    def _program(self, phase: str) -> Program:
+        program = self.plan.programs.get(phase)
+        if program is None:
+            known = ", ".join(self.plan.programs)
+            raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
+        return program
+
+    def _bind(self, bucket: Bucket) -> BoundBucket:
+        key = id(bucket)
+        if key not in self._bound:
+            self._bound[key] = BoundBucket(
+                self.device, self._code, bucket, self._memory, self._limits, self._kernel
+            )
+        return self._bound[key]
+
+    def _kernel(self, index: int) -> Binary:
+        if index not in self._kernels:
+            self._kernels[index] = read_kernel(self._code, index)
+        return self._kernels[index]
+
+    def _give(self, bound: BoundBucket, program: Program, inputs: Mapping[str, Array]) -> None:
+        """Copy inputs to where a bucket has them, from the first of them to the last in one."""
+        places = {name: bound.value(name, program.types[name]) for name in inputs}
+        first = min(held.address for held in places.values())
+        size = max(held.address + held.bytes for held in places.values()) - first
+        if size > len(self._given.array):
+            self._unpin(self._given)
+            self._given = self._pin(size)
+        views = {
+            name: _view(self._given.array, held, held.address - first)
+            for name, held in places.items()
+        }
+        fill(bound.bucket.phase, views, inputs)
+        self.device.upload(first, self._given.address, size)
+
+    def _more_logits(self, bound: BoundBucket, program: Program, rows: Array) -> Iterator[Array]:
+        """Logits of more rows than a bucket has room for, so many at a time.
+
+        What they are computed from is an output of the step, so that it is still there.
+        """
+        most = bound.sizes["N"]
+        name = program.outputs["logits"]
+        for start in range(0, len(rows), most):
+            part = rows[start : start + most]
+            self._give(bound, program, {ROWS: part})
+            bound.replay(AGAIN)
+            yield self._fetch(_first_rows(bound, program.types[name], name, {"N": len(part)}))
+
+    def _fetch(self, held: Held) -> Array:
+        """A copy of a tensor; what is on the stream before it is done then."""
+        found = np.empty(held.kind.bind({}), NUMPY_DTYPE[held.kind.dtype])
+        raw, pinned = found.reshape(-1).view(np.uint8), self._fetched
+        for start in range(0, held.bytes, FETCH_BYTES):
+            size = min(FETCH_BYTES, held.bytes - start)
+            self.device.download(pinned.address, held.address + start, size)
+            self._finish()
+            raw[start : start + size] = pinned.array[:size]
+        return found
+
+    def _finish(self) -> None:
+        self.device.wait(self.device.mark())
+
+    # -------------------------------------------------------------------------------------- state
+
+    def _state(self, name: str) -> Held:
+        if name not in self._memory.states:
+            known = ", ".join(self._memory.states)
+            raise UsageError(f"the engine has no state {name!r}", hint=f"it has: {known}")
+        return self._memory.states[name]
+
+    def _slot(self, slot: int) -> dict[str, Held]:
+        """One slot's share of every state that has slots."""
+        if not 0 <= slot < self._limits.slots:
+            raise UsageError(f"slot {slot} is not one of {self._limits.slots}")
+        found = {}
+        for name, kind in self.plan.states.items():
+            if kind.shape[0] != "S":
+                continue
+            whole = self._memory.states[name]
+            one = TensorType(kind.dtype, whole.kind.shape[1:])
+            size = one.bytes()
+            found[name] = Held(kind=one, address=whole.address + slot * size, bytes=size)
+        return found
+
+    def _pin(self, size: int) -> Pinned:
+        self._pinned.append(self.device.pin(size))
+        return self._pinned[-1]
+
+    def _unpin(self, pinned: Pinned) -> None:
+        self._pinned.remove(pinned)
+        self.device.unpin(pinned)
+
+
+def _check_slots(buckets: Mapping[str, Sequence[Bucket]], limits: Limits) -> None:
+    """Refuse more sequences than a step can have."""
+    for phase, found in buckets.items():
+        spare = 0 if phase in EVEN or phase == "draft" else 1
+        most = max(bucket.sizes["B"] for bucket in found) - spare
+        if limits.slots > most and phase in ("prefill", "decode"):
+            raise UsageError(
+                f"slots is {limits.slots}, the engine takes at most {most} sequences in a "
+                f"{phase} step",
+                hint=f"load it with {most} slots; other requests wait",
+            )
+
+
+def _first_rows(bound: BoundBucket, kind: TensorType, name: str, sizes: Mapping[str, int]) -> Held:
+    """The rows of an output that belong to the step itself."""
+    whole = bound.value(name, kind)
+    axis = str(kind.shape[0])
+    rows = min(sizes[axis], bound.sizes[axis])
+    found = TensorType(kind.dtype, (rows, *whole.kind.shape[1:]))
+    return Held(kind=found, address=whole.address, bytes=found.bytes())
+
+
+def _view(block: Array, held: Held, start: int) -> Array:
+    """Where a tensor's bytes stand in a block."""
+    raw = block[start : start + held.bytes]
+    return raw.view(NUMPY_DTYPE[held.kind.dtype]).reshape(held.kind.bind({}))

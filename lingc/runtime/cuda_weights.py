@@ -1,0 +1,241 @@
+"""Weights from files to the device, as fast as the link takes them.
+
+Device memory is cut into windows. A few threads take one after another: each reads what belongs
+into the window from the files, straight into pinned memory, and has it copied on a stream of its
+own while it fills another buffer. Reading and copying release the interpreter's lock, so threads
+really run at once; together they must outrun the link, since one alone copies from the page cache
+at a fraction of its rate.
+"""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from lingc.device import Device, Pinned
+from lingc.errors import IntegrityError, LingcError
+from lingc.runtime.backend import Array
+from lingc.runtime.cuda_memory import Held
+from lingc.weights import Progress, StoredWeights
+
+WINDOW_BYTES = 8 << 20
+MOST_THREADS = 8
+BUFFERS = 2
+"""Of each thread: one is filled while the other is copied from."""
+
+
+class Source(Protocol):
+    """A stored weight."""
+
+    def read(self, into: Array, start: int) -> None:
+        """Fill `into` with its bytes from `start` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSource:
+    """A tensor in a file, read by the position: a copy that faults no page of a map."""
+
+    file: int
+    offset: int
+    name: str
+
+    def read(self, into: Array, start: int) -> None:
+        view, done = into.data, 0
+        while done < len(view):
+            count = os.preadv(self.file, [view[done:]], self.offset + start + done)
+            if count == 0:
+                raise IntegrityError(
+                    f"weight {self.name!r} ends early: its file was cut while it was read",
+                    hint="let nothing write to a package that is in use; get it again",
+                )
+            done += count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySource:
+    """A weight in memory."""
+
+    bytes: Array
+
+    def read(self, into: Array, start: int) -> None:
+        np.copyto(into, self.bytes[start : start + len(into)])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A weight where it goes: `size` bytes at `offset` of the region."""
+
+    offset: int
+    size: int
+    source: Source
+
+
+def upload_weights(
+    device: Device,
+    weights: Mapping[str, Array],
+    held: Mapping[str, Held],
+    *,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> None:
+    """Bring every weight to its place; all are there when this returns.
+
+    Args:
+        weights: By name, as stored: mapped files, or arrays.
+        held: Where each goes, by rising address.
+        progress: Told after each window.
+        threads: As many as help where None.
+
+    Raises:
+        IntegrityError: A weight is missing, or has another size than the plan says.
+    """
+    if not held:
+        return
+    base = next(iter(held.values())).address
+    files: dict[Path, int] = {}
+    try:
+        parts = []
+        for name, where in held.items():
+            source = _source(name, where, weights, files)
+            parts.append(_Part(offset=where.address - base, size=where.bytes, source=source))
+        _Upload(device, base, parts, progress).run(threads)
+    finally:
+        for file in files.values():
+            os.close(file)
+
+
+def _source(name: str, where: Held, weights: Mapping[str, Array], files: dict[Path, int]) -> Source:
+    if name not in weights:
+        raise IntegrityError(f"weight {name!r} of the plan is not among the engine's weights")
+    if isinstance(weights, StoredWeights):
+        stored = weights.tensors[name]
+        size, found = stored.length_bytes, FileSource
+        if stored.path not in files:
+            try:
+                files[stored.path] = os.open(stored.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise IntegrityError(
+                    f"weight file {stored.path.name!r} cannot be read: {error.strerror}"
+                ) from error
+        source: Source = found(file=files[stored.path], offset=stored.offset_bytes, name=name)
+    else:
+        raw = np.ascontiguousarray(weights[name]).reshape(-1).view(np.uint8)
+        size, source = raw.nbytes, ArraySource(bytes=raw)
+    if size != where.bytes:
+        raise IntegrityError(
+            f"weight {name!r} has {size} bytes, the plan's {where.kind} needs {where.bytes}",
+            hint="the weights belong to another engine",
+        )
+    return source
+
+
+class _Upload:
+    """One region on its way."""
+
+    def __init__(
+        self, device: Device, base: int, parts: Sequence[_Part], progress: Progress | None
+    ) -> None:
+        self._device = device
+        self._base = base
+        self._parts = parts
+        self._starts = [part.offset for part in parts]
+        self._end = parts[-1].offset + parts[-1].size
+        self._progress = progress
+        self._lock = Lock()
+        self._next = 0
+        self._done = 0
+        self._failed = False
+
+    def run(self, threads: int | None) -> None:
+        windows = -(-self._end // WINDOW_BYTES)
+        asked = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
+        count = max(1, min(asked, windows))
+        size = min(WINDOW_BYTES, self._end)
+        pool = self._device.pin(count * BUFFERS * size)
+        try:
+            with ThreadPoolExecutor(count) as workers:
+                jobs = [
+                    workers.submit(self._work, buffers)
+                    for buffers in _cut(pool, count, BUFFERS, size)
+                ]
+            for job in jobs:
+                job.result()
+        finally:
+            self._device.unpin(pool)
+
+    def _work(self, buffers: Sequence[Pinned]) -> None:
+        device = self._device
+        device.attach()
+        stream = device.new_stream()
+        pending: list[tuple[Any, int] | None] = [None] * len(buffers)
+        try:
+            turn = 0
+            while (start := self._take()) is not None:
+                buffer, before = buffers[turn], pending[turn]
+                if before is not None:
+                    self._settle(before)
+                    pending[turn] = None
+                size = self._fill(buffer.array, start)
+                device.upload(self._base + start, buffer.address, size, stream=stream)
+                pending[turn] = device.mark(stream=stream), size
+                turn = (turn + 1) % len(buffers)
+        except (LingcError, OSError):
+            self._failed = True
+            raise
+        finally:
+            for one in pending:
+                if one is not None:
+                    self._settle(one)
+            device.end_stream(stream)
+
+    def _take(self) -> int | None:
+        """The beginning of the next window."""
+        with self._lock:
+            start = self._next
+            if start >= self._end or self._failed:
+                return None
+            self._next += WINDOW_BYTES
+            return start
+
+    def _fill(self, into: Array, start: int) -> int:
+        """Read what lies in the window that begins there; gaps keep what the buffer held."""
+        size = min(WINDOW_BYTES, self._end - start)
+        for part in self._within(start, start + size):
+            first = max(part.offset, start)
+            last = min(part.offset + part.size, start + size)
+            part.source.read(into[first - start : last - start], first - part.offset)
+        return size
+
+    def _within(self, start: int, end: int) -> Iterator[_Part]:
+        index = max(bisect_right(self._starts, start) - 1, 0)
+        for part in self._parts[index:]:
+            if part.offset >= end:
+                return
+            if part.offset + part.size > start:
+                yield part
+
+    def _settle(self, pending: tuple[Any, int]) -> None:
+        """Wait for a copy, and tell of it."""
+        event, size = pending
+        self._device.wait(event)
+        with self._lock:
+            self._done += size
+            if self._progress is not None:
+                self._progress(self._done, self._end)
+
+
+def _cut(pool: Pinned, threads: int, buffers: int, size: int) -> Iterator[list[Pinned]]:
+    """Buffers of each thread."""
+    every = [
+        Pinned(address=pool.address + start, array=pool.array[start : start + size])
+        for start in range(0, threads * buffers * size, size)
+    ]
+    for first in range(0, len(every), buffers):
+        yield every[first : first + buffers]
