@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lingc import code, recording, targets
+from lingc import code, plan_cache, recording, targets
 from lingc.capture import Capturer
 from lingc.checkpoint import Checkpoint
 from lingc.checkpoint.reader import GENERATION_CONFIG, TOKENIZER_FILES, read_generation_config
@@ -32,10 +32,12 @@ from lingc.compile import (
 from lingc.engine import Contents, Manifest, PackageWriter
 from lingc.errors import CheckpointError, ConfigError
 from lingc.model.config import ARCHITECTURE, ModelConfig
+from lingc.pipeline import Report
 from lingc.plan import Plan, dumps
 from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.runtime.stopping import stop_ids
 from lingc.runtime.tokenizer import FILES, Tokenizer
+from lingc.targets.spec import Target
 from lingc.weights import write_weights
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ def build(
         overwrite: Replace a package that is there.
         stage: How progress is shown.
         capturer: As for `compile_plan`.
-        cache_dir: Where compiled kernels are kept for the next build; not at all where None.
+        cache_dir: Where plans and compiled kernels are kept for the next build; not at all where
+            None.
 
     Raises:
         LingcError: Anything that is in the way, by its class; nothing is left at `output`.
@@ -90,14 +93,15 @@ def build(
     recipe = recipe or load_recipe(default_precision(checkpoint, config))
     has_mtp = checkpoint.has_mtp if checkpoint is not None else config.has_mtp
     with PackageWriter(output, overwrite=overwrite) as writer:
-        compiled = compile_plan(
+        compiled = _compiled(
             config,
             recipe,
             target,
+            request,
             has_mtp=has_mtp,
-            request=request,
             stage=stage,
             capturer=capturer,
+            cache_dir=cache_dir,
         )
         made = code.make(compiled, kind, request, cache_dir=cache_dir, stage=stage)
         shards: list[Path] | None = None
@@ -112,6 +116,27 @@ def build(
             manifest = writer.commit(contents)
     log.info("wrote %s", output)
     return Built(path=output, manifest=manifest, compiled=compiled, code=made)
+
+
+def _compiled(
+    config: ModelConfig, recipe: Recipe, target: Target, request: Request, *, has_mtp: bool,
+    stage: Stage, capturer: Capturer | None, cache_dir: Path | None,
+) -> Compiled:  # fmt: skip
+    """The plan, from the cache where it is there and nothing but the plan was asked for."""
+
+    def made() -> tuple[Plan, Report]:
+        done = compile_plan(
+            config, recipe, target, has_mtp=has_mtp, request=request, stage=stage,
+            capturer=capturer,
+        )  # fmt: skip
+        return done.plan, done.report
+
+    if cache_dir is None or request.check or request.dump_dir is not None:
+        plan, report = made()
+    else:
+        name = plan_cache.key(config, recipe, target, request, has_mtp=has_mtp)
+        plan, report = plan_cache.kept(cache_dir, name, made)
+    return Compiled(plan=plan, report=report, recipe=recipe, target=target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

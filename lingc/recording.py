@@ -62,9 +62,7 @@ def record(plan: Plan, shards: list[Path], stage: Stage) -> Mapping[str, bytes]:
         backend.close()
     share = _share(plan)
     if share is not None:
-        cases = [
-            replace(case, tolerance=_rounded(share * case.logits.std(dtype="f8"))) for case in cases
-        ]
+        cases = [replace(case, tolerance=_share_of_spread(share, case)) for case in cases]
     return vectors.encode(cases)
 
 

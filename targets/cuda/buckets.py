@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lingc.plan import Plan
+from lingc.plan import PHASES, Plan
 
 CONTEXTS = (512, 4096, 32768, 131072)
 DECODE_SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
@@ -42,7 +42,8 @@ def buckets(plan: Plan) -> tuple[Sizes, ...]:
     makers = {"prefill": _prefill, "decode": _decode, "verify": _verify, "draft": _draft}
     return tuple(
         Sizes(phase=phase, axes=_axes(plan, phase, axes))
-        for phase in plan.programs
+        for phase in PHASES
+        if phase in plan.programs
         for axes in makers[phase](plan)
     )
 
