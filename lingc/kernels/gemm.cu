@@ -14,7 +14,7 @@
 // when they are ready for it. The thread that copies finds tiles; it leaves a note about each with its first stage.
 //
 // Constants:
-//   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP and 256 bytes of tokens a stage
+//   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP, one wave, 256 bytes of tokens a stage
 //   SWAP     0: tokens are the rows of a tile and weights its columns; 1: the other way round
 //   WAVES    rows of a warpgroup are WAVES x 64
 //   COLS     columns of a tile; with SWAP the most, a tile takes as many as it has tokens
@@ -200,6 +200,54 @@ DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s) {
 
 // ---------------------------------------------------------------- products
 
+#if FORMAT == 2
+#define INT4_STEPS (GROUP < 64 ? GROUP / 16 : 4)  // of 16 channels that are multiplied at once: a unit
+#define INT4_UNITS (8 / INT4_STEPS)
+
+// A warpgroup's 64 rows of INT4 weights on their way: whole numbers as BF16, in turns those of one unit and of the next,
+// products of a group, and the scales of our two rows, with those of the next group.
+template <int N>
+struct Int4 {
+  u32 values[2][INT4_STEPS][4];
+  float part[N / 2];
+  float low, high, low_next, high_next;
+
+  // Numbers of a stage's unit, and the scales of the group that begins with it.
+  DEVICE void prepare(const Shared& s, int slot, int unit) {
+    const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // A warp's 16 rows are one piece. Of each 32 channels a lane has 8 neighbours, of rows g and g + 8.
+    const int piece = group * 4 + warp;
+    const u8* codes = s.weights + slot * WEIGHT_STAGE + piece * 1024 + g * 64 + t * 4;
+#pragma unroll
+    for (int k = 0; k < INT4_STEPS; k += 2) {
+      const u8* at = codes + ((unit * INT4_STEPS + k) / 2 ^ (g / 2 % 4)) * 16;
+      const u32 words[2] = {*(const u32*)at, *(const u32*)(at + 512)};
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        values[unit % 2][k + i / 4][i % 2 + i % 4 / 2 * 2] = int4_to_bf16(words[i % 2] >> (i / 2 * 4));
+    }
+    if (unit * INT4_STEPS * 16 % GROUP == 0) {
+      const int of = unit * INT4_STEPS * 16 / GROUP;
+      const bf16* scale = (const bf16*)(s.scales + slot * SCALE_STAGE + piece * TILE_SCALES) + of * 16 + g;
+      low_next = from_bf16(scale[0]), high_next = from_bf16(scale[8]);
+    }
+    __syncwarp();  // all lanes have read, before one of them says so
+  }
+
+  // A group's products become part of the sums.
+  DEVICE void promote(float (&sum)[N / 2]) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+      sum[4 * j] = fmaf(part[4 * j], low, sum[4 * j]);
+      sum[4 * j + 1] = fmaf(part[4 * j + 1], low, sum[4 * j + 1]);
+      sum[4 * j + 2] = fmaf(part[4 * j + 2], high, sum[4 * j + 2]);
+      sum[4 * j + 3] = fmaf(part[4 * j + 3], high, sum[4 * j + 3]);
+    }
+    low = low_next, high = high_next;
+  }
+};
+#endif
+
 // Our warpgroup's rows of one tile, all of K: sum[w][4 j + i] as `Wgmma` says, j over N / 8 columns.
 template <int N>
 DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring& ring, float (&sum)[WAVES][N / 2]) {
@@ -209,6 +257,12 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
   const u64 row_base = operand_at(shared_address(SWAP ? s.weights : s.tokens));
   const u64 column_base = operand_at(shared_address(SWAP ? s.tokens : s.weights));
 
+#if FORMAT == 2
+  Int4<N> int4;
+  barrier_wait(s.full + ring.slot, ring.phase);
+  int4.prepare(s, ring.slot, 0);
+  int4.low = int4.low_next, int4.high = int4.high_next;
+#endif
   for (int block = 0; block < blocks; block++) {
     barrier_wait(s.full + ring.slot, ring.phase);
     const u64 row_at = row_base + (u64)(ring.slot * (ROW_STAGE >> 4)), column_at = column_base + (u64)(ring.slot * (COLUMN_STAGE >> 4));
@@ -280,62 +334,34 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
         }
       }
     } else if (FORMAT == 2) {
-      // Units of one group's channels and one wave, of which two are under way where there are two waves.
-      constexpr int UNITS = 128 / GROUP * WAVES, STEPS = GROUP / 16;
-      float part[WAVES][N / 2], low_scale[WAVES], high_scale[WAVES];
-      u32 values[WAVES][STEPS][4];
-      auto promote = [&](int w) {
+#if FORMAT == 2
 #pragma unroll
-        for (int j = 0; j < N / 8; j++) {
-          sum[w][4 * j] = fmaf(part[w][4 * j], low_scale[w], sum[w][4 * j]);
-          sum[w][4 * j + 1] = fmaf(part[w][4 * j + 1], low_scale[w], sum[w][4 * j + 1]);
-          sum[w][4 * j + 2] = fmaf(part[w][4 * j + 2], high_scale[w], sum[w][4 * j + 2]);
-          sum[w][4 * j + 3] = fmaf(part[w][4 * j + 3], high_scale[w], sum[w][4 * j + 3]);
-        }
-      };
-#pragma unroll
-      for (int u = 0; u < UNITS; u++) {
-        const int w = u % WAVES, first = u / WAVES * STEPS;
-        // A warp's 16 rows are one piece. Of each 32 channels a lane has 8 neighbours, of rows g and g + 8.
-        const int piece = first_row(group, w) / 16 + warp;
-        const u8* codes = s.weights + ring.slot * WEIGHT_STAGE + piece * 1024 + g * 64 + t * 4;
-        const bf16* scale = (const bf16*)(s.scales + ring.slot * SCALE_STAGE + piece * TILE_SCALES) + u / WAVES * 16 + g;
-        u32 words[STEPS / 2][2];
-#pragma unroll
-        for (int q = 0; q < STEPS / 2; q++) {
-          words[q][0] = *(const u32*)(codes + ((first / 2 + q) ^ (g / 2 % 4)) * 16);
-          words[q][1] = *(const u32*)(codes + ((first / 2 + q) ^ (g / 2 % 4)) * 16 + 512);
-        }
-        if (u >= WAVES) {
-          wgmma_wait<WAVES - 1>();
-          promote(w);
-        }
-        low_scale[w] = from_bf16(scale[0]), high_scale[w] = from_bf16(scale[8]);
-#pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-          const int shift = k % 2 * 8;
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            values[w][k][half] = int4_to_bf16(words[k / 2][half] >> shift);
-            values[w][k][half + 2] = int4_to_bf16(words[k / 2][half] >> (shift + 4));
-          }
-        }
+      for (int u = 0; u < INT4_UNITS; u++) {
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < STEPS; k++) {
-          const u64 column = column_at + (first + k) / 2 * (COLS * 64 >> 4) + (first + k) % 2 * 2;
-          Wgmma<N>::b16_from(part[w], values[w][k], column, k > 0);
+        for (int k = 0; k < INT4_STEPS; k++) {
+          const int step = u * INT4_STEPS + k;
+          const u64 column = column_at + step / 2 * (COLS * 64 >> 4) + step % 2 * 2;
+          Wgmma<N>::b16_from(int4.part, int4.values[u % 2][k], column, step * 16 % GROUP > 0);
         }
         wgmma_commit();
+        // The next unit's numbers are made meanwhile, where those of the unit before were.
+        const bool ends = (u + 1) * INT4_STEPS * 16 % GROUP == 0, last = u == INT4_UNITS - 1;
+        if (u * INT4_STEPS * 16 % GROUP > 0) wgmma_wait<1>();
+        if (!last) {
+          int4.prepare(s, ring.slot, u + 1);
+        } else if (block + 1 < blocks) {
+          Ring next = ring;
+          next.next();
+          barrier_wait(s.full + next.slot, next.phase);
+          int4.prepare(s, next.slot, 0);
+        }
+        if (!ends) continue;
+        wgmma_wait<0>();
+        if (last && lane == 0) barrier_arrive(s.empty + ring.slot);
+        int4.promote(sum[0]);
       }
-      if (WAVES == 2) {
-        wgmma_wait<1>();
-        promote(0);
-      }
-      wgmma_wait<0>();
-      __syncwarp();  // all lanes have read their weights and scales
-      if (lane == 0) barrier_arrive(s.empty + ring.slot);
-      promote(WAVES - 1);
+#endif
     } else {
       wgmma_fence();
 #pragma unroll

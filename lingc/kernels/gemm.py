@@ -82,11 +82,7 @@ class Config:
 LARGE = Config(swap=False, waves=2, columns=128)
 MIDDLE = Config(swap=False, waves=1, columns=128)
 SWAPPED = Config(swap=True, waves=2, columns=128)
-NARROW = Config(swap=True, waves=2, columns=64)
 SMALL = tuple(Config(swap=True, waves=1, columns=columns) for columns in (128, 64, 32))
-
-
-_GROUPED = (LARGE, SWAPPED, NARROW)
 
 
 def refusal(shape: gemv.Shape) -> str | None:
@@ -111,17 +107,17 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     """Of a fused linear; those that suit the number of tokens, best guess first."""
     fewer = tuple(c for c in SMALL if c.tokens < 2 * max(shape.tokens, 32))
     if shape.tokens > 512:
-        chosen: tuple[Config, ...] = (NARROW, SMALL[0]) if shape.format == "int4" else (LARGE,)
-        chosen = (*chosen, MIDDLE, SMALL[0]) if shape.tokens <= 2048 else chosen
-        chosen = tuple(dict.fromkeys(chosen))
+        chosen: tuple[Config, ...] = (SMALL[0],) if shape.format == "int4" else (LARGE,)
+        if shape.tokens <= 2048:
+            chosen = (*chosen, SMALL[1]) if shape.format == "int4" else (*chosen, MIDDLE, SMALL[0])
     else:
         chosen = (*fewer, MIDDLE) if shape.tokens > 64 else fewer
     return tuple(_dense(target.sms or 1, shape, c) for c in chosen if _runs(c, shape.format))
 
 
 def _runs(config: Config, format: str) -> bool:  # noqa: A002 (as the ops name it)
-    """INT4 becomes BF16 in registers, where only a tile's rows may be, and of few columns."""
-    return format != "int4" or (config.swap and config.waves * config.columns <= 128)
+    """INT4 becomes BF16 in registers, where only a tile's rows may be, and one wave of them."""
+    return format != "int4" or (config.swap and config.waves == 1)
 
 
 def expert_refusal(shape: experts.Shape) -> str | None:
@@ -139,13 +135,13 @@ def expert_refusal(shape: experts.Shape) -> str | None:
 
 def expert_up_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_up` with `pairs` and `starts`."""
-    chosen = (c for c in _GROUPED if _runs(c, shape.format))
+    chosen = SMALL[:2] if shape.format == "int4" else (LARGE, SWAPPED)
     return tuple(_expert_up(target.sms or 1, shape, config) for config in chosen)
 
 
 def expert_down_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_down` with `pairs` and `starts`."""
-    chosen = (c for c in _GROUPED if _runs(c, shape.format))
+    chosen = SMALL[:2] if shape.format == "int4" else (LARGE, SWAPPED)
     return tuple(_expert_down(target.sms or 1, shape, config) for config in chosen)
 
 
