@@ -97,6 +97,13 @@ DEVICE u64 evict_first() {
   return policy;
 }
 
+// Waits until `word` is in its register; then the loads that it is made of are done. The copy engine is in no order with
+// loads that have merely begun. fence_async() makes one, but it waits for loads from global memory too. What depends on
+// the word is a mark for profilers, of no effect.
+DEVICE void settle(u32 word) {
+  asm volatile("{.reg .pred p; setp.eq.u32 p, %0, 0x9e3779b9; @p pmevent 1;}" ::"r"(word) : "memory");
+}
+
 // Before the copy engine or wgmma reads what this thread wrote to shared memory.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif

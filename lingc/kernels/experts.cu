@@ -155,8 +155,10 @@ struct Words {
 #endif
 };
 
-DEVICE void read_stage(Words& w, const u8* stage, int lane) {
+// Returns what says that it is done, for `Ring::release`.
+DEVICE u32 read_stage(Words& w, const u8* stage, int lane) {
   const int g = lane / 4, t = lane % 4;
+  u32 read = 0;
 #pragma unroll
   for (int p = 0; p < STAGE; p++) {
     if (FORMAT == INT4 && GROUP == 32) {
@@ -165,20 +167,25 @@ DEVICE void read_stage(Words& w, const u8* stage, int lane) {
       for (int i = 0; i < 4; i++) {
         const u8* at = stage + p * PIECE + g * 64 + (i ^ (g / 2)) * 16 + t * 4;
         w.top[p][i] = *(const u32*)at, w.low[p][i] = *(const u32*)(at + 512);
+        read ^= w.top[p][i] ^ w.low[p][i];
       }
     } else {
       const uint4 a = *(const uint4*)(stage + p * PIECE + piece_offset(lane));
       const uint4 b = *(const uint4*)(stage + p * PIECE + piece_offset(lane) + 512);
       w.top[p][0] = a.x, w.top[p][1] = a.y, w.top[p][2] = a.z, w.top[p][3] = a.w;
       w.low[p][0] = b.x, w.low[p][1] = b.y, w.low[p][2] = b.z, w.low[p][3] = b.w;
+      read ^= a.x ^ b.x;
     }
   }
 #if FORMAT == INT4
   const bf16* scales = (const bf16*)(stage + STAGE * PIECE);
 #pragma unroll
-  for (int i = 0; i < STAGE_GROUPS; i++)
+  for (int i = 0; i < STAGE_GROUPS; i++) {
     w.top_scale[i] = from_bf16(scales[i * 16 + g]), w.low_scale[i] = from_bf16(scales[i * 16 + g + 8]);
+    read ^= __float_as_uint(w.top_scale[i]) ^ __float_as_uint(w.low_scale[i]);
+  }
 #endif
+  return read;
 }
 
 // acc += the stage times 8 columns; acc: row g of columns 2t and 2t + 1, then row g + 8. `x(p, f)` gives fragment f of
@@ -544,8 +551,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll 1
       for (int s = 0; s < STAGES; s++) {
         Words w;
-        read_stage(w, ring.front(), lane);
-        __syncwarp();
+        ring.release(read_stage(w, ring.front(), lane));
         if (lane == 0) ask_next(ring.slot);
         ring.pop();
         multiply(
@@ -793,8 +799,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         if (entry < count) fetch(near, hits[entry], 0, stage);
       }
       Words w;
-      read_stage(w, ring.front(), lane);
-      __syncwarp();
+      ring.release(read_stage(w, ring.front(), lane));
       if (lane == 0) ask_next(ring.slot);
       ring.pop();
 #pragma unroll

@@ -415,6 +415,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) x_now[n] = x_at[n] + s * STAGE_K * (CODES ? 1 : 2);
       const u8* codes = ring.front();
+      u32 read = 0;  // a word of every load
       if constexpr (FORMAT == 2) {
         u32 a[PIECES][4], b[PIECES][4];
         float scale0[PIECES][4], scale1[PIECES][4];
@@ -426,17 +427,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             for (int q = 0; q < 4; q++) {
               const u8* word = codes + p * PIECE + g * 64 + (q ^ (g / 2 % 4)) * 16 + t * 4;
               a[p][q] = *(const u32*)word, b[p][q] = *(const u32*)(word + 512);
+              read ^= a[p][q] ^ b[p][q];
               scale0[p][q] = from_bf16(scales[(p * 4 + q) * ROWS + g]);
               scale1[p][q] = from_bf16(scales[(p * 4 + q) * ROWS + g + 8]);
+              read ^= __float_as_uint(scale0[p][q]) ^ __float_as_uint(scale1[p][q]);
             }
           } else {
             const uint4 top = *(const uint4*)(codes + p * PIECE + at), low = *(const uint4*)(codes + p * PIECE + at + 512);
             a[p][0] = top.x, a[p][1] = top.y, a[p][2] = top.z, a[p][3] = top.w;
             b[p][0] = low.x, b[p][1] = low.y, b[p][2] = low.z, b[p][3] = low.w;
             scale0[p][0] = from_bf16(scales[p * ROWS + g]), scale1[p][0] = from_bf16(scales[p * ROWS + g + 8]);
+            read ^= top.x ^ low.x ^ __float_as_uint(scale0[p][0]) ^ __float_as_uint(scale1[p][0]);
           }
         }
-        __syncwarp();
+        ring.release(read);
         if (left > 0) ask(ring.slot);
         ring.pop();
         multiply_int4(acc, a, b, scale0, scale1, x_now, t);
@@ -446,8 +450,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         for (int p = 0; p < PIECES; p++) {
           a[p] = *(const uint4*)(codes + p * PIECE + at);
           b[p] = *(const uint4*)(codes + p * PIECE + at + 512);
+          read ^= a[p].x ^ b[p].x;
         }
-        __syncwarp();
+        ring.release(read);
         if (left > 0) ask(ring.slot);
         ring.pop();
         const float s0 = FORMAT == 1 ? __shfl_sync(FULL_WARP, scales0, s) : 0;

@@ -28,7 +28,11 @@ struct Ring {
     return stages + slot * bytes;
   }
 
-  // After every lane has read the front into registers and may see it overwritten.
+  // Warp. After every lane has read the front; `read` is made of a word of each of its loads. Lanes that meet are not
+  // enough before the stage is asked for again: a copy has overtaken loads that were begun.
+  DEVICE void release(u32 read) { settle(read), __syncwarp(); }
+
+  // After release().
   DEVICE void pop() {
     if (++slot == length) slot = 0, parity ^= 1;
   }

@@ -65,16 +65,20 @@ DEVICE void barrier_arrive(u64* bar) { emulator::arrive(*(emulator::Barrier*)bar
 DEVICE void barrier_expect(u64* bar, u32 bytes) { emulator::arrive(*(emulator::Barrier*)bar, bytes); }
 DEVICE void barrier_wait(u64* bar, u32 parity) {
   while (((emulator::Barrier*)bar)->phase == parity) emulator::yield();
+  auto& bars = emulator::reading[emulator::current->thread];
+  if (std::find(bars.begin(), bars.end(), bar) == bars.end()) bars.push_back(bar);
 }
 DEVICE void bulk_load(void* to, const void* from, u32 bytes, u64* bar) {
   if ((u64)to % 16 || (u64)from % 16 || bytes % 16) emulator::fail("copies what is not aligned");
+  emulator::may_be_copied_to(bar);
   memset(to, 0xff, bytes);
   emulator::copies.push_back({to, from, bytes, bar, (int)(emulator::random() % 6)});
 }
 DEVICE void bulk_load(void* to, const void* from, u32 bytes, u64* bar, u64) { bulk_load(to, from, bytes, bar); }
 DEVICE void bulk_prefetch(const void*, u32) {}
 DEVICE u64 evict_first() { return 0; }
-DEVICE void fence_async() {}
+DEVICE void fence_async() { emulator::reading[emulator::current->thread].clear(); }
+DEVICE void settle(u32) { fence_async(); }
 
 template <class T>
 T load_fresh(const T* p) {

@@ -61,6 +61,8 @@ inline u8* shared;
 inline Meeting warps[32], named[16];
 inline u64 exchanged[32][32][8];  // [warp][lane]
 inline std::vector<Copy> copies;
+// Of each thread: barriers of copies that it has waited for. It may be reading their bytes until it settles that.
+inline std::vector<u64*> reading[1024];
 inline u32 state;
 inline long idle;
 
@@ -103,6 +105,13 @@ inline void arrive(Barrier& bar, u32 bytes) {
   settle(bar);
 }
 
+// A copy may overtake what a warp reads: it is not in the order that lanes meeting make.
+inline void may_be_copied_to(u64* bar) {
+  for (int i = 0; i < 32; i++)
+    for (const u64* one : reading[warp() * 32 + i])
+      if (one == bar) fail("asks for a slot that its warp may still be reading");
+}
+
 inline void deliver() {
   for (size_t i = 0; i < copies.size();) {
     Copy& one = copies[i];
@@ -129,6 +138,7 @@ void run(Index size, int count, int shared_bytes, Body body) {
     for (auto& one : warps) one = Meeting();
     for (auto& one : named) one = Meeting();
     for (int i = 0; i < count; i++) {
+      reading[i].clear();
       Fiber& one = fibers[i];
       one.stack.resize(STACK), one.thread = i, one.done = false;
       getcontext(&one.context);
