@@ -10,6 +10,7 @@ import pytest
 from lingc import targets
 from lingc.bench import fit
 from lingc.bench.fit import RULE, Measured, error, predicted, read_record
+from lingc.errors import InputError
 from lingc.targets.cuda import tactics
 from lingc.targets.cuda.tactics import Reach
 
@@ -71,10 +72,29 @@ def test_a_record_is_read_without_what_was_wrong() -> None:
     wrong = {"tactic": "b", "microseconds": None, "launches": launches}
     entry = {"op": "fused_linear", "work": "decode", "candidates": [right, wrong]}
 
-    (one,) = read_record({"shapes": [entry]}, H200)
+    device = {"name": "NVIDIA H200 (78 multiprocessors)", "sms": 78}
+
+    (one,) = read_record({"kind": "tune", "device": device, "shapes": [entry]})
 
     assert one.seconds == 2e-6
+    assert one.target == replace(H200, sms=78)
     assert one.label == "fused_linear, decode, a"
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA H200", "h200-sxm"), ("NVIDIA H20", "h20"),
+     ("NVIDIA H20-3e", "h20-3e")],
+)  # fmt: skip
+def test_a_device_is_known_by_its_name(name: str, target: str) -> None:
+    assert fit.target_of({"name": name, "sms": 11}) == replace(targets.get(target), sms=11)
+
+
+def test_what_is_no_record_is_refused() -> None:
+    with pytest.raises(InputError, match="no record"):
+        read_record({"kind": "bench"})
+    with pytest.raises(InputError, match="no target is a 'NVIDIA A100'"):
+        read_record({"kind": "tune", "device": {"name": "NVIDIA A100", "sms": 1}, "shapes": []})
 
 
 def test_the_shipped_model_is_within_its_bar_where_it_was_fitted() -> None:

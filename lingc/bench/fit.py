@@ -4,6 +4,7 @@ A measurement is a tactic's launches as the model sees them and how long they to
 What a few measurements cannot tell stays near what kernels reach as a rule.
 """
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lingc import targets
+from lingc.errors import InputError
 from lingc.targets.cuda.tactics import Reach, predict_features
 from lingc.targets.spec import Target
 
@@ -28,6 +31,8 @@ RULES: Mapping[str, Reach] = {
 }
 """The same of kinds by how they begin or end: products whose operands go through registers, INT4
 codes that are taken apart before them, products without tensor cores."""
+
+_CHIP = re.compile(r"\bH\d+(-3e)?\b", re.IGNORECASE)
 
 _LEAST = (0.2e-6, 0.05, 1e9, 0.02)
 _MOST = (60e-6, 1.04, 1e14, 1.0)
@@ -67,8 +72,32 @@ class Error:
     bias: float
 
 
-def read_record(record: Mapping[str, Any], target: Target) -> list[Measured]:
-    """The measurements of a record of `lingc tune`."""
+def target_of(device: Mapping[str, Any]) -> Target:
+    """The target whose datasheet a device of a record has, with as many multiprocessors as it used.
+
+    Raises:
+        InputError: No target has such a device.
+    """
+    chip = _CHIP.search(str(device["name"]))
+    wanted = "" if chip is None else chip[0].lower()
+    for name, one in targets.ALL.items():
+        if wanted and name.removesuffix("-sxm") == wanted:
+            return replace(one, sms=int(device["sms"]))
+    raise InputError(
+        f"no target is a {device['name']!r}, so nothing can be predicted for it",
+        hint=f"known: {', '.join(targets.ALL)}",
+    )
+
+
+def read_record(record: Mapping[str, Any]) -> list[Measured]:
+    """The measurements of a record of `lingc tune`.
+
+    Raises:
+        InputError: It is no such record, or of an unknown device.
+    """
+    if record.get("kind") != "tune" or "device" not in record:
+        raise InputError("this is no record of `lingc tune`", hint="write one with --record")
+    target = target_of(record["device"])
     return [
         Measured(
             label=f"{entry['op']}, {entry['work']}, {one['tactic']}",

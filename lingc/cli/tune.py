@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    required=True,
     help="Directory with the model's config.json; its weights are drawn at random.",
 )
 @click.option("--precision", default="fp8", show_default=True, help="Of the model.")
@@ -69,12 +68,26 @@ if TYPE_CHECKING:
 @click.option(
     "--record", type=click.Path(path_type=Path), help="Write every candidate's time as well."
 )
+@click.option(
+    "--fit",
+    "fitted",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Measure nothing: fit the model of time to this record; again for more.",
+)
+@click.option(
+    "--test",
+    "tested",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="With --fit: tell how far the fitted model is off on this record; again for more.",
+)
 @output.options
 def command(
     out: Output,
     *,
     target_name: str,
-    checkpoint: Path,
+    checkpoint: Path | None,
     precision: str,
     ops: tuple[str, ...],
     batch: str,
@@ -91,6 +104,8 @@ def command(
     jobs: int | None,
     path: Path | None,
     record: Path | None,
+    fitted: tuple[Path, ...],
+    tested: tuple[Path, ...],
 ) -> None:
     """Time every tactic of a model's steps on this GPU, and keep the fastest as rows.
 
@@ -99,11 +114,15 @@ def command(
     Builds for the target read the rows. They are written as they come, so that an interrupted run
     goes on where it was.
 
+    With --fit no device is needed: what each kernel reaches of the ceilings is fitted to records,
+    and written where builds read it, or to the file of -o.
+
     \b
     Examples:
       lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --dry-run
       lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --batch 1 --no-prefill
       lingc tune --checkpoint artifacts/checkpoints/ling-2.6-flash --target h20 --sms 78
+      lingc tune --fit h200.json --test h100.json --test h200-78.json
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with held():
         from lingc import targets
@@ -111,6 +130,11 @@ def command(
         from lingc.targets.cuda.binaries import read_compilers, write_compilers
         from lingc.targets.cuda.tactics import read_rows, rows_file
 
+    if fitted or tested:
+        _fit(out, fitted, tested, path)
+        return
+    if checkpoint is None:
+        raise UsageError("--checkpoint is missing: whose steps shall be measured?")
     if into is not None and binaries is not None:
         raise UsageError("--compile and --binaries contradict each other; give one of them")
     target = targets.get(target_name)
@@ -148,6 +172,54 @@ def command(
         out.line(f"{len(made)} kernels for {target.arch} are in {into}")
         return
     _run(out, plan, settings, wanted, rows, place, record)
+
+
+def _fit(
+    out: Output, fitted: tuple[Path, ...], tested: tuple[Path, ...], path: Path | None
+) -> None:
+    """Fit the model to records, and tell how far it is off on others."""
+    from lingc.bench import fit
+    from lingc.parity.page import write_whole
+    from lingc.targets.cuda.tactics import model_file
+
+    if not fitted:
+        raise UsageError("--test needs --fit RECORD: what shall the model be fitted to?")
+    records = {file: _record(file) for file in (*fitted, *tested)}
+    some = [one for file in fitted for one in fit.read_record(records[file])]
+    reaches = fit.fit(some)
+    first = records[fitted[0]]
+    about = {
+        "device": ", ".join(dict.fromkeys(records[file]["device"]["name"] for file in fitted)),
+        "date": first["date"],
+        "command": "; ".join(records[file]["command"] for file in fitted),
+    }
+    told = fit.document(some, reaches, about)
+    rows = []
+    for file, role in [*((f, "fitted") for f in fitted), *((f, "tested") for f in tested)]:
+        found = fit.error(fit.read_record(records[file]), reaches)
+        device = records[file]["device"]
+        off = (found.median, found.p90)
+        rows.append((role, device["name"], device["sms"], found.count,
+                     *(f"{100 * one:.1f} %" for one in off), f"{100 * found.bias:+.1f} %"))  # fmt: skip
+    place = path or model_file()
+    write_whole(place, json.dumps(told, indent=1) + "\n")
+    if out.as_json:
+        out.emit(told)
+        return
+    out.table(("", "device", "SMs", "times", "off, median", "90th percentile", "bias"), rows)
+    out.line(f"model: {place}")
+
+
+def _record(file: Path) -> "dict[str, Any]":
+    from lingc.errors import InputError
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} cannot be read as a record: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{str(file)!r} is no record")
+    return found
 
 
 def _run(

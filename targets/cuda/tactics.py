@@ -195,8 +195,7 @@ def reach(name: str) -> Reach:
 
 @cache
 def _reaches() -> Mapping[str, Reach]:
-    path = resources.files("lingc.targets").joinpath("tactics", "model.json")
-    kinds = json.loads(path.read_text(encoding="utf-8"))["kinds"]
+    kinds = json.loads(model_file().read_text(encoding="utf-8"))["kinds"]
     return {
         name: Reach(
             floor_s=1e-6 * one["floor_us"], read=one["read"], issue=1e9 * one["issue_gflops"],
@@ -322,7 +321,16 @@ def measured(target: Target) -> Mapping[tuple[str, str], Row]:
 
 def rows_file(target: Target) -> Path:
     """Where the rows of a target stand."""
-    return Path(str(resources.files("lingc.targets"))) / "tactics" / f"{target.name}.json"
+    return _tables() / f"{target.name}.json"
+
+
+def model_file() -> Path:
+    """Where it stands what kernels reach."""
+    return _tables() / "model.json"
+
+
+def _tables() -> Path:
+    return Path(str(resources.files("lingc.targets"))) / "tactics"
 
 
 def read_rows(file: Path) -> dict[tuple[str, str], Row]:
