@@ -89,7 +89,7 @@ DEVICE uint4 load_weight(const bf16* p) {
 }
 
 // Has a value made here: ptxas would make it after the wait, before the loads of x. Nobody reads the word.
-DEVICE void settle(u32 value) {
+DEVICE void make_now(u32 value) {
   __shared__ u32 unread[THREADS];
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(unread + threadIdx.x)), "r"(value) : "memory");
 }
@@ -139,7 +139,7 @@ DEVICE void score(const bf16* x, i64 pitch, const bf16* norm_weight, const bf16*
         for (int i = 0; i < 8; i++) w[r][p * 8 + i] *= norm[i], all ^= __float_as_uint(w[r][p * 8 + i]);
       }
     }
-  settle(all);
+  make_now(all);
   wait_dependencies();
   uint4 raw[TOKENS][PIECES];
 #pragma unroll
@@ -216,7 +216,7 @@ DEVICE void score(const bf16* x, i64 pitch, const bf16* norm_weight, const bf16*
         all ^= high[u][step][at] ^ low[u][step][at];
       }
     }
-  settle(all);
+  make_now(all);
   wait_dependencies();
   for (int start = 0; start < tokens; start += TILES * 8) {
     const bf16* const mine = x + (start + g) * pitch + channel;
