@@ -3,7 +3,6 @@
 What a kind needs is imported where that kind is made: building one asks for no library of another.
 """
 
-import lzma
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -106,7 +105,7 @@ def _onnx(compiled: Compiled, request: Request, stage: Stage) -> Code:
 def _cuda(compiled: Compiled, cache_dir: Path | None, stage: Stage) -> Code:
     from lingc.targets.cuda import binaries  # noqa: PLC0415
     from lingc.targets.cuda.buckets import buckets  # noqa: PLC0415
-    from lingc.targets.cuda.lower import XZ, schedule_all, with_kernels  # noqa: PLC0415
+    from lingc.targets.cuda.lower import compressed, schedule_all, with_kernels  # noqa: PLC0415
 
     plan, target = compiled.plan, compiled.target
     compilers = binaries.installed()
@@ -120,7 +119,7 @@ def _cuda(compiled: Compiled, cache_dir: Path | None, stage: Stage) -> Code:
     with stage("compress kernels"):
         engine = with_kernels(scheduled, made)
         table = canonical.encode(launch_table.to_value(engine.table))
-        files = {TABLE: lzma.compress(table, **XZ)}
+        files = {TABLE: compressed(table)}
     most = target.compute_capability or (0, 0)
     return Code(
         kind="cuda",

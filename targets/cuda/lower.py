@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lingc.device import Binary
-from lingc.errors import StageError
+from lingc.errors import InputError, StageError
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, align
 from lingc.launch_table import (
     Bucket,
@@ -36,9 +36,9 @@ from lingc.targets.cuda.schedule import OPEN, Call, arguments_of, calls
 from lingc.targets.cuda.tactics import choose, key
 from lingc.targets.spec import Target
 
-XZ = {"format": lzma.FORMAT_XZ, "check": lzma.CHECK_CRC64, "preset": 6}
-
 Advance = Callable[[int], None]
+
+_NARROWER = "another --page-size or --max-draft, or a model of widths that `docs/ops.md` lists"
 
 _BASE = (4, 40)
 _OTHERS = ((5, 40), (4, 41), (11, 97))
@@ -102,7 +102,7 @@ def schedule_all(
 
 def with_kernels(scheduled: Scheduled, binaries: Mapping[Kernel, Binary]) -> CudaEngine:
     """Compress the binaries, and give the table their names."""
-    files = [lzma.compress(binaries[kernel].to_bytes(), **XZ) for kernel in scheduled.wanted]
+    files = [compressed(binaries[kernel].to_bytes()) for kernel in scheduled.wanted]
     names = [hashlib.sha256(data).hexdigest() for data in files]
     old = scheduled.table
     table = LaunchTable(
@@ -115,6 +115,11 @@ def with_kernels(scheduled: Scheduled, binaries: Mapping[Kernel, Binary]) -> Cud
         counter_bytes=old.counter_bytes,
     )
     return CudaEngine(table=table, kernels=MappingProxyType(dict(zip(names, files, strict=True))))
+
+
+def compressed(data: bytes) -> bytes:
+    """As files of an engine are; the same bytes each time."""
+    return lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=6)
 
 
 # ---------------------------------------------------------------------------------------- a phase
@@ -186,7 +191,13 @@ def _typed(step: Step, program: Program) -> tuple[Any, ...]:
 def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
     found: dict[int, int] = {}
     for index in dict.fromkeys(phase.kinds):
-        found[index] = chosen.index(phase, phase.calls[index], one.axes)
+        try:
+            found[index] = chosen.index(phase, phase.calls[index], one.axes)
+        except InputError as error:
+            sizes = ", ".join(f"{axis} {size}" for axis, size in one.axes.items())
+            raise InputError(
+                f"{phase.name} with {sizes}: {error.problem}", hint=_NARROWER
+            ) from error
     tactics = tuple(found[kind] for kind in phase.kinds)
     types = phase.program.types
     lifetimes = [Lifetime(types[name].bytes(one.axes), *phase.lives[name]) for name in phase.arena]

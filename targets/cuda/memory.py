@@ -1,8 +1,8 @@
 """Where the values of a program lie in one arena, sharing room as they live.
 
-Programs are long and alike from layer to layer, and few values live at once: going through the
-steps in order and taking the smallest gap that fits is at most a few percent above what the values
-of the fullest step need.
+The largest are placed first, each in the smallest gap that fits between those that live when it
+does. On the programs of the shipped configs that takes at most a twentieth more than what lives at
+the fullest step.
 
 Room may be given again to the very next step although launches overlap: a dependent kernel waits
 before it writes anything, and by then every launch before it is complete.
@@ -10,6 +10,7 @@ before it writes anything, and by then every launch before it is complete.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lingc.kernel import align
 
@@ -24,26 +25,23 @@ class Lifetime:
 
 
 def place(lifetimes: Sequence[Lifetime]) -> tuple[tuple[int, ...], int]:
-    """An offset for each lifetime, aligned, and the bytes that all need.
-
-    What begins at one step is placed in the order of size, and of equal size in the given order.
-    """
-    offsets = [0] * len(lifetimes)
-    order = sorted(
-        range(len(lifetimes)), key=lambda i: (lifetimes[i].first, -lifetimes[i].bytes, i)
-    )
-    live: list[tuple[int, int, int]] = []  # (offset, bytes, last step), by offset
+    """An offset for each lifetime, aligned, and the bytes that all need."""
+    together = _together(tuple((one.first, one.last) for one in lifetimes))
+    offsets: list[int | None] = [None] * len(lifetimes)
     total = 0
-    for index in order:
-        one = lifetimes[index]
-        live = [taken for taken in live if taken[2] >= one.first]
-        size = align(one.bytes)
-        offset = _smallest_gap(live, size)
+    for index in sorted(
+        range(len(lifetimes)), key=lambda i: (-lifetimes[i].bytes, lifetimes[i].first, i)
+    ):
+        taken = [
+            (offset, offset + align(lifetimes[other].bytes))
+            for other in together[index]
+            if (offset := offsets[other]) is not None
+        ]
+        size = align(lifetimes[index].bytes)
+        offset = _smallest_gap(sorted(taken), size)
         offsets[index] = offset
         total = max(total, offset + size)
-        live.append((offset, size, one.last))
-        live.sort()
-    return tuple(offsets), total
+    return tuple(offset or 0 for offset in offsets), total
 
 
 def fullest(lifetimes: Iterable[Lifetime]) -> int:
@@ -60,12 +58,26 @@ def fullest(lifetimes: Iterable[Lifetime]) -> int:
     return most
 
 
-def _smallest_gap(live: Sequence[tuple[int, int, int]], size: int) -> int:
+@lru_cache(maxsize=8)
+def _together(spans: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
+    """For each span the others that meet it; the same for every bucket of a phase."""
+    found: list[list[int]] = [[] for _ in spans]
+    live: list[int] = []
+    for index in sorted(range(len(spans)), key=lambda i: spans[i]):
+        live = [other for other in live if spans[other][1] >= spans[index][0]]
+        for other in live:
+            found[index].append(other)
+            found[other].append(index)
+        live.append(index)
+    return tuple(map(tuple, found))
+
+
+def _smallest_gap(taken: Sequence[tuple[int, int]], size: int) -> int:
     """Where the smallest gap that fits begins, or the end of what is taken."""
     end, best, best_size = 0, -1, 0
-    for offset, taken, _ in live:
-        gap = offset - end
+    for begin, after in taken:
+        gap = begin - end
         if gap >= size and (best < 0 or gap < best_size):
             best, best_size = end, gap
-        end = max(end, offset + taken)
+        end = max(end, after)
     return end if best < 0 else best
