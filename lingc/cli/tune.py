@@ -198,9 +198,17 @@ def _fit(
     for file, role in [*((f, "fitted") for f in fitted), *((f, "tested") for f in tested)]:
         found = fit.error(fit.read_record(records[file]), reaches)
         device = records[file]["device"]
-        off = (found.median, found.p90)
-        rows.append((role, device["name"], device["sms"], found.count,
-                     *(f"{100 * one:.1f} %" for one in off), f"{100 * found.bias:+.1f} %"))  # fmt: skip
+        rows.append(
+            (
+                role,
+                device["name"],
+                device["sms"],
+                found.count,
+                f"{100 * found.median:.1f} %",
+                f"{100 * found.p90:.1f} %",
+                f"{100 * found.bias:+.1f} %",
+            )
+        )
     place = path or model_file()
     write_whole(place, json.dumps(told, indent=1) + "\n")
     if out.as_json:
