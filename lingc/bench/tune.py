@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingc.bench import kernels
+from lingc.bench import kernels, synthetic
 from lingc.bench.limited import open_device
 from lingc.bench.step import DeviceStep, Drawn, sizes_of
 from lingc.compile import Stage
@@ -235,14 +235,14 @@ def shapes(plan: Plan, settings: Settings) -> list[Shape]:
 
 
 def all_kernels(plan: Plan, settings: Settings, wanted: Sequence[Shape]) -> list[Kernel]:
-    """What must be compiled: the tactics to measure, and those that make their inputs."""
+    """The tactics to measure, those that make their inputs, and what benchmarks have of their own."""
     needed = [tactic for shape in wanted for tactic in shape.tactics]
     for work in dict.fromkeys(shape.work for shape in wanted):
         inputs, limits = inputs_of(plan, work)
         sizes = sizes_of(plan, work.phase, inputs, limits)
         made = schedule(plan, work.phase, sizes, settings.target)
         needed += [one.choice.tactic for one in made.steps]
-    return [*kernels_of(needed), *kernels.ceiling_kernels()]
+    return [*kernels_of(needed), *kernels.ceiling_kernels(), *synthetic.kernels().values()]
 
 
 def compile_kernels(
