@@ -83,5 +83,5 @@ def test_what_is_no_part_is_refused(driver: Driver) -> None:
 def test_a_driver_that_splits_nothing_says_why(driver: Driver) -> None:
     driver.splits = False
 
-    with pytest.raises(IncompatibleError, match="no part of 78 .*CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(IncompatibleError, match=r"no part of 78 .*CUDA_ERROR_INVALID_VALUE"):
         LimitedDevice(78)

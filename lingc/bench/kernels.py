@@ -187,6 +187,26 @@ def arranged_tensor(layout: str, values: torch.Tensor) -> torch.Tensor:
     return shuffled.contiguous().reshape(-1).view(values.dtype).reshape(values.shape)
 
 
+def plain_tensor(layout: str, values: torch.Tensor) -> torch.Tensor:
+    """What `arranged_tensor` gives back in the plan's own order."""
+    if layout == PLAIN:
+        return values.clone()
+    *outer, rows, width = values.shape
+    back = torch.argsort(_row_order(layout, rows))
+    if layout.endswith("scales"):
+        tiles = values.reshape(*outer, rows // TILE_ROWS, width, TILE_ROWS)
+        ordered = tiles.transpose(-1, -2).reshape(values.shape)
+        return ordered.index_select(-2, back)
+    raw = values.contiguous().view(torch.uint8).reshape(*outer, rows // TILE_ROWS, -1, 1024)
+    pieces = raw.index_select(-1, torch.argsort(_piece_order()))
+    pieces = pieces.reshape(*outer, rows // TILE_ROWS, -1, TILE_ROWS, 64).transpose(-2, -3)
+    flat = pieces.reshape(*outer, rows, -1)
+    if layout != "tiled":
+        flat = flat.index_select(-2, back)
+    made = flat.contiguous().reshape(-1).view(values.dtype).reshape(values.shape)
+    return _nibbles(made, back=True) if values.dtype == torch.int32 else made
+
+
 @cache
 def _row_order(layout: str, rows: int) -> torch.Tensor:
     """Which row of the plan stands at each row of the layout."""
@@ -216,10 +236,11 @@ def _nibble_places() -> tuple[int, ...]:
     return tuple(places)
 
 
-def _nibbles(words: torch.Tensor) -> torch.Tensor:
+def _nibbles(words: torch.Tensor, *, back: bool = False) -> torch.Tensor:
     made = torch.zeros_like(words)
     for nibble, place in enumerate(_nibble_places()):
-        made |= (words >> 4 * nibble & 15) << 4 * place
+        source, to = (place, nibble) if back else (nibble, place)
+        made |= (words >> 4 * source & 15) << 4 * to
     return made
 
 

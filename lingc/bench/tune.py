@@ -235,7 +235,7 @@ def shapes(plan: Plan, settings: Settings) -> list[Shape]:
 
 
 def all_kernels(plan: Plan, settings: Settings, wanted: Sequence[Shape]) -> list[Kernel]:
-    """The tactics to measure, those that make their inputs, and what benchmarks have of their own."""
+    """The tactics to measure, those that make their inputs, and the kernels of benchmarks."""
     needed = [tactic for shape in wanted for tactic in shape.tactics]
     for work in dict.fromkeys(shape.work for shape in wanted):
         inputs, limits = inputs_of(plan, work)
