@@ -308,27 +308,30 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
   wait_dependencies();
 
-  Slice slice{shared + X_AT + warp * TOKENS * PITCH, (float*)(shared + X_SCALE_AT) + warp * MOST * COLUMNS * 8,
-              (float*)(shared + SQUARES_AT)};
-  float squares = 0;
-  load_x<CHUNKS>(slice, x, gate, norm, tokens, x_pitch, gate_pitch, first * STAGE_K, stages, squares);
-  __syncwarp();
-
+  // Residual of the tile that this warp adds up next: bits, since a conversion would await them.
   const int outputs = AFTER ? tiles * 8 : tiles * ROWS;
-  float kept[4] = {};  // residual of the tile that this warp adds up
-  auto fetch_residual = [&](int tile, int n) {
-    if (!RESIDUAL) return;
+  bf16 kept[4] = {};
+  auto fetch_residual = [&](int turn) {
+    const int tile = blockIdx.x + turn / COLUMNS * grid, n = turn % COLUMNS;
+    if (!RESIDUAL || tile >= tiles) return;
     if (TOKENS == 1) {
-      if (lane < (AFTER ? 8 : 16)) kept[0] = from_bf16(load_fresh(residual + (AFTER ? 8 : ROWS) * tile + lane));
+      if (lane < (AFTER ? 8 : 16)) kept[0] = load_fresh(residual + (AFTER ? 8 : ROWS) * tile + lane);
       return;
     }
 #pragma unroll
     for (int i = 0; i < (AFTER ? 2 : 4); i++) {
       const int token = n * 8 + 2 * t + (i & 1);
       if (token < tokens)
-        kept[i] = from_bf16(load_fresh(residual + (i64)token * outputs + (AFTER ? 8 : ROWS) * tile + g + (i & 2) * 4));
+        kept[i] = load_fresh(residual + (i64)token * outputs + (AFTER ? 8 : ROWS) * tile + g + (i & 2) * 4);
     }
   };
+  fetch_residual(warp);
+
+  Slice slice{shared + X_AT + warp * TOKENS * PITCH, (float*)(shared + X_SCALE_AT) + warp * MOST * COLUMNS * 8,
+              (float*)(shared + SQUARES_AT)};
+  float squares = 0;
+  load_x<CHUNKS>(slice, x, gate, norm, tokens, x_pitch, gate_pitch, first * STAGE_K, stages, squares);
+  __syncwarp();
 
   // Warp. Adds up the warps' sums of this block's i-th tile, 8 tokens, and stores them.
   float* partial = (float*)(shared + PARTIAL_AT);
@@ -355,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         const float up = __shfl_down_sync(FULL_WARP, v, 8);
         v = silu(v) * up;
       }
-      if (lane < (AFTER ? 8 : 16)) store(y + (AFTER ? 8 : ROWS) * tile + lane, v + kept[0]);
+      if (lane < (AFTER ? 8 : 16)) store(y + (AFTER ? 8 : ROWS) * tile + lane, v + from_bf16(kept[0]));
     } else {
       float v[4] = {};
       const int token = n * 8 + 2 * t;
@@ -377,16 +380,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       if (AFTER) v[0] = silu(v[0]) * v[2], v[1] = silu(v[1]) * v[3];
       Result* to = y + (i64)token * outputs + (AFTER ? 8 : ROWS) * tile + g;
       if (token < tokens) {
-        store(to, v[0] + kept[0]);
-        if (!AFTER) store(to + 8, v[2] + kept[2]);
+        store(to, v[0] + from_bf16(kept[0]));
+        if (!AFTER) store(to + 8, v[2] + from_bf16(kept[2]));
       }
       if (token + 1 < tokens) {
-        store(to + outputs, v[1] + kept[1]);
-        if (!AFTER) store(to + outputs + 8, v[3] + kept[3]);
+        store(to + outputs, v[1] + from_bf16(kept[1]));
+        if (!AFTER) store(to + outputs + 8, v[3] + from_bf16(kept[3]));
       }
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + buffer);
+    fetch_residual(i * COLUMNS + n + WARPS);
   };
 
   const u8* x_at[COLUMNS];
@@ -403,9 +407,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const float scales0 = soon0, scales1 = AFTER ? soon1 : soon0;
     soon0 = block_scale(tile + grid, 0);
     if (AFTER) soon1 = block_scale(tile + grid, 1);
-#pragma unroll
-    for (int n = 0; n < COLUMNS; n++)
-      if ((i * COLUMNS + n) % WARPS == warp) fetch_residual(tile, n);
 
     float acc[COLUMNS][4] = {};
 #pragma unroll(MOST <= 4 ? MOST : 2)
