@@ -213,6 +213,27 @@ DEVICE u32 int4_to_bf16(u32 word) {
   return r;
 }
 
+// Four nibbles of a tiled word, every second one, as signed bytes 16 (n - 8): channels 2, 6, 3, 7 of the eight; of
+// the word shifted left by 4 channels 0, 4, 1, 5.
+DEVICE u32 int4_to_s8(u32 word) {
+  u32 v;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(v) : "r"(word), "r"(0xf0f0f0f0u), "r"(0x80808080u));  // and, xor
+  return v;
+}
+
+DEVICE float max_or_nan(float a, float b) {
+  float v;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+  return v;
+}
+
+// Four of the eight bytes of `a` and `b`, numbered by the nibbles of `which`.
+DEVICE u32 select_bytes(u32 a, u32 b, u32 which) {
+  u32 v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(which));
+  return v;
+}
+
 // ---------------------------------------------------------------- tensor cores
 
 // D[16, 8] += A[16, 16] B[16, 8]. a: rows g, g+8, g, g+8 at k = 2t (first two) and 2t + 8; b: column g, the same k.
@@ -227,6 +248,15 @@ DEVICE void mma_f16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// D[16, 8] += A[16, 32] B[32, 8] of signed bytes. a: rows g, g+8, g, g+8 at k = 4t (first two) and 4t + 16; b: column g,
+// the same k; c as above.
+DEVICE void mma_s8(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 

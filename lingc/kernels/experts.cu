@@ -19,6 +19,7 @@
 //   STAGE, DEPTH    pieces of one copy, and copies of a warp's ring
 //   BYTES           of shared memory, which the host works out as this file does
 // and one of UP, DOWN, ROW (channels of a row to prepare; NORM: whether to norm it).
+#include "int4.cuh"
 #include "stream.cuh"
 
 #define BF16 0
@@ -41,6 +42,14 @@
 #define ROW_BYTES(k) ((size_t)(k) / 2)
 #define X_BYTES 2
 #endif
+// Whether x is multiplied as integers of 16 bits (int4.cuh): `expert_down_one.cu` does so on the way down.
+#if defined(UP)
+#define INTEGER (FORMAT == INT4 && TOKENS == 1)
+#else
+#define INTEGER 0
+#endif
+#define SCALED (FORMAT == FP8 || INTEGER)  // x has a scale for each 128 channels
+#define PARTS (INTEGER ? 2 : FRAGMENTS)    // 16-byte loads of x for a piece
 
 // ---------------------------------------------------------------- rows
 
@@ -70,6 +79,19 @@ DEVICE float round_chunk(const float* v, Chunk& to) {
   }
   return 1.0f;
 #endif
+}
+
+// The same as integers, at its place in a row's slice; `n` of 16 channels. Returns the scale.
+DEVICE float store_integers(u8* slice, int n, const float (&v)[16], bool live) {
+  float inverse;
+  const float scale = s16_scale<8>(v, inverse);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const Bytes made = to_s16(v + 8 * h, inverse);
+    u8* at = slice + s16_place<GROUP>(2 * n + h);
+    if (live) *(uint2*)at = made.high, *(uint2*)(at + 64) = made.low;
+  }
+  return scale * (1.0f / 16);
 }
 
 // Chunk n of a row, as it lies in memory; zeros where the lane has none.
@@ -149,16 +171,25 @@ DEVICE int place_of(int n, int pitch) {
 
 // What one lane multiplies: its 16 bytes of rows g and g + 8 of every piece, and the scales that travel along.
 struct Words {
+#if INTEGER
+  Nibbles<GROUP> pieces[STAGE];
+#else
   u32 top[STAGE][4], low[STAGE][4];
 #if FORMAT == INT4
   float top_scale[STAGE_GROUPS], low_scale[STAGE_GROUPS];
+#endif
 #endif
 };
 
 // Returns what says that it is done, for `Ring::release`.
 DEVICE u32 read_stage(Words& w, const u8* stage, int lane) {
-  const int g = lane / 4, t = lane % 4;
   u32 read = 0;
+#if INTEGER
+#pragma unroll
+  for (int p = 0; p < STAGE; p++)
+    read ^= w.pieces[p].read(stage + p * PIECE, (const bf16*)(stage + STAGE * PIECE) + p * (STAGE_GROUPS / STAGE) * 16, lane);
+#else
+  const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int p = 0; p < STAGE; p++) {
     if (FORMAT == INT4 && GROUP == 32) {
@@ -184,6 +215,7 @@ DEVICE u32 read_stage(Words& w, const u8* stage, int lane) {
     w.top_scale[i] = from_bf16(scales[i * 16 + g]), w.low_scale[i] = from_bf16(scales[i * 16 + g + 8]);
     read ^= __float_as_uint(w.top_scale[i]) ^ __float_as_uint(w.low_scale[i]);
   }
+#endif
 #endif
   return read;
 }
@@ -221,6 +253,13 @@ DEVICE void multiply(float (&acc)[4], const Words& w, X x, S factors) {
   }
 #pragma unroll
   for (int i = 0; i < 4; i++) acc[i] += c[i];
+#elif INTEGER
+#pragma unroll
+  for (int p = 0; p < STAGE; p++) {
+    float factor[4];
+    factors(p, factor);
+    w.pieces[p].multiply(acc[0], acc[2], x(p, 0), x(p, 1), factor[0]);
+  }
 #else
   constexpr int EACH = GROUP / 32;
 #pragma unroll
@@ -284,7 +323,7 @@ constexpr int TILES = INNER / 8;           // of one expert: gate and up of eigh
 constexpr int COLUMNS = TOKENS < 8 ? TOKENS : 8;  // rows of x in shared memory
 constexpr int X_PITCH = COLUMNS * 4;       // parts between fragments
 constexpr int X_SLICE = SLICE * X_BYTES * COLUMNS;
-constexpr int BLOCKS_K = FORMAT == FP8 ? SLICE / 128 : 0;
+constexpr int BLOCKS_K = SCALED ? SLICE / 128 : 0;
 constexpr int BUFFERS = 4;                 // tiles whose sums are under way
 constexpr int PARTIAL = TOKENS == 1 ? 16 : 128;  // floats of one warp's
 
@@ -436,11 +475,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
         for (int j = 0; j < 16; j++) square += v[j] * v[j], v[j] *= w[j];
         Chunk made;
-        const float s = round_chunk<false>(v, made);
+        const float s = INTEGER ? store_integers((u8*)xs, chunk, v, live) : round_chunk<false>(v, made);
         if (live) {
 #pragma unroll
-          for (int h = 0; h < X_BYTES; h++) xs[place_of(chunk * X_BYTES + h, X_PITCH) + token * 4] = made.part[h];
-          if (FORMAT == FP8 && chunk % 8 == 0) block_scales[token * BLOCKS_K + chunk / 8] = s;
+          for (int h = 0; h < X_BYTES && !INTEGER; h++) xs[place_of(chunk * X_BYTES + h, X_PITCH) + token * 4] = made.part[h];
+          if (SCALED && chunk % 8 == 0) block_scales[token * BLOCKS_K + chunk / 8] = s;
         }
       }
       square = warp_sum(square);
@@ -544,7 +583,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
     // Columns past the last repeat it; nobody reads their sums.
     auto column = [&](int c) { return PREPARED ? min(c, last) : token_of(entry, min(c, last)); };
-    const uint4* x_at = xs + column(g) * 4 + t;
+    const uint4* x_at = xs + (INTEGER ? g % 2 : column(g)) * 4 + t;
     const float *scale0 = block_scales + column(2 * t) * BLOCKS_K, *scale1 = block_scales + column(2 * t + 1) * BLOCKS_K;
     float acc[EIGHTS][4] = {};
     if (expert >= 0) {
@@ -555,9 +594,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         if (lane == 0) ask_next(ring.slot);
         ring.pop();
         multiply(
-            acc[0], w, [&](int p, int f) { return x_at[((s * STAGE + p) * FRAGMENTS + f) * X_PITCH]; },
+            acc[0], w, [&](int p, int f) { return x_at[((s * STAGE + p) * FRAGMENTS + f * (FRAGMENTS / PARTS)) * X_PITCH]; },
             [&](int b, float(&to)[4]) {
               const int k = s * STAGE_BLOCKS + b;
+              if (INTEGER) {
+                to[0] = block_scales[k];
+                return;
+              }
               const float gate = __shfl_sync(FULL_WARP, scales, k), up = __shfl_sync(FULL_WARP, scales, 16 + k);
               const float v0 = scale0[k], v1 = TOKENS == 1 ? 0 : scale1[k];
               to[0] = gate * v0, to[1] = gate * v1, to[2] = up * v0, to[3] = up * v1;

@@ -4,7 +4,7 @@ Shared memory of a block is worked out here and in the CUDA file, which asserts 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace, align
 from lingc.targets.spec import Target
@@ -129,11 +129,16 @@ def _hits(shape: Shape) -> int:
     return min(shape.bucket * shape.top_k, shape.experts)
 
 
+def _scaled(shape: Shape) -> bool:
+    """Whether x has a scale for every 128 channels."""
+    return shape.format == "fp8" or (shape.format == "int4" and shape.bucket == 1)
+
+
 def up_shared_bytes(shape: Shape, config: Config) -> int:
     """Of one block of `expert_up`, as the CUDA file lays it out."""
     warps, tokens = config.warps, shape.bucket
     part, columns = shape.width // warps, min(tokens, 8)
-    blocks = part // BLOCK if shape.format == "fp8" else 0
+    blocks = part // BLOCK if _scaled(shape) else 0
     used = warps * config.depth * _stage_bytes(shape, config)
     used += warps * part * shape.x_bytes * columns
     used += _BUFFERS * warps * (16 if tokens == 1 else 128) * 4
@@ -322,6 +327,70 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class One:
+    """What may be chosen of `expert_down_one.cu`.
+
+    Attributes:
+        tiles: Of 16 rows that a block makes.
+        warps: That multiply; K of a tile is split among those of a tile.
+        depth: Experts in shared memory at a time.
+    """
+
+    tiles: int
+    warps: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        return f"down.one.t{self.tiles}.w{self.warps}.d{self.depth}"
+
+    def suits(self, shape: Shape) -> bool:
+        """Whether the experts' sizes can be split so."""
+        slices = self.warps // self.tiles
+        return not (shape.inner % (slices * BLOCK) or shape.width % (self.tiles * TILE_ROWS))
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Of one block, as the CUDA file lays it out."""
+        used = self.depth * self.tiles * int(shape.matrix_bytes(TILE_ROWS, shape.inner))
+        used += shape.slots * (2 * shape.inner + shape.inner // BLOCK * 4)
+        return align(used + self.warps * TILE_ROWS * 4, 8) + 2 * self.depth * 8
+
+
+def down_one_tactic(shape: Shape, config: One) -> Tactic:
+    """`expert_down_one`, of one token and weights of four bits."""
+    shared = config.shared_bytes(shape)
+    kernel = Kernel(
+        language="cuda",
+        source="kernels/expert_down_one.cu",
+        entry="expert_down_one",
+        arguments=(
+            ("a", "*bf16"), ("ids", "*i32"), ("weights", "*f32"), ("down", "*i32"),
+            ("scale", "*bf16"), ("residual", "*bf16"), ("y", "*bf16"),
+        ),
+        constants=(
+            ("GROUP", shape.group), ("WIDTH", shape.width), ("INNER", shape.inner),
+            ("EXPERTS", shape.experts), ("TOP_K", shape.top_k), ("SHARED", shape.shared),
+            ("TILES", config.tiles), ("WARPS", config.warps), ("DEPTH", config.depth),
+            ("BYTES", shared),
+        ),
+        warps=config.warps + 1,
+        shared_bytes=_exclusive(shared, 1),
+        features=("bulk",),
+    )  # fmt: skip
+    names = ("a", "ids", "weights", "down", "scale", "residual", "y")
+    launch = Launch(
+        kernel=kernel,
+        grid=(shape.width // TILE_ROWS // config.tiles, 1, 1),
+        operands=tuple(Tensor(name) for name in names),
+        dependent=True,
+        moved_bytes=shape.hit * shape.matrix_bytes(shape.width, shape.inner),
+        flops=2.0 * shape.hit * shape.inner * shape.width * 8,
+        rate="bf16",
+    )
+    return Tactic(name=config.name, launches=(launch,), config=asdict(config))
+
+
 # ----------------------------------------------------------------------------------------- choice
 
 _C = Config
@@ -337,9 +406,8 @@ _UP: dict[tuple[str, bool], tuple[Config, ...]] = {
         _C(warps=16, stage=4, depth=2, blocks=1),
     ),
     ("int4", True): (
-        _C(warps=8, stage=2, depth=5, blocks=2),
         _C(warps=8, stage=4, depth=2, blocks=2),
-        _C(warps=16, stage=2, depth=4, blocks=1),
+        _C(warps=8, stage=2, depth=5, blocks=2),
     ),
     ("fp8", False): (
         _C(warps=8, stage=2, depth=4, blocks=2),
@@ -369,6 +437,11 @@ _DOWN: dict[str, tuple[Config, ...]] = {
     "bf16": tuple(_C(warps=8, stage=2, depth=d, blocks=2) for d in (5, 4, 3)),
     "int4": tuple(_C(warps=8, stage=1, depth=d, blocks=2) for d in (9, 7, 4)),
 }
+_ONE = (
+    One(tiles=2, warps=16, depth=5), One(tiles=2, warps=16, depth=3),
+    One(tiles=2, warps=4, depth=5), One(tiles=2, warps=2, depth=5), One(tiles=1, warps=1, depth=3),
+)  # fmt: skip
+"""Of `expert_down` for one token in INT4."""
 _PREPARE_FROM = 9
 _PREPARE_DOWN_FROM = 5
 """Tokens from which on a launch that quantizes each row once costs less than blocks that all do."""
@@ -432,6 +505,9 @@ def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     chosen = tuple(replace(config, prepared=prepared) for config in _DOWN[shape.format])
     fitting = list(_fitting(shape, chosen, shape.inner))
     most = target.smem_per_block_bytes or 0
+    if shape.tokens == 1 and shape.format == "int4":
+        small = [c for c in _ONE if c.suits(shape) and c.shared_bytes(shape) + _BLOCK_BYTES <= most]
+        return tuple(down_one_tactic(shape, config) for config in small[:2])
     for limit in ((most + _BLOCK_BYTES) // 2, most):
         good = [c for c in fitting if down_shared_bytes(shape, c) + _BLOCK_BYTES <= limit]
         if good:
@@ -449,7 +525,7 @@ def _fitting(shape: Shape, chosen: tuple[Config, ...], channels: int) -> Iterato
             stage //= 2
         while warps > 1 and channels % (stage * PIECE_K[shape.format] * warps):
             warps //= 2
-        blocks = shape.format == "fp8" and channels // warps > 16 * BLOCK
+        blocks = _scaled(shape) and channels // warps > 16 * BLOCK
         fits = channels % (stage * PIECE_K[shape.format] * warps) == 0 and not blocks
         made = replace(config, stage=stage, warps=warps)
         if fits and made not in found:

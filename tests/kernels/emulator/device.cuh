@@ -139,6 +139,14 @@ DEVICE float e4m3_scale(float amax, float& inverse) {
 }
 DEVICE float e4m3_ratio(float v, float scale, float) { return v / scale; }
 DEVICE u32 int4_to_bf16(u32 word) { return pack_bf16((int)(word & 15) - 8, (int)(word >> 16 & 15) - 8); }
+DEVICE u32 int4_to_s8(u32 word) { return (word & 0xf0f0f0f0u) ^ 0x80808080u; }
+DEVICE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+DEVICE u32 select_bytes(u32 a, u32 b, u32 which) {
+  const u64 both = (u64)b << 32 | a;
+  u32 made = 0;
+  for (int i = 0; i < 4; i++) made |= (u32)(u8)(both >> (which >> 4 * i & 7) * 8) << 8 * i;
+  return made;
+}
 
 // Rows of A and columns of B lie over the lanes as the PTX ISA says for m16n8k16.
 template <class Value>
@@ -164,6 +172,20 @@ DEVICE void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 DEVICE void mma_f16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   multiply_fragments(c, {a0, a1, a2, a3, b0, b1}, from_f16);
+}
+DEVICE void mma_s8(int* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  using namespace emulator;
+  const u32 own[6] = {a0, a1, a2, a3, b0, b1};
+  for (int i = 0; i < 6; i++) exchanged[warp()][lane()][i] = own[i];
+  meet_warp();
+  const int g = lane() / 4, t = lane() % 4;
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 32; k++) {
+      const u64* a = exchanged[warp()][g * 4 + k % 16 / 4];
+      const u64* b = exchanged[warp()][(2 * t + i % 2) * 4 + k % 16 / 4];
+      c[i] += (int)(signed char)(a[i / 2 + k / 16 * 2] >> k % 4 * 8) * (signed char)(b[4 + k / 16] >> k % 4 * 8);
+    }
+  meet_warp();
 }
 
 template <int width = 32>
