@@ -1,0 +1,224 @@
+"""Building CUDA engines, on any machine: kernels compiled once, packages the same every time."""
+
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lingc import launch_table, recording
+from lingc.build import build
+from lingc.compile import Request
+from lingc.device import Binary
+from lingc.engine import Package, open_package, verify
+from lingc.engine.machine import Gpu, Machine
+from lingc.errors import IncompatibleError, UsageError
+from lingc.interpret import InterpreterBackend
+from lingc.plan import Plan
+from lingc.runtime import vectors
+from lingc.runtime.backend import Limits
+from lingc.targets.cuda import buckets as all_buckets
+from lingc.targets.cuda.buckets import Sizes
+from lingc.weights import open_weights
+
+TINY = Path(__file__).parents[1] / "artifacts" / "checkpoints" / "ling-tiny"
+
+FEW = (
+    Sizes(phase="decode", axes={"B": 1, "B+1": 2, "P": 8}),
+    Sizes(phase="verify", axes={"T": 2, "B": 1, "B+1": 2, "P": 8}),
+)
+"""Two buckets that share most kernels: a build compiles for seconds, not for a minute."""
+
+H200 = Gpu(name="a GPU", capability="9.0", driver="13.0", memory_bytes=141 * 10**9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_buckets() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_buckets, "buckets", lambda _plan: FEW)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def make(cache: Path) -> Callable[..., Path]:
+    def made(path: Path, source: Path = TINY, **changes: Any) -> Path:
+        asked = {"precision": "fp8", "target": "h200-sxm", "weights": "external", **changes}
+        build(source, path, Request(**asked), cache_dir=cache)
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def package(make: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Package:
+    return open_package(make(tmp_path_factory.mktemp("p") / "x.ling"), machine=machine(H200))
+
+
+def machine(gpu: Gpu | str, *, bindings: str = "13.0.1") -> Machine:
+    return Machine(os="linux", arch="x86_64", version_of=lambda _name: bindings, gpu=lambda: gpu)
+
+
+def table_of(package: Package) -> launch_table.LaunchTable:
+    code = package.code()
+    data = package.read(f"variants/{code.target}/{code.info['table']}")
+    return launch_table.from_value(json.loads(lzma.decompress(data)))
+
+
+# --------------------------------------------------------------------------------- what is there
+
+
+def test_a_package_has_a_table_and_the_kernels_that_it_launches(package: Package) -> None:
+    table = table_of(package)
+
+    binaries = [
+        Binary.from_bytes(lzma.decompress(package.read(f"kernels/{name}.xz")))
+        for name in table.kernels
+    ]
+    assert package.code().engine == "cuda"
+    assert table.arch == "sm_90a"
+    assert {one.arch for one in binaries} == {"sm_90a"}
+    assert len(package.names("kernel")) == len(table.kernels)
+    assert [(one.phase, one.sizes["P"]) for one in table.buckets] == [("decode", 8), ("verify", 8)]
+    for tactic in table.tactics:
+        for launch in tactic.launches:
+            assert len(launch.operands) == len(binaries[launch.kernel].arguments)
+
+
+def test_it_says_what_made_it_and_what_it_needs(package: Package) -> None:
+    manifest = package.manifest
+
+    assert manifest.value["request"]["engine"] == "cuda"
+    assert "widen" not in manifest.value["request"]
+    assert {"nvidia-cuda-nvrtc", "triton", "torch", "numpy", "lingc"} == {
+        *manifest.value["producer"]
+    }
+    needs = manifest.variants["h200-sxm"].runs_on
+    weights = sum(spec.type.bytes() for spec in package.plan.weights.values())
+    assert needs["libraries"] == {"cuda.bindings": ">=13"}
+    assert (needs["gpu"]["capability"], needs["gpu"]["driver"]) == ("9.0", ">=13.0")
+    assert weights < needs["gpu"]["memory_bytes"] < weights + (64 << 20)
+
+
+# ------------------------------------------------------------------------------------ same bytes
+
+
+def test_a_kept_plan_gives_the_same_package_without_capturing(
+    package: Package,
+    make: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lingc.build.compile_plan", None)
+
+    again = open_package(make(tmp_path / "kept.ling"), level="integrity")
+
+    assert again.manifest.bundle_id == package.manifest.bundle_id
+
+
+def test_the_same_build_elsewhere_gives_the_same_package_and_no_damaged_plan_is_used(
+    package: Package,
+    make: Callable[..., Path],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kept in (cache / "plans").iterdir():
+        kept.write_text(kept.read_text().replace("bf16", "f32", 1))
+
+    again = open_package(make(tmp_path / "again.ling"), level="integrity")
+
+    assert again.manifest.bundle_id == package.manifest.bundle_id
+
+
+def test_targets_of_one_architecture_share_kernels(
+    package: Package, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = open_package(make(tmp_path / "h20.ling", target="h20"), level="integrity")
+
+    shared = {*package.names("kernel")} & {*other.names("kernel")}
+    assert len(shared) > len(package.names("kernel")) / 2
+
+
+# -------------------------------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize(
+    ("gpu", "check", "found"),
+    [
+        ("no NVIDIA driver is installed", "gpu", "no NVIDIA driver"),
+        (Gpu(name="A", capability="8.0", driver="13.0", memory_bytes=1 << 40), "gpu", r"A, 8\.0"),
+        (Gpu(name="B", capability="10.0", driver="13.1", memory_bytes=1 << 40), "gpu", r"10\.0"),
+        (
+            Gpu(name="C", capability="9.0", driver="12.8", memory_bytes=1 << 40),
+            "gpu-driver",
+            "expected CUDA >=13.0, found CUDA 12.8",
+        ),
+        (
+            Gpu(name="D", capability="9.0", driver="13.0", memory_bytes=10_000_000),
+            "gpu-memory",
+            "found 0.0 GB",
+        ),
+    ],
+)
+def test_a_machine_without_its_gpu_is_refused_before_anything_is_loaded(
+    gpu: Gpu | str, check: str, found: str, package: Package
+) -> None:
+    with pytest.raises(IncompatibleError, match=rf"{check}: .*{found}"):
+        open_package(package.root, machine=machine(gpu))
+
+    assert verify(package.root, level="integrity").exit_code == 0
+
+
+def test_an_older_cuda_bindings_is_refused(package: Package) -> None:
+    with pytest.raises(IncompatibleError, match=r"library-version: cuda.bindings expected >=13"):
+        open_package(package.root, machine=machine(H200, bindings="12.9"))
+
+
+def test_widening_is_not_for_a_gpu(make: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--widen load is for CPU engines"):
+        make(tmp_path / "x.ling", widen="load")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------- vectors
+
+
+@pytest.mark.long
+def test_the_references_in_narrow_types_pass_the_vectors_and_a_wrong_weight_does_not(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = open_package(make(tmp_path / "x.ling", weights="embed"), machine=machine(H200))
+    cases = vectors.decode(
+        {name: made.read(f"tests/{name}") for name in (vectors.CASES, vectors.VECTORS)}
+    )
+    weights = dict(open_weights(made.shards()))
+
+    def results(plan: Plan) -> list[vectors.VectorResult]:
+        limits = Limits.from_tokens(slots=1, tokens_per_sequence=80, page_size=plan.page_size)
+        backend = InterpreterBackend(plan, weights, limits)
+        return [vectors.check(backend, case) for case in cases]
+
+    right = results(made.plan)
+    weights["layers.1.attention.g_norm.weight"] = np.zeros_like(
+        weights["layers.1.attention.g_norm.weight"]
+    )
+    wrong = results(made.plan)
+
+    assert all(one.is_right for one in right)
+    assert sum(one.compared for one in right) >= 4
+    assert not any(one.is_right for one in wrong)
+    assert max(one.logit_error for one in right) > recording.F32_TOLERANCE
