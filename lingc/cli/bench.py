@@ -1,8 +1,9 @@
 """`lingc bench`: how fast an engine is, after it is shown to be right."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,9 @@ from lingc.cli.output import Output, bytes_text, seconds_text
 from lingc.errors import GateError, UsageError
 
 if TYPE_CHECKING:
+    from lingc.bench.engine import Decode, Report
     from lingc.bench.record import Measure, Record, Spread
+    from lingc.bench.synthetic import Routing
 
 _QUIET_CORES = 0.2
 """What others may use of the machine while it is measured."""
@@ -30,17 +33,15 @@ _QUIET_CORES = 0.2
 )
 @click.option(
     "--context",
-    type=click.IntRange(min=1),
-    default=128,
+    default="128",
     show_default=True,
-    help="Tokens in the cache before decoding.",
+    help="Tokens in the cache before decoding; several for a CUDA engine: 400,4096.",
 )
 @click.option(
     "--prefill",
-    type=click.IntRange(min=1),
-    default=512,
+    default="512",
     show_default=True,
-    help="Tokens of a prompt.",
+    help="Tokens of a prompt; several for a CUDA engine: 8192,32768.",
 )
 @click.option(
     "--tokens",
@@ -57,6 +58,26 @@ _QUIET_CORES = 0.2
     show_default=True,
     help="Also generate with that many drafts a round, against none.",
 )
+@click.option(
+    "--synthetic-weights",
+    "seed",
+    type=click.IntRange(min=0),
+    help="Draw a CUDA engine's weights on the device, by this seed.",
+)
+@click.option(
+    "--routing",
+    type=click.Choice(("uniform", "zipf")),
+    default="uniform",
+    show_default=True,
+    help="How drawn weights spread tokens over experts.",
+)
+@click.option("--profile", is_flag=True, help="Time each kind of a CUDA engine's steps too.")
+@click.option("--sms", type=click.IntRange(min=1), help="Use so many of a GPU's multiprocessors.")
+@click.option(
+    "--binaries",
+    type=click.Path(path_type=Path),
+    help="Where the benchmark's own kernels are compiled already: `lingc tune --compile`.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Of both sides (default: all cores).")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
@@ -67,10 +88,15 @@ def command(
     checkpoint: Path | None,
     against: Path | None,
     batch: str,
-    context: int,
-    prefill: int,
+    context: str,
+    prefill: str,
     tokens: int,
     drafts: int,
+    seed: int | None,
+    routing: "Routing",
+    profile: bool,
+    sms: int | None,
+    binaries: Path | None,
     threads: int | None,
     path: Path | None,
 ) -> None:
@@ -81,25 +107,50 @@ def command(
     engine is, or smaller; above 1 is better. They hold for this machine and this run, and so do the
     medians behind them.
 
+    A CUDA engine is timed alone, against what its bytes would take at the speed of memory. Its test
+    vectors come first; one without weights may have them drawn, and then every kind of step is held
+    to its reference on what the steps before it made.
+
     \b
     Examples:
       lingc bench tiny.ling --checkpoint artifacts/checkpoints/ling-tiny
       lingc bench tiny.ling --checkpoint artifacts/checkpoints/ling-tiny --mtp 1 -o record.json
       lingc bench int4.ling --against bf16.ling --batch 1
+      lingc bench h200.ling --synthetic-weights 0 --batch 1,16,32 --context 4096 --profile
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with held():
         from lingc.bench.record import Settings, document
-        from lingc.bench.run import run
         from lingc.parity.page import write_whole
+
+    contexts, prefills = _sizes(context, "--context"), _sizes(prefill, "--prefill")
+    if against is None and _kind(engine) == "cuda":
+        _cuda(
+            out, engine, checkpoint, path, batches=_sizes(batch, "--batch"), contexts=contexts,
+            prefills=prefills, tokens=tokens, seed=seed, routing=routing, profile=profile, sms=sms,
+            binaries=binaries,
+        )  # fmt: skip
+        return
+    given = {
+        "--synthetic-weights": seed is not None,
+        "--profile": profile,
+        "--sms": sms is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{name} is for a CUDA engine, timed alone")
+    if len(contexts) > 1 or len(prefills) > 1:
+        raise UsageError("only a CUDA engine is timed at several contexts or prompts in one run")
+    with held():
+        from lingc.bench.run import run
 
     settings = Settings(
         engine=engine,
         cache_dir=cache_dir(),
         against=against,
         checkpoint=checkpoint,
-        batches=_batches(batch),
-        context=context,
-        prefill=prefill,
+        batches=_sizes(batch, "--batch"),
+        context=contexts[0],
+        prefill=prefills[0],
         tokens=tokens,
         drafts=drafts,
         threads=threads,
@@ -120,10 +171,131 @@ def command(
         )
 
 
-def _batches(text: str) -> tuple[int, ...]:
+def _kind(engine: Path) -> str:
+    """Of a package, by its manifest alone; empty where there is none, which is told later."""
+    from lingc.engine.examine import examine
+
+    manifest = examine(engine, level="structure").manifest
+    return "" if manifest is None else manifest.variants[manifest.target].engine
+
+
+def _cuda(
+    out: Output, engine: Path, checkpoint: Path | None, path: Path | None, *,
+    binaries: Path | None, **given: Any,
+) -> None:  # fmt: skip
+    """A CUDA engine alone."""
+    with held():
+        from lingc.bench import engine as bench
+        from lingc.parity.page import write_whole
+        from lingc.runtime.load import open_engine
+        from lingc.targets.cuda.binaries import read_compilers
+
+    settings = bench.Settings(
+        cache_dir=binaries or cache_dir(),
+        compilers=None if binaries is None else read_compilers(binaries),
+        **given,
+    )
+    opened = open_engine(engine, checkpoint=checkpoint, cache_dir=cache_dir()) if (
+        settings.seed is None
+    ) else open_engine(engine)  # fmt: skip
+    report = bench.run(opened, settings, out.note)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    told = bench.document(report, opened, settings, versions(), date)
+    if path is not None and report.is_right:
+        write_whole(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        out.note(f"record: {path}")
+    if out.as_json:
+        out.emit(told)
+    else:
+        _show_cuda(out, report)
+    if not report.is_right:
+        wrong = [check for check in report.gate if check.problem is not None]
+        raise GateError(
+            f"the engine is not right, so there are no numbers: {len(wrong)} of "
+            f"{len(report.gate)} checks fail",
+            hint=f"the first: {wrong[0].name}, {wrong[0].detail}: {wrong[0].problem}",
+        )
+
+
+def _show_cuda(out: Output, report: "Report") -> None:
+    out.line(f"device:  {report.device['name']}, {report.device['sms']} SMs")
+    out.line(f"loaded:  in {seconds_text(report.loaded)}")
+    wrong = sum(check.problem is not None for check in report.gate)
+    out.line(f"gate:    {len(report.gate)} checks, {wrong} wrong")
+    read = report.ceilings.get("read")
+    if report.ceilings:
+        speeds = ", ".join(f"{name} {v / 1e12:.2f} TB/s" for name, v in report.ceilings.items())
+        out.line(f"memory:  {speeds}")
+    if report.decodes:
+        out.table(
+            ("batch", "context", "tokens/s", "a step", "predicted", "a run", "TB/s", "of read",
+             "launches", "experts hit"),
+            [_decode_row(one, read) for one in report.decodes],
+        )  # fmt: skip
+    for one in report.decodes:
+        if one.profile:
+            _show_profile(out, one)
+    if report.prefills:
+        out.table(
+            ("prompt", "tokens/s", "to the first token", "10-90 %", "predicted"),
+            [
+                (
+                    one.tokens,
+                    f"{one.tokens_per_s:.0f}",
+                    seconds_text(one.run.p50),
+                    f"{seconds_text(one.run.p10)} - {seconds_text(one.run.p90)}",
+                    seconds_text(one.predicted),
+                )
+                for one in report.prefills
+            ],
+        )
+
+
+def _decode_row(one: "Decode", read: float | None) -> tuple[object, ...]:
+    hit = one.experts
+    return (
+        one.batch,
+        one.context,
+        f"{one.tokens_per_s:.1f}",
+        f"{1e3 * one.step.p50:.3f} ms",
+        f"{1e3 * one.predicted:.3f} ms",
+        f"{1e3 * one.run.p50:.3f} ms",
+        f"{one.bytes_per_s / 1e12:.2f}",
+        "-" if read is None else f"{100 * one.bytes_per_s / read:.1f} %",
+        one.launches,
+        "-" if not hit else f"{sum(hit) / len(hit):.1f} ({min(hit)}-{max(hit)})",
+    )
+
+
+def _show_profile(out: Output, one: "Decode") -> None:
+    out.line(
+        f"batch {one.batch}, context {one.context}: the kinds of steps take "
+        f"{1e3 * one.profiled:.3f} ms, the whole {1e3 * one.step.p50:.3f} ms "
+        f"({100 * (one.profiled / one.step.p50 - 1):+.1f} %)"
+    )
+    out.table(
+        ("op", "tactic", "steps", "launches", "µs a step", "predicted", "off", "GB/s", "by"),
+        [
+            (
+                kind.op,
+                kind.tactic,
+                kind.steps,
+                kind.launches,
+                f"{kind.measured:.2f}",
+                f"{kind.predicted:.2f}",
+                f"{100 * (kind.predicted / kind.measured - 1):+.0f} %",
+                f"{1e-3 * kind.moved_bytes / kind.measured:.0f}",
+                kind.origin,
+            )
+            for kind in one.profile
+        ],
+    )
+
+
+def _sizes(text: str, option: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--batch {text!r} is not a list of sizes", hint="for example: 1,4,8")
+        raise UsageError(f"{option} {text!r} is not a list of sizes", hint="for example: 1,4,8")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
