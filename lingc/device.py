@@ -195,6 +195,10 @@ class Device:
         """Copy bytes to a host address, on the stream."""
         self._ok(self._driver.cuMemcpyDtoHAsync(host, address, size, self.stream))
 
+    def copy(self, address: int, source: int, size: int) -> None:
+        """Copy bytes from elsewhere on the device, on the stream; the two must not overlap."""
+        self._ok(self._driver.cuMemcpyDtoDAsync(address, source, size, self.stream))
+
     # ------------------------------------------------------------------------- streams and events
 
     def new_stream(self) -> Any:

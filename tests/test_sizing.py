@@ -1,6 +1,5 @@
 """Sizes by config are the sizes of compiled plans, and those that were published."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,8 +16,7 @@ from lingc.errors import RecipeError, UsageError
 from lingc.model.config import ModelConfig
 from lingc.plan import DTYPE_BYTES, Plan, refs
 from lingc.quantize.recipes import built_in, load_recipe, parse_recipe
-from lingc.runtime import onnx_backend
-from lingc.runtime.generate import Generator
+from lingc.runtime import generate, onnx_backend
 from lingc.sizing import Sizing, distinct_experts, memory, own_precision, weights
 from lingc.sizing.estimate import MARGIN, PREPACKED_LIMIT_BYTES
 from lingc.targets.onnx import lower
@@ -183,9 +181,7 @@ def test_a_cpu_holds_weights_in_the_form_of_its_engine(precision: str, widen: st
 
 
 def test_limits_are_those_of_the_engines() -> None:
-    parameters = inspect.signature(Generator).parameters
-
-    assert parameters["prefill_tokens"].default == memory.PREFILL_TOKENS
+    assert generate.PREFILL_TOKENS == memory.PREFILL_TOKENS
     assert memory.WIDEN_LIMIT_BYTES == LARGEST_WIDENED_BYTES
     assert PREPACKED_LIMIT_BYTES == onnx_backend.PREPACKED_BYTES
 

@@ -7,7 +7,7 @@ the phase's program, int32 but for `hidden`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -93,4 +93,53 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Nothing may be called after it."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """A backend whose steps are best of a certain size."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        """The most tokens of one sequence in a prefill step."""
+        ...
+
+
+class Ticket(Protocol):
+    """A step that was queued; its tokens are asked for once, in the order of queueing."""
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """A backend that also chooses the tokens, so that its host need not wait between steps.
+
+    `draws` are what `lingc.runtime.sampling.draws` makes, a row for each row of logits. A token is
+    the one that `lingc.runtime.sampling.choose` takes, or -1 where the largest logit is not finite.
+    """
+
+    def can_draw(self, phase: str) -> bool:
+        """Whether the engine has code to choose tokens behind that phase."""
+        ...
+
+    def draw(self, phase: str, inputs: Mapping[str, Array], draws: Mapping[str, Array]) -> Array:
+        """Run a phase and give a token for each row of logits, i32 [N], in their place."""
+        ...
+
+    def queue(
+        self, inputs: Mapping[str, Array], draws: Mapping[str, Array], *, chained: bool = False
+    ) -> Ticket:
+        """Begin a decode step, and return before it is done.
+
+        Args:
+            inputs: As for `run`.
+            draws: As for `draw`.
+            chained: Take the tokens that the step before drew in the place of `token_ids`, which
+                then hold anything. It must have been queued, for the same sequences in the same
+                order, and be the last that was run.
+        """
+        ...
+
+    def take(self, ticket: Ticket) -> Array:
+        """The tokens of a queued step, i32 [B]; waits until they are there."""
         ...

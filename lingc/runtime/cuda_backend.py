@@ -5,6 +5,8 @@ Neither torch nor a compiler is needed: the driver does everything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,28 +16,52 @@ from lingc.errors import InputError, UsageError
 from lingc.launch_table import Bucket
 from lingc.plan import Plan, Program, TensorType
 from lingc.quantize.formats import widen_bf16
-from lingc.runtime.backend import Array, Limits, SlotState
-from lingc.runtime.cuda_bucket import AGAIN, WHOLE, BoundBucket
-from lingc.runtime.cuda_code import CudaCode, check, read_code, read_kernel
+from lingc.runtime.backend import Array, Limits, SlotState, Ticket
+from lingc.runtime.cuda_bucket import AGAIN, DRAWN, SAMPLE, WHOLE, BoundBucket
+from lingc.runtime.cuda_code import CudaCode, all_sizes, check, read_code, read_kernel
 from lingc.runtime.cuda_inputs import (
     EVEN,
     NUMPY_DTYPE,
     ROWS,
+    TOKENS,
+    drawing,
     fill,
+    halves,
     order,
     reachable,
     sizes_of,
     smallest,
+    too_large,
 )
 from lingc.runtime.cuda_memory import DeviceMemory, Held
 from lingc.runtime.cuda_weights import upload_weights
 from lingc.weights import Progress
+
+IDS = "token_ids"
 
 GIVE_BYTES = 1 << 20
 """Room for a step's inputs to begin with; it grows to what the largest step needs."""
 
 FETCH_BYTES = 4 << 20
 """What is copied back at once: several rows of logits."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Turn:
+    """Pinned memory of a queued step: its inputs, and its tokens."""
+
+    given: Pinned
+    fetched: Pinned
+    queued: "Queued | None" = None  # whose tokens were not taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Queued:
+    """A queued step; see `lingc.runtime.backend.Ticket`."""
+
+    event: Any
+    turn: _Turn
+    rows: int
 
 
 class CudaBackend:
@@ -85,6 +111,9 @@ class CudaBackend:
         self._kernels: dict[int, Binary] = {}
         self._bound: dict[int, BoundBucket] = {}
         self._pinned: list[Pinned] = []
+        self._turns: list[_Turn] = []
+        self._drawn: Held | None = None
+        """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
         self._memory = DeviceMemory(self.device, code, limits, used)
         try:
@@ -118,21 +147,48 @@ class CudaBackend:
             UsageError: The plan has no such phase, or no bucket holds the step.
             InputError: An input is missing, or of another type or shape.
         """
-        program = self._program(phase)
-        sizes = sizes_of(phase, program, inputs)
-        bound = self._bind(smallest(phase, self._buckets[phase], sizes))
-        most = bound.sizes.get("N", 0)
-        rows = inputs.get(ROWS)
-        now = inputs if rows is None else {**inputs, ROWS: rows[:most]}
-        self._give(bound, program, now)
-        bound.replay(WHOLE)
-        found = {
-            role: self._fetch(_first_rows(bound, program.types[name], name, sizes))
-            for role, name in program.outputs.items()
-        }
-        if rows is not None and len(rows) > most:
-            more = [found["logits"], *self._more_logits(bound, program, rows[most:])]
-            found["logits"] = np.concatenate(more)
+        return self._run(phase, self._program(phase), WHOLE, inputs)
+
+    def can_draw(self, phase: str) -> bool:
+        steps = self._code.table.phases[phase].steps
+        return bool(steps) and steps[-1].op == SAMPLE
+
+    def draw(self, phase: str, inputs: Mapping[str, Array], draws: Mapping[str, Array]) -> Array:
+        program = drawing(self._program(phase))
+        return self._run(phase, program, DRAWN, {**inputs, **draws})[TOKENS]
+
+    def queue(
+        self, inputs: Mapping[str, Array], draws: Mapping[str, Array], *, chained: bool = False
+    ) -> Queued:
+        phase = "decode"
+        program = drawing(self._program(phase))
+        given = {**inputs, **draws}
+        bucket = smallest(phase, self._buckets[phase], sizes := sizes_of(phase, program, given))
+        if bucket is None:
+            raise too_large(phase, sizes)
+        bound = self._bind(bucket)
+        turn = self._turn()
+        ids = bound.value(IDS, program.types[IDS])
+        if chained:
+            if self._drawn is None or self._drawn.bytes != ids.bytes:
+                raise UsageError("a decode step takes over the tokens of a step that was not ahead")
+            if self._drawn.address != ids.address:
+                self.device.copy(ids.address, self._drawn.address, ids.bytes)
+        self._give(bound, program, given, turn.given, kept=IDS if chained else None)
+        bound.replay(DRAWN)
+        tokens = _first_rows(bound, program.types[TOKENS], TOKENS, sizes)
+        self.device.download(turn.fetched.address, tokens.address, tokens.bytes)
+        self._drawn = bound.value(TOKENS, program.types[TOKENS])
+        turn.queued = Queued(event=self.device.mark(), turn=turn, rows=sizes["B"])
+        return turn.queued
+
+    def take(self, ticket: Ticket) -> Array:
+        assert isinstance(ticket, Queued), "a ticket of another backend"
+        if ticket.turn.queued is not ticket:
+            raise UsageError("the tokens of a queued step are taken once")
+        self.device.wait(ticket.event)
+        ticket.turn.queued = None
+        found: Array = ticket.turn.fetched.array.view(np.int32)[: ticket.rows].copy()
         return found
 
     def state(self, name: str) -> Array:
@@ -157,11 +213,41 @@ class CudaBackend:
             self.device.upload(held.address, given.ctypes.data, held.bytes)
             self._finish()
 
+    @property
+    def code(self) -> CudaCode:
+        """What runs."""
+        return self._code
+
     def weight(self, name: str) -> Held:
         """Where a weight lies on the device."""
         return self._memory.weights[name]
 
+    def held_state(self, name: str) -> Held:
+        """Where a state tensor lies on the device, scratch included."""
+        return self._state(name)
+
+    def prepare(self, phase: str, inputs: Mapping[str, Array]) -> BoundBucket:
+        """The bucket that a step runs in, with its inputs in place and nothing run; see `run`.
+
+        Of rows of logits the bucket has room for, those in front.
+        """
+        program = self._program(phase)
+        bucket = smallest(phase, self._buckets[phase], sizes := sizes_of(phase, program, inputs))
+        if bucket is None:
+            raise too_large(phase, sizes)
+        bound = self._bind(bucket)
+        self._drawn = None
+        rows, most = inputs.get(ROWS), bound.sizes.get("N", 0)
+        now = inputs if rows is None else {**inputs, ROWS: rows[:most]}
+        self._give(bound, program, now, self._block(bucket, program))
+        self._finish()
+        return bound
+
     def close(self) -> None:
+        for turn in self._turns:
+            if turn.queued is not None:
+                self.take(turn.queued)
+        self._turns.clear()
         self.device.synchronize()
         for bound in self._bound.values():
             bound.close()
@@ -196,20 +282,98 @@ class CudaBackend:
             self._kernels[index] = read_kernel(self._code, index)
         return self._kernels[index]
 
-    def _give(self, bound: BoundBucket, program: Program, inputs: Mapping[str, Array]) -> None:
-        """Copy inputs to where a bucket has them, from the first of them to the last in one."""
+    def _run(
+        self, phase: str, program: Program, which: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Outputs of a step, by role; one that is too large for any bucket is run in parts."""
+        bucket = smallest(phase, self._buckets[phase], sizes := sizes_of(phase, program, inputs))
+        if bucket is None:
+            if sizes["B"] < 2:
+                raise too_large(phase, sizes)
+            return self._run_halves(phase, program, which, inputs)
+        bound = self._bind(bucket)
+        self._drawn = None
+        most = bound.sizes.get("N", 0)
+        rows = inputs.get(ROWS)
+        now = inputs if rows is None else {**inputs, ROWS: rows[:most]}
+        self._give(bound, program, now, self._block(bucket, program))
+        bound.replay(which)
+        found = {
+            role: self._fetch(_first_rows(bound, program.types[name], name, sizes))
+            for role, name in program.outputs.items()
+        }
+        if rows is not None and len(rows) > most:
+            more = [found["logits"], *self._more_logits(bound, program, rows[most:])]
+            found["logits"] = np.concatenate(more)
+        return found
+
+    def _run_halves(
+        self, phase: str, program: Program, which: str, inputs: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        parts = halves(inputs)
+        made = [self._run(phase, program, which, part) for part, _, _ in parts]
+        found = {}
+        for role in program.outputs:
+            places = [tokens if role == "hidden" else rows for _, tokens, rows in parts]
+            every = np.concatenate([one[role] for one in made])
+            found[role] = np.empty_like(every)
+            found[role][np.concatenate(places)] = every
+        return found
+
+    def _give(
+        self,
+        bound: BoundBucket,
+        program: Program,
+        inputs: Mapping[str, Array],
+        block: Pinned,
+        *,
+        kept: str | None = None,
+    ) -> None:
+        """Copy inputs to where a bucket has them, from the first of them to the last at once.
+
+        Args:
+            block: Not copied from any more, and large enough.
+            kept: An input that stays as it is on the device.
+        """
         places = {name: bound.value(name, program.types[name]) for name in inputs}
-        first = min(held.address for held in places.values())
-        size = max(held.address + held.bytes for held in places.values()) - first
+        start = min(held.address for held in places.values())
+        views = {
+            name: _view(block.array, held, held.address - start) for name, held in places.items()
+        }
+        fill(bound.bucket.phase, views, inputs, without=() if kept is None else (kept,))
+        for first, last in _runs(places, kept):
+            self.device.upload(first, block.address + first - start, last - first)
+
+    def _block(self, bucket: Bucket, program: Program) -> Pinned:
+        """Pinned memory for all inputs of a bucket, when nothing is copied from it."""
+        size = self._span(bucket, program)
         if size > len(self._given.array):
             self._unpin(self._given)
             self._given = self._pin(size)
-        views = {
-            name: _view(self._given.array, held, held.address - first)
-            for name, held in places.items()
-        }
-        fill(bound.bucket.phase, views, inputs)
-        self.device.upload(first, self._given.address, size)
+        return self._given
+
+    def _turn(self) -> _Turn:
+        """Memory for a queued step: of two, the one that was used longer ago."""
+        if not self._turns:
+            program, buckets = drawing(self._program("decode")), self._buckets["decode"]
+            size = max(self._span(bucket, program) for bucket in buckets)
+            rows = max(bucket.sizes["B"] for bucket in buckets)
+            self._turns = [
+                _Turn(given=self._pin(size), fetched=self._pin(4 * rows)) for _ in range(2)
+            ]
+        self._turns.reverse()
+        if self._turns[0].queued is not None:
+            raise UsageError("a third step is queued before the first one's tokens were taken")
+        return self._turns[0]
+
+    def _span(self, bucket: Bucket, program: Program) -> int:
+        """Bytes from the first input of a bucket to the end of the last."""
+        phase = self._code.table.phases[bucket.phase]
+        offsets = dict(zip(phase.arena, bucket.offsets, strict=True))
+        sizes = all_sizes(bucket.sizes)
+        starts = {name: offsets[phase.values[name]] for name in program.inputs}
+        ends = (start + program.types[name].bytes(sizes) for name, start in starts.items())
+        return max(ends) - min(starts.values())
 
     def _more_logits(self, bound: BoundBucket, program: Program, rows: Array) -> Iterator[Array]:
         """Logits of more rows than a bucket has room for, so many at a time.
@@ -220,7 +384,7 @@ class CudaBackend:
         name = program.outputs["logits"]
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
-            self._give(bound, program, {ROWS: part})
+            self._give(bound, program, {ROWS: part}, self._given)
             bound.replay(AGAIN)
             yield self._fetch(_first_rows(bound, program.types[name], name, {"N": len(part)}))
 
@@ -280,6 +444,20 @@ def _check_slots(buckets: Mapping[str, Sequence[Bucket]], limits: Limits) -> Non
                 f"{phase} step",
                 hint=f"load it with {most} slots; other requests wait",
             )
+
+
+def _runs(places: Mapping[str, Held], kept: str | None) -> list[tuple[int, int]]:
+    """Addresses from where to where to copy."""
+    rest = [held for name, held in places.items() if name != kept]
+    groups = [rest]
+    if kept is not None:
+        at = places[kept].address
+        groups = [[x for x in rest if x.address < at], [x for x in rest if x.address > at]]
+    return [
+        (min(x.address for x in group), max(x.address + x.bytes for x in group))
+        for group in groups
+        if group
+    ]
 
 
 def _first_rows(bound: BoundBucket, kind: TensorType, name: str, sizes: Mapping[str, int]) -> Held:

@@ -1,6 +1,6 @@
 """One bucket of a launch table at its place in memory: its launches, and graphs of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -70,20 +70,30 @@ class BoundBucket:
     def replay(self, which: str) -> None:
         """Put the bucket, or a part of it, on the stream; recorded when it is first asked for."""
         if which not in self._graphs:
-            launches = [*self._launches(which)]
-            for one in launches:
-                self._device.function(one.binary)  # nothing can be loaded while recording
-            with self._device.recording() as graph:
-                for index, one in enumerate(launches):
-                    self._device.put(
-                        one.binary,
-                        one.values,
-                        grid=one.launch.grid,
-                        cluster=one.launch.cluster,
-                        dependent=one.launch.dependent and index > 0,
-                    )
-            self._graphs[which] = graph
+            steps = self._code.table.phases[self.bucket.phase].steps
+            self._graphs[which] = self.record(self._wanted(steps, which))
         self._graphs[which].replay()
+
+    def record(self, names: Collection[str]) -> Graph:
+        """A graph of these steps alone, in the program's order; whoever asks for it closes it."""
+        launches = [*self._launches(names)]
+        for one in launches:
+            self._device.function(one.binary)  # nothing can be loaded while recording
+        with self._device.recording() as graph:
+            for index, one in enumerate(launches):
+                self._device.put(
+                    one.binary,
+                    one.values,
+                    grid=one.launch.grid,
+                    cluster=one.launch.cluster,
+                    dependent=one.launch.dependent and index > 0,
+                )
+        return graph
+
+    @property
+    def addresses(self) -> Mapping[str, int]:
+        """Where each buffer of the phase lies."""
+        return self._addresses
 
     def close(self) -> None:
         """Forget what was recorded."""
@@ -91,10 +101,9 @@ class BoundBucket:
             graph.close()
         self._graphs.clear()
 
-    def _launches(self, which: str) -> Iterator[_Launch]:
+    def _launches(self, wanted: Collection[str]) -> Iterator[_Launch]:
         table, bucket = self._code.table, self.bucket
         steps = table.phases[bucket.phase].steps
-        wanted = self._wanted(steps, which)
         for step, index, scratch in zip(steps, bucket.tactics, bucket.scratch, strict=True):
             if step.name not in wanted:
                 continue

@@ -6,13 +6,14 @@ are left over belong to one more sequence behind the others, and sequences behin
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
 
 from lingc.errors import InputError, UsageError
 from lingc.launch_table import Bucket
-from lingc.plan import Dim, Program
+from lingc.plan import Dim, Program, TensorType
 from lingc.quantize.formats import round_bf16
 from lingc.runtime.backend import Array, Limits
 
@@ -21,13 +22,36 @@ NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
 }  # fmt: skip
 """What holds a value on the host; bf16 as bits."""
 
-PADDING: Mapping[str, int] = {"token_ids": -1, "cache_rows": -1, "slots": -1, "logit_rows": -1}
+PADDING: Mapping[str, int] = {
+    "token_ids": -1, "cache_rows": -1, "slots": -1, "logit_rows": -1, "top_p": 1,
+}  # fmt: skip
 """What padding holds, of inputs where it is not 0."""
 
 EVEN = ("decode", "verify")
 """Phases whose sequences all have the same number of tokens."""
 
 ROWS = "logit_rows"
+
+TOKENS = "tokens"
+SAMPLING: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "temperature": ("f32", ()), "top_k": ("i32", ()), "top_p": ("f32", ()), "draws": ("i32", (6,)),
+}  # fmt: skip
+"""What the drawing of tokens takes for each row of logits: element type, and what a row holds."""
+
+_BY_SEQUENCE = ("slots", "page_table", "accepted")
+
+
+def drawing(program: Program) -> Program:
+    """The program with the drawing of tokens behind it: more inputs, and tokens as its output."""
+    logits = program.types[program.outputs["logits"]]
+    rows = logits.shape[0]
+    kinds = {name: TensorType(dtype, (rows, *more)) for name, (dtype, more) in SAMPLING.items()}
+    return replace(
+        program,
+        inputs=(*program.inputs, *kinds),
+        outputs={TOKENS: TOKENS},
+        types={**program.types, **kinds, TOKENS: TensorType("i32", (rows,))},
+    )
 
 
 def sizes_of(phase: str, program: Program, inputs: Mapping[str, Array]) -> dict[str, int]:
@@ -64,21 +88,20 @@ def _noted(dim: Dim | None, found: int | None, sizes: dict[str, int]) -> int | N
     return sizes.setdefault(axis, found - int(more or 0)) + int(more or 0)
 
 
-def smallest(phase: str, buckets: Iterable[Bucket], sizes: Mapping[str, int]) -> Bucket:
-    """The first bucket that a step fits.
+def smallest(phase: str, buckets: Iterable[Bucket], sizes: Mapping[str, int]) -> Bucket | None:
+    """The first bucket that a step fits, or None.
 
     Args:
         buckets: Of the phase, in the order of `order`.
         sizes: Of the step.
-
-    Raises:
-        UsageError: It fits none.
     """
-    for bucket in buckets:
-        if fits(phase, bucket.sizes, sizes):
-            return bucket
+    return next((one for one in buckets if fits(phase, one.sizes, sizes)), None)
+
+
+def too_large(phase: str, sizes: Mapping[str, int]) -> UsageError:
+    """What is said of a step that no bucket holds."""
     asked = ", ".join(f"{name} = {sizes[name]}" for name in ("T", "B", "P") if name in sizes)
-    raise UsageError(
+    return UsageError(
         f"no {phase} bucket of the engine holds {asked} (tokens, sequences, pages a sequence)",
         hint="feed less at once, or build the engine with larger buckets",
     )
@@ -136,6 +159,38 @@ def _each(sizes: Mapping[str, int]) -> int:
     """Tokens of a sequence."""
     each, odd = divmod(sizes.get("T", sizes["B"]), max(sizes["B"], 1))
     return 0 if odd else each
+
+
+def halves(inputs: Mapping[str, Array]) -> list[tuple[dict[str, Array], Array, Array]]:
+    """A step of several sequences as two, of the first ones and of the others.
+
+    Sequences do not see each other.
+
+    Returns:
+        For each its inputs, and where its tokens and its rows of logits stand among all.
+    """
+    offsets = inputs["offsets"]
+    middle = (len(offsets) - 1) // 2
+    tokens = np.arange(len(inputs["token_ids"]))
+    rows = inputs.get(ROWS, tokens)
+    found = []
+    for first, last in ((0, middle), (middle, len(offsets) - 1)):
+        start, end = int(offsets[first]), int(offsets[last])
+        mine = np.flatnonzero((rows >= start) & (rows < end))
+        part = {
+            name: array[mine]
+            if name in SAMPLING
+            else array[first:last]
+            if name in _BY_SEQUENCE
+            else array[start:end]
+            for name, array in inputs.items()
+            if name not in {"offsets", ROWS}
+        }
+        part["offsets"] = (offsets[first : last + 1] - start).astype(np.int32)
+        if ROWS in inputs:
+            part[ROWS] = (rows[mine] - start).astype(np.int32)
+        found.append((part, tokens[start:end], mine))
+    return found
 
 
 def fill(

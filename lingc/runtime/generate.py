@@ -15,7 +15,8 @@ from typing import Self
 from lingc.errors import UsageError
 from lingc.plan import Plan
 from lingc.runtime import sampling
-from lingc.runtime.backend import Array, Backend, Limits
+from lingc.runtime.ahead import Ahead, checked, wanted
+from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits
 from lingc.runtime.sequence import Completion, Request, Token, check_prompt, never_started
 from lingc.runtime.sequence import Sequence as Running
 from lingc.runtime.slots import Piece, SlotTable
@@ -24,6 +25,9 @@ from lingc.runtime.steps import Steps
 from lingc.runtime.tokenizer import Tokenizer
 
 Event = Token | Completion
+
+PREFILL_TOKENS = 512
+"""Most tokens of a prefill step, for a backend that does not say what is best."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,7 +84,8 @@ class Generator:
     Args:
         tokenizer: Without one, completions have no text and stop strings are refused.
         stop_ids: The checkpoint's end-of-turn tokens, for requests that name none.
-        prefill_tokens: Most tokens of a prefill step, over all its sequences.
+        prefill_tokens: Most tokens of a prefill step, over all its sequences; what the backend
+            does best where None.
         drafts: Tokens drafted a round by the draft layer; 0 decodes plainly.
         force_reject: For tests of the rollback.
 
@@ -94,11 +99,11 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         *,
         stop_ids: frozenset[int] = frozenset(),
-        prefill_tokens: int = 512,
+        prefill_tokens: int | None = None,
         drafts: int = 0,
         force_reject: ForceReject | None = None,
     ) -> None:
-        if prefill_tokens < 1:
+        if prefill_tokens is not None and prefill_tokens < 1:
             raise UsageError(f"prefill_tokens is {prefill_tokens}, at least 1 is needed")
         plan = backend.plan
         self.steps = Steps(backend, SlotTable(backend.limits, plan.page_size))
@@ -107,7 +112,7 @@ class Generator:
         )
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens = _prefill_tokens(backend, prefill_tokens)
         self.drafts = drafts
 
     def limit(self, request: Request) -> int:
@@ -164,6 +169,7 @@ class Run:
         self._steps = generator.steps
         self._waiting = deque(enumerate(requests))
         self._running: list[Running] = []
+        self._ahead = _ahead(generator)
         self._start = time.perf_counter()
         self.stats = Stats()
 
@@ -185,12 +191,21 @@ class Run:
     def step(self) -> list[Event]:
         """Take every sequence as far as one step takes it."""
         self._admit()
+        prompt_tokens = self.stats.prompt_tokens
         events = self._prefill()
+        fed = self.stats.prompt_tokens > prompt_tokens
         ready = [s for s in self._running if not s.is_prefilling and s.finish is None]
         if ready:
             started = time.perf_counter()
             speculator = self._generator.speculator
-            events += self._decode(ready) if speculator is None else self._round(speculator, ready)
+            if speculator is not None:
+                events += self._round(speculator, ready)
+            elif self._ahead is not None and (self._ahead.is_under_way or self._draws(ready)):
+                chosen = self._ahead.step(ready, follow=self._draws(ready), disturbed=fed)
+                events += [self._emit(s, token) for s, token in chosen]
+                self.stats.decoded_tokens += len(chosen)
+            else:
+                events += self._decode(ready)
             self.stats.decode_s += time.perf_counter() - started
             self.stats.steps += 1
         return [*events, *self._leave()]
@@ -205,6 +220,8 @@ class Run:
 
     def close(self) -> None:
         """Give up what is unfinished."""
+        if self._ahead is not None:
+            self._ahead.drop()
         for s in self._running:
             self._steps.table.release(s.lease)
         self._running.clear()
@@ -247,17 +264,24 @@ class Run:
                 room -= len(tokens)
         if not chunk:
             return []
-        logits, hidden = self._steps.prefill(pieces)
+        rows: Array
+        hidden: Array | None = None
+        if self._ahead is not None and self._draws(chunk):
+            rows = self._steps.draw_prefill(pieces, wanted(chunk))
+        else:
+            rows, hidden = self._steps.prefill(pieces)
         events: list[Event] = []
         states: list[Array] = []
         first = 0
-        for s, piece, row in zip(chunk, pieces, logits, strict=True):
+        for s, piece, row in zip(chunk, pieces, rows, strict=True):
             count = len(piece.tokens)
             s.fed += count
-            states.append(hidden[first : first + count])
+            if hidden is not None:
+                states.append(hidden[first : first + count])
             first += count
             if not s.is_prefilling:
-                events.append(self._choose(s, row))
+                chosen = self._choose(s, row) if row.ndim else self._emit(s, checked(int(row)))
+                events.append(chosen)
         self._feed(chunk, states)
         self.stats.prompt_tokens += first
         self.stats.prefill_s += time.perf_counter() - started
@@ -273,6 +297,10 @@ class Run:
             events.append(self._choose(s, row))
         self.stats.decoded_tokens += len(ready)
         return events
+
+    def _draws(self, sequences: list[Running]) -> bool:
+        """Whether tokens alone are wanted, and no logits."""
+        return all(s.request.logprobs is None for s in sequences)
 
     def _round(self, speculator: Speculator, ready: list[Running]) -> list[Event]:
         events: list[Event] = []
@@ -297,6 +325,9 @@ class Run:
 
     def _choose(self, s: Running, logits: sampling.Row) -> Token:
         token = sampling.choose(logits, s.request.sampling, request=s.index, position=len(s.tokens))
+        return self._emit(s, token, logits)
+
+    def _emit(self, s: Running, token: int, logits: sampling.Row | None = None) -> Token:
         if s.first_token_s is None:
             s.first_token_s = self._elapsed()
         return s.emit(token, logits)
@@ -310,3 +341,19 @@ class Run:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._start
+
+
+def _prefill_tokens(backend: Backend, asked: int | None) -> int:
+    if not isinstance(backend, Bounded):
+        return PREFILL_TOKENS if asked is None else asked
+    most = backend.prefill_tokens
+    return most if asked is None else min(asked, most)
+
+
+def _ahead(generator: Generator) -> Ahead | None:
+    """For a backend that draws tokens itself, unless drafts are verified on the host."""
+    backend = generator.steps.backend
+    if generator.speculator is not None or not isinstance(backend, Drawing):
+        return None
+    both = backend.can_draw("prefill") and backend.can_draw("decode")
+    return Ahead(generator.steps, backend) if both else None

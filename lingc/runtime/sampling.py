@@ -5,7 +5,9 @@ same tokens whatever runs beside it and in whatever order.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +17,13 @@ from lingc.errors import LingcError, UsageError
 Row = NDArray[np.float32]  # [vocab]
 Probabilities = NDArray[np.float64]  # [vocab], sums to 1
 
+Draws = dict[str, NDArray[Any]]
+"""What the op `sample` takes beside logits."""
+
 DRAW, DRAFT, ACCEPT = range(3)
 """Purposes of a random number at one position: the token, a drafted token, its acceptance."""
+
+_WORD, _MOST = (1 << 32) - 1, (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +108,24 @@ def uniform(settings: Sampling, *, request: int, position: int, purpose: int) ->
     counter = np.array([0, 0, purpose, position], np.uint64)
     bits = np.random.Philox(key=key, counter=counter)
     return float(np.random.Generator(bits).random())
+
+
+def draws(rows: Sequence[tuple[Sampling, int, int]]) -> Draws:
+    """What the op `sample` takes beside logits, a row for each (settings, request, position).
+
+    Its tokens are then those of `choose`, but for rounding.
+    """
+    words = np.zeros((len(rows), 6), np.uint32)
+    for row, (settings, request, position) in zip(words, rows, strict=True):
+        seed = settings.seed
+        row[:] = (seed & _WORD, seed >> 32, request & _WORD, request >> 32, position, DRAW)
+    every = [settings for settings, _, _ in rows]
+    return {
+        "temperature": np.array([one.temperature for one in every], np.float32),
+        "top_k": np.array([min(one.top_k, _MOST) for one in every], np.int32),
+        "top_p": np.array([one.top_p for one in every], np.float32),
+        "draws": words.view(np.int32),
+    }
 
 
 def choose(logits: Row, settings: Sampling, *, request: int, position: int) -> int:

@@ -192,10 +192,14 @@ class Sequence:
     def is_prefilling(self) -> bool:
         return self.fed < len(self.request.tokens)
 
-    def emit(self, token: int, logits: Row) -> Token:
-        """Append a token, release its text, and decide whether it was the last."""
+    def emit(self, token: int, logits: Row | None = None) -> Token:
+        """Append a token, release its text, and decide whether it was the last.
+
+        Where log-probabilities were asked for, the logits must be given.
+        """
         self.tokens.append(token)
         if self.request.logprobs is not None:
+            assert logits is not None, "asked for by the request"
             self.logprobs.append(_logprob(logits, token, self.request.logprobs))
         text = ""
         if token in self.stop_ids:

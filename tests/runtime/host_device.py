@@ -135,6 +135,12 @@ class HostDevice(Device):
         self.check(address, size)
         self.later(0, lambda: _void(ctypes.memmove(host, address, size)))
 
+    def copy(self, address: int, source: int, size: int) -> None:
+        self.check(address, size)
+        self.check(source, size)
+        assert abs(address - source) >= size
+        self.later(0, lambda: _void(ctypes.memmove(address, source, size)))
+
     def check(self, address: int, size: int) -> None:
         """That memory is there."""
         assert any(
