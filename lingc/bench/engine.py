@@ -358,12 +358,22 @@ def step_checks(
             ids = _tensor(backend, bound, step, "ids")
             rows = len(inputs["token_ids"])
             hit.append(int(ids[:rows].unique().numel()))
+        del given
+    _empty_cache()
     logits = backend.run(phase, inputs)["logits"]
     finite = bool(np.isfinite(logits).all())
     checks.append(
         Check(name=phase, detail="finite logits", problem=None if finite else "some are not")
     )
     return checks, tuple(hit)
+
+
+def _empty_cache() -> None:
+    """Give memory that torch keeps for itself back to the device."""
+    import torch  # noqa: PLC0415
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _steps(backend: CudaBackend, bound: BoundBucket) -> list[tuple[TableStep, TableTactic]]:

@@ -1,0 +1,342 @@
+"""`lingc bench` of a CUDA engine: real tables and memory, references in the place of kernels."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.overrides import TorchFunctionMode
+
+from lingc import targets
+from lingc.bench import engine, kernels, synthetic
+from lingc.bench.engine import Report, Settings
+from lingc.bench.synthetic import Fill, router_bias
+from lingc.cli import bench as cli
+from lingc.device import Binary, Graph
+from lingc.errors import GateError, UsageError
+from lingc.kernel import Launch, Tensor
+from lingc.op import TORCH_DTYPE
+from lingc.plan import TensorType
+from lingc.runtime.backend import Limits
+from lingc.runtime.cuda_backend import CudaBackend
+from lingc.runtime.cuda_code import CudaCode
+from lingc.runtime.cuda_memory import Held
+from tests.kernels import emulated
+from tests.runtime.host_device import HostDevice, HostGraph, reference_code
+from tests.runtime.test_cuda_backend import TARGET, plan_and_weights, sizes
+
+SETTINGS = Settings(
+    cache_dir=Path(), batches=(1, 2), contexts=(40,), prefills=(70,), tokens=2, seed=3, profile=True
+)
+BUCKETS = (
+    *(sizes("prefill", tokens, 3, 12) for tokens in (16, 64)),
+    *(sizes("decode", n, n, 12) for n in (1, 2)),
+    *(sizes("verify", 2 * n, n, 12) for n in (1, 2)),
+    *(sizes("draft", n, n, 12) for n in (1, 2)),
+    sizes("draft", 64, 3, 12),
+)
+
+
+class Timed(HostGraph):
+    def seconds(self, replays: int) -> list[float]:
+        for _ in range(replays):
+            self.replay()
+        self.host.synchronize()
+        return [1e-3 * len(self.work)] * replays
+
+
+class Bench(HostDevice):
+    """Draws by the kernel itself, on the CPU, and takes a millisecond for every launch."""
+
+    sms, l2_bytes = 132, 1 << 20
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.kinds = {kernel.constants[0][1]: kernel for kernel in synthetic.kernels().values()}
+
+    @contextmanager
+    def recording(self) -> Iterator[Graph]:
+        made = Timed(self)
+        self.record = made.work
+        try:
+            yield made
+        finally:
+            self.record = None
+
+    def put(self, binary: Binary, values: Sequence[Any], **more: Any) -> None:
+        if binary.entry != "fill":
+            super().put(binary, values, **more)
+            return
+        address, *rest = values
+        self.check(address, values[1])
+        launch = Launch(
+            kernel=self.kinds[int(binary.name)],
+            grid=(min(more["grid"][0], 4), 1, 1),
+            operands=(Tensor("out"), *rest),
+        )
+        problem = emulated._launch(launch, {"out": address}, self.folder)
+        assert not problem
+
+
+@cache
+def binaries() -> dict[int, Binary]:
+    return {
+        kind: Binary(name=str(kind), arch="sm_90a", code=b"", entry="fill",
+                     arguments=kernel.arguments, hidden=0, threads=256, shared_bytes=0)
+        for kind, kernel in synthetic.kernels().items()
+    }  # fmt: skip
+
+
+@cache
+def code() -> CudaCode:
+    return reference_code(plan_and_weights()[0], targets.get(TARGET), BUCKETS)
+
+
+class Here(TorchFunctionMode):
+    """Puts on the host what is asked for on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def on_the_host(device: HostDevice) -> Any:
+    return lambda held: device.tensor(held.address, held.kind)
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    if emulated.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    code()  # compiled as it always is
+    found = Bench(tmp_path)
+    monkeypatch.setattr(synthetic, "binaries", lambda *_: binaries())
+    monkeypatch.setattr(engine, "view", on_the_host(found))
+    for cached in (kernels._row_order, kernels._piece_order):
+        cached.cache_clear()
+    with Here():
+        yield found
+    for cached in (kernels._row_order, kernels._piece_order):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def backend(device: Bench) -> Iterator[CudaBackend]:
+    made = CudaBackend(code(), None, Limits(slots=2, pages=12), device=device)
+    engine.draw(made, SETTINGS)
+    yield made
+    made.close()
+
+
+def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: CudaBackend) -> None:
+    report = Report(device=engine.facts(backend.device), loaded=1.0)
+
+    engine.measure(backend, SETTINGS, report)
+
+    assert [check for check in report.gate if check.problem is not None] == []
+    assert {check.name for check in report.gate} >= {
+        "decode", "prefill", "decode, expert_up", "prefill, lightning_prefill_qkv",
+    }  # fmt: skip
+    one, two = report.decodes
+    assert (one.batch, two.batch) == (1, 2)
+    assert one.experts is not None
+    assert all(1 <= hit <= 4 for hit in one.experts)
+    assert one.tokens_per_s == pytest.approx(1 / (1e-3 * one.launches))
+    assert two.tokens_per_s == pytest.approx(2 / (1e-3 * two.launches))
+    assert one.profiled == pytest.approx(one.step.p50)  # every launch takes the same here
+    assert sum(kind.steps for kind in one.profile) == one.launches
+    (prompt,) = report.prefills
+    assert (prompt.tokens, prompt.chunks) == (70, 2)
+    assert one.predicted > 0
+    assert prompt.predicted > 0
+
+
+def test_a_wrong_step_is_found_and_nothing_is_timed(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lingc.op import OPS  # noqa: PLC0415
+
+    right = OPS["expert_up"]
+    wrong = replace(right, reference=lambda *given: right.reference(*given) + 1)
+    monkeypatch.setitem(OPS, "expert_up", wrong)
+    report = Report(device={}, loaded=1.0)
+    # The kernels' side keeps the right one.
+    monkeypatch.setattr("tests.runtime.host_device.OPS", {**OPS, "expert_up": right})
+
+    engine.measure(backend, SETTINGS, report)
+
+    assert {check.name for check in report.gate if check.problem} == {
+        "decode, expert_up", "prefill, expert_up",
+    }  # fmt: skip
+    assert not report.is_right
+    assert not report.decodes
+    assert not report.prefills
+
+
+def test_the_record_is_json(backend: CudaBackend) -> None:
+    report = Report(device=engine.facts(backend.device), loaded=1.0,
+                    ceilings={"read": 4.6e12})  # fmt: skip
+    engine.measure(backend, SETTINGS, report)
+
+    class Opened:
+        plan = backend.plan
+
+        class package:  # noqa: N801
+            class manifest:  # noqa: N801
+                bundle_id = "0" * 64
+
+    told: Any = engine.document(report, Opened, SETTINGS, {}, "2026-11-22")  # type: ignore[arg-type]
+
+    read = json.loads(json.dumps(told, allow_nan=False))
+    assert read["weights"] == {"seed": 3, "routing": "uniform"}
+    assert read["decode"][0]["share_of_read"] > 0
+    assert read["gate"]["ok"]
+
+
+# ------------------------------------------------------------------------------------------- drawn
+
+
+def drawn(device: Bench, kind: TensorType, fill: Fill, name: str = "w", seed: int = 0) -> Any:
+    address = device.allocate(kind.bytes())
+    held = Held(kind=kind, address=address, bytes=kind.bytes())
+    synthetic.Drawn(device, seed, binaries()).tensor(name, held, fill)
+    return device.tensor(address, kind).clone()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+def test_numbers_have_their_mean_and_deviation(device: Bench, dtype: str) -> None:
+    found = drawn(device, TensorType(dtype, (64, 512)), Fill(scale=0.5, offset=2.0)).float()
+
+    assert found.mean() == pytest.approx(2.0, abs=0.02)
+    assert found.std() == pytest.approx(0.5, rel=0.03)
+    assert found.unique().numel() > 200
+
+
+def test_codes_are_finite_and_of_the_size_that_scales_are_made_for(device: Bench) -> None:
+    found = drawn(device, TensorType("f8e4m3", (128, 256)), Fill())
+
+    values = found.float()
+    assert bool(values.isfinite().all())
+    assert values.square().mean().sqrt() == pytest.approx(synthetic.CODE_RMS, rel=0.02)
+
+
+def test_nibbles_are_of_the_size_that_scales_are_made_for(device: Bench) -> None:
+    found = drawn(device, TensorType("i32", (128, 256)), Fill())
+
+    nibbles = torch.stack([found >> 4 * i & 15 for i in range(8)]).float() - 8
+    assert nibbles.square().mean().sqrt() == pytest.approx(synthetic.NIBBLE_RMS, rel=0.02)
+
+
+def test_a_name_and_a_seed_are_the_same_numbers_again(device: Bench) -> None:
+    kind = TensorType("f32", (64,))
+
+    first = drawn(device, kind, Fill())
+    assert torch.equal(first, drawn(device, kind, Fill()))
+    assert not torch.equal(first, drawn(device, kind, Fill(), name="other"))
+    assert not torch.equal(first, drawn(device, kind, Fill(), seed=1))
+
+
+def test_zipfs_biases_hit_as_many_experts_as_draws_by_the_law() -> None:
+    random = np.random.default_rng(0)
+    law = -np.log(np.arange(256) + 1) + random.gumbel(size=(3200, 256))
+    scores = 1 / (1 + np.exp(-random.standard_normal((3200, 256))))
+
+    def distinct(noisy: Any) -> float:
+        chosen = np.argsort(-noisy, axis=1)[:, :8].reshape(100, -1)
+        return float(np.mean([len(np.unique(batch)) for batch in chosen]))  # 32 tokens each
+
+    assert distinct(scores + router_bias(256, "zipf", seed=0)) == pytest.approx(
+        distinct(law), rel=0.1
+    )
+    assert not router_bias(256, "uniform", seed=0).any()
+    assert distinct(scores) == pytest.approx(256 * (1 - (1 - 8 / 256) ** 32), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("tiled", "f8e4m3"), ("tiled_gated", "f8e4m3"), ("tiled", "i32"), ("tiled_gated", "i32"),
+     ("tiled_gated", "bf16"), ("tiled_scales", "bf16"), ("tiled_gated_scales", "bf16")],
+)  # fmt: skip
+def test_a_weight_comes_back_in_the_plans_order(device: Bench, layout: str, dtype: str) -> None:
+    assert device is not None
+    raw = torch.randint(256, (3, 64, 256), dtype=torch.uint8)
+    values = raw.view(TORCH_DTYPE[dtype])
+
+    back = kernels.plain_tensor(layout, kernels.arranged_tensor(layout, values))
+
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--synthetic-weights", "0"], "--synthetic-weights is for a CUDA engine"),
+        (["--profile"], "--profile is for a CUDA engine"),
+        (["--sms", "78"], "--sms is for a CUDA engine"),
+        (["--context", "1,2"], "only a CUDA engine is timed at several contexts"),
+        (["--prefill", "0"], "--prefill '0' is not a list of sizes"),
+        (["--batch", "1,x"], "--batch '1,x' is not a list of sizes"),
+    ],
+)
+def test_what_another_engine_has_not_is_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_kind", lambda _: "onnx")
+
+    done = CliRunner().invoke(cli.command, ["x.ling", "--checkpoint", "x", *words])
+
+    assert isinstance(done.exception, UsageError)
+    assert said in str(done.exception)
+
+
+def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+
+    def run(_opened: Any, settings: Settings, _tell: Any) -> Report:
+        asked.append(settings)
+        return Report(device={"name": "a GPU", "sms": 132}, loaded=1.0)
+
+    monkeypatch.setattr(cli, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine, "document", lambda *_: {})
+    monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
+    words = ["x.ling", "--synthetic-weights", "7", "--routing", "zipf", "--batch", "1,16",
+             "--context", "400,4096", "--profile", "--sms", "78"]  # fmt: skip
+
+    done = CliRunner().invoke(cli.command, words, catch_exceptions=False)
+
+    assert done.exit_code == 0
+    (one,) = asked
+    assert (one.seed, one.routing, one.batches, one.contexts) == (7, "zipf", (1, 16), (400, 4096))
+    assert (one.profile, one.sms) == (True, 78)
+    assert "a GPU, 132 SMs" in done.output
+
+
+def test_a_red_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = engine.Check(name="decode, expert_up", detail="up.x1", problem="a differs")
+    report = Report(device={"name": "a GPU", "sms": 132}, loaded=1.0, gate=[wrong])
+    monkeypatch.setattr(cli, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(engine, "run", lambda *_: report)
+    monkeypatch.setattr(engine, "document", lambda *_: {})
+    monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
+
+    done = CliRunner().invoke(cli.command, ["x.ling", "--synthetic-weights", "7"])
+
+    assert isinstance(done.exception, GateError)
+    assert "1 of 1 checks fail" in str(done.exception)
+    assert "expert_up, up.x1: a differs" in str(done.exception.hint)
