@@ -112,11 +112,12 @@ def upload_weights(
 
 
 def _source(name: str, where: Held, weights: Mapping[str, Array], files: dict[Path, int]) -> Source:
-    if name not in weights:
+    known = weights.tensors if isinstance(weights, StoredWeights) else weights
+    if name not in known:
         raise IntegrityError(f"weight {name!r} of the plan is not among the engine's weights")
     if isinstance(weights, StoredWeights):
         stored = weights.tensors[name]
-        size, found = stored.length_bytes, FileSource
+        size = stored.length_bytes
         if stored.path not in files:
             try:
                 files[stored.path] = os.open(stored.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -124,7 +125,7 @@ def _source(name: str, where: Held, weights: Mapping[str, Array], files: dict[Pa
                 raise IntegrityError(
                     f"weight file {stored.path.name!r} cannot be read: {error.strerror}"
                 ) from error
-        source: Source = found(file=files[stored.path], offset=stored.offset_bytes, name=name)
+        source: Source = FileSource(file=files[stored.path], offset=stored.offset_bytes, name=name)
     else:
         raw = np.ascontiguousarray(weights[name]).reshape(-1).view(np.uint8)
         size, source = raw.nbytes, ArraySource(bytes=raw)
@@ -159,15 +160,18 @@ class _Upload:
         count = max(1, min(asked, windows))
         size = min(WINDOW_BYTES, self._end)
         pool = self._device.pin(count * BUFFERS * size)
+        workers = ThreadPoolExecutor(count)
         try:
-            with ThreadPoolExecutor(count) as workers:
-                jobs = [
-                    workers.submit(self._work, buffers)
-                    for buffers in _cut(pool, count, BUFFERS, size)
-                ]
+            jobs = [
+                workers.submit(self._work, buffers) for buffers in _cut(pool, count, BUFFERS, size)
+            ]
             for job in jobs:
                 job.result()
+        except BaseException:
+            self._failed = True
+            raise
         finally:
+            workers.shutdown()  # what they write to is given back next
             self._device.unpin(pool)
 
     def _work(self, buffers: Sequence[Pinned]) -> None:
