@@ -168,10 +168,11 @@ def predict_features(launch: Mapping[str, Any], target: Target, known: Reach) ->
     slots = sms * max(launch["blocks_per_sm"], 1)
     waves = math.ceil(blocks / slots) * slots / blocks if blocks >= sms else sms / blocks
     rate = target.dense_flops_per_s.get(launch["rate"], 0.0) * known.mma
+    moved_bytes, flops = float(launch["moved_bytes"]), float(launch["flops"])
     seconds = (
-        launch["moved_bytes"] / drawn,
-        launch["flops"] / rate * waves if rate else 0.0,
-        launch["flops"] / (sms * known.issue) * waves,
+        moved_bytes / drawn,
+        flops / rate * waves if rate else 0.0,
+        flops / (sms * known.issue) * waves,
     )
     return known.floor_s + (0.0 if launch["dependent"] else HANDOFF_S) + max(seconds)
 
