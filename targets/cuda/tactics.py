@@ -162,10 +162,10 @@ def predict(launch: Launch, target: Target) -> float:
 def predict_features(launch: Mapping[str, Any], target: Target, known: Reach) -> float:
     """Seconds of what `features` gives, by a kernel that reaches so much."""
     sms = target.sms or 1
-    blocks = launch["blocks"]
+    blocks = int(launch["blocks"])
     bandwidth = (target.hbm_bytes_per_s or 1e12) * READ_SHARE * known.read
     drawn = min(bandwidth, min(sms, blocks) * SM_BYTES_PER_S)
-    slots = sms * max(launch["blocks_per_sm"], 1)
+    slots = sms * max(int(launch["blocks_per_sm"]), 1)
     waves = math.ceil(blocks / slots) * slots / blocks if blocks >= sms else sms / blocks
     rate = target.dense_flops_per_s.get(launch["rate"], 0.0) * known.mma
     moved_bytes, flops = float(launch["moved_bytes"]), float(launch["flops"])
