@@ -29,23 +29,67 @@ Document = Mapping[str, Any]
 @click.option(
     "--diff", "other", type=click.Path(path_type=Path), help="Show only where OTHER differs."
 )
+@click.option("--schedule", is_flag=True, help="What a CUDA engine launches, and where.")
+@click.option(
+    "--phase",
+    type=click.Choice(plans.PHASES),
+    default="decode",
+    show_default=True,
+    help="With --schedule: whose steps to show.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--context",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Tokens of the longest sequence; less where the model was made for less.",
+)
+@click.option("--tokens", type=click.IntRange(1), help="Tokens of the step (default: --batch).")
+@click.option(
+    "--html",
+    "page",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --schedule: write a page with its timeline and memory here.",
+)
 @output.options
-def command(out: Output, path: Path, other: Path | None, *, why: bool, is_plan: bool) -> None:
+def command(
+    out: Output,
+    path: Path,
+    other: Path | None,
+    *,
+    why: bool,
+    is_plan: bool,
+    schedule: bool,
+    phase: str,
+    batch: int,
+    context: int,
+    tokens: int | None,
+    page: Path | None,
+) -> None:
     """Show what a package or a checkpoint holds.
 
     Of a package the manifest alone is read, whatever its size, and checked; the other files are
     not: that is `lingc verify`. `--plan` also reads the plan, after its digest. Of a checkpoint the
-    headers are read.
+    headers are read. `--schedule` reads plan and launch table, and needs no GPU.
 
     \b
     Examples:
       lingc inspect tiny.ling
       lingc inspect tiny.ling --why
       lingc inspect tiny.ling --diff other.ling
+      lingc inspect h20.ling --schedule --batch 16 --context 32768
       lingc inspect artifacts/checkpoints/ling-tiny --json
     """  # noqa: D301 click's mark for a block that is not rewrapped
     if is_plan:
         _show_plan(out, path)
+        return
+    if schedule or page is not None:
+        from lingc.cli import schedule as view
+        from lingc.launch_view import Wanted
+
+        wanted = Wanted(phase=phase, sequences=batch, context=context, tokens=tokens or batch)
+        view.show(out, path, wanted, page)
         return
     document = _describe(path)
     if other is not None:
