@@ -13,7 +13,7 @@ from typing import Any
 from lingc.errors import UsageError
 from lingc.kernel import align
 from lingc.launch_table import Bucket, LaunchTable, TablePhase
-from lingc.plan import PHASES, Plan
+from lingc.plan import Plan
 from lingc.plan_text import ranges
 
 _LAYER = re.compile(r"^layers\.(\d+)\.?")
@@ -49,7 +49,7 @@ def find(table: LaunchTable, plan: Plan, wanted: Wanted) -> Bucket:
     if not mine:
         raise UsageError(
             f"the engine has no phase {wanted.phase!r}",
-            hint=f"it has: {', '.join(phase for phase in PHASES if phase in table.phases)}",
+            hint=f"it has: {', '.join(dict.fromkeys(one.phase for one in table.buckets))}",
         )
     fitting = [one for one in mine if _has_room(one, plan, wanted)]
     if not fitting:

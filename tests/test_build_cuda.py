@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from lingc import launch_table, recording
 from lingc.build import build
+from lingc.cli import main
 from lingc.compile import Request
 from lingc.device import Binary
 from lingc.engine import Package, open_package, verify
@@ -222,3 +225,82 @@ def test_the_references_in_narrow_types_pass_the_vectors_and_a_wrong_weight_does
     assert sum(one.compared for one in right) >= 4
     assert not any(one.is_right for one in wrong)
     assert max(one.logit_error for one in right) > recording.F32_TOLERANCE
+
+
+# --------------------------------------------------------------------------------------- inspect
+
+
+def inspect(
+    capsys: pytest.CaptureFixture[str], package: Package, *words: str | Path
+) -> tuple[int, str, str]:
+    code = main(["inspect", str(package.root), *map(str, words), "--progress", "none"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_schedule_tells_steps_of_alike_layers_once(
+    package: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = inspect(capsys, package, "--schedule", "--context", "512")
+
+    table = table_of(package)
+    assert code == 0
+    assert f"{table.launches(table.buckets[0])} launches" in out
+    assert re.search(r"norm_router\.ids +1-\d+ +norm_router ", out)
+    assert re.search(r"a slot +\d", out)
+
+
+def test_the_schedule_as_json_adds_up_and_lies_in_the_arena(
+    package: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = inspect(capsys, package, "--schedule", "--context", "512", "--json")
+
+    bucket = json.loads(out)["bucket"]
+    for field in ("launches", "microseconds", "moved_bytes", "flops"):
+        assert bucket[field] == pytest.approx(sum(step[field] for step in bucket["steps"]))
+    assert {step["origin"] for step in bucket["steps"]}
+    for row in bucket["memory"]:
+        assert row["offset"] + row["bytes"] <= bucket["arena_bytes"]
+        assert 0 <= row["first"] <= row["last"] < len(bucket["steps"])
+
+
+def test_the_page_needs_nothing_but_itself(
+    package: Package, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = inspect(capsys, package, "--context", "512", "--html", tmp_path / "x.html")
+
+    page = (tmp_path / "x.html").read_text()
+    assert (code, err) == (0, f"wrote {tmp_path / 'x.html'}\n")
+    assert page.count("<svg") == 2
+    assert not re.search(r"<script|https?:|\bsrc=|@import", page)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--phase", "draft"], 2, r"no phase 'draft'.*it has: decode, verify"),
+        (["--batch", "2", "--context", "512"], 2, r"no bucket of decode has room for 2 sequences"),
+        (["--context", "4096"], 2, r"a context of 4096.*P up to 8 \(64 tokens a page\)"),
+    ],
+)
+def test_a_step_that_there_is_no_bucket_for_is_refused(
+    words: list[str], code: int, said: str, package: Package, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _, err = inspect(capsys, package, "--schedule", *words)
+
+    assert found == code
+    assert re.search(said, err, re.DOTALL)
+
+
+def test_a_changed_table_is_not_shown(
+    package: Package, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    copied = tmp_path / "x.ling"
+    shutil.copytree(package.root, copied)
+    table = copied / "variants" / "h200-sxm" / "table.json.xz"
+    table.write_bytes(table.read_bytes()[::-1])
+
+    code = main(["inspect", str(copied), "--schedule"])
+
+    assert code == 6
+    assert "the launch table of" in capsys.readouterr().err
