@@ -5,6 +5,7 @@ Neither torch nor a compiler is needed: the driver does everything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from lingc.device import Binary, Device, Pinned
 from lingc.engine import Package
-from lingc.errors import InputError, UsageError
+from lingc.errors import IncompatibleError, InputError, UsageError
 from lingc.launch_table import Bucket
 from lingc.plan import Plan, Program, TensorType
 from lingc.quantize.formats import widen_bf16
@@ -112,6 +113,7 @@ class CudaBackend:
         self._bound: dict[int, BoundBucket] = {}
         self._pinned: list[Pinned] = []
         self._turns: list[_Turn] = []
+        self._drawn_programs: dict[str, Program] = {}
         self._drawn: Held | None = None
         """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
@@ -154,14 +156,14 @@ class CudaBackend:
         return bool(steps) and steps[-1].op == SAMPLE
 
     def draw(self, phase: str, inputs: Mapping[str, Array], draws: Mapping[str, Array]) -> Array:
-        program = drawing(self._program(phase))
+        program = self._drawing(phase)
         return self._run(phase, program, DRAWN, {**inputs, **draws})[TOKENS]
 
     def queue(
         self, inputs: Mapping[str, Array], draws: Mapping[str, Array], *, chained: bool = False
     ) -> Queued:
         phase = "decode"
-        program = drawing(self._program(phase))
+        program = self._drawing(phase)
         given = {**inputs, **draws}
         bucket = smallest(phase, self._buckets[phase], sizes := sizes_of(phase, program, given))
         if bucket is None:
@@ -244,6 +246,11 @@ class CudaBackend:
         return bound
 
     def close(self) -> None:
+        # A device that has failed answers nothing any more, and what it was asked last is told.
+        with suppress(IncompatibleError):
+            self._close()
+
+    def _close(self) -> None:
         for turn in self._turns:
             if turn.queued is not None:
                 self.take(turn.queued)
@@ -268,6 +275,12 @@ class CudaBackend:
             known = ", ".join(self.plan.programs)
             raise UsageError(f"the engine has no phase {phase!r}", hint=f"it has: {known}")
         return program
+
+    def _drawing(self, phase: str) -> Program:
+        """A phase with the drawing of tokens behind it."""
+        if phase not in self._drawn_programs:
+            self._drawn_programs[phase] = drawing(self._program(phase))
+        return self._drawn_programs[phase]
 
     def _bind(self, bucket: Bucket) -> BoundBucket:
         key = id(bucket)
@@ -355,7 +368,7 @@ class CudaBackend:
     def _turn(self) -> _Turn:
         """Memory for a queued step: of two, the one that was used longer ago."""
         if not self._turns:
-            program, buckets = drawing(self._program("decode")), self._buckets["decode"]
+            program, buckets = self._drawing("decode"), self._buckets["decode"]
             size = max(self._span(bucket, program) for bucket in buckets)
             rows = max(bucket.sizes["B"] for bucket in buckets)
             self._turns = [

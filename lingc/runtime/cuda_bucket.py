@@ -59,13 +59,17 @@ class BoundBucket:
                 for name, offset in zip(phase.arena, bucket.offsets, strict=True)
             },
         }
+        self._values_at: dict[str, Held] = {}
         self._graphs: dict[str, Graph] = {}
 
     def value(self, name: str, kind: TensorType) -> Held:
         """Where an input or an output of the program lies."""
-        buffer = self._code.table.phases[self.bucket.phase].values[name]
-        bound = TensorType(kind.dtype, kind.bind(self.sizes))
-        return Held(kind=bound, address=self._addresses[buffer], bytes=bound.bytes())
+        if name not in self._values_at:
+            buffer = self._code.table.phases[self.bucket.phase].values[name]
+            bound = TensorType(kind.dtype, kind.bind(self.sizes))
+            address = self._addresses[buffer]
+            self._values_at[name] = Held(kind=bound, address=address, bytes=bound.bytes())
+        return self._values_at[name]
 
     def replay(self, which: str) -> None:
         """Put the bucket, or a part of it, on the stream; recorded when it is first asked for."""
