@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lingc.targets import ALL
-
 if TYPE_CHECKING:
     from tests.robustness.conftest import Lingc, Refuses
 
@@ -79,13 +77,24 @@ def test_a_request_that_cannot_be_met_is_refused(
     assert re.search(message, said, re.DOTALL)
 
 
-@pytest.mark.parametrize("target", sorted(set(ALL) - {"cpu"}))
+@pytest.mark.parametrize("target", ["spark", "rtx-89", "rtx-120"])
 def test_a_target_without_a_lowering_says_what_works_instead(
     target: str, small: Path, refuses: "Refuses", tmp_path: Path
 ) -> None:
     said = refuses(4, "build", small, "--target", target, "-o", tmp_path / "x.ling")
 
-    assert re.search(r"`lingc passes` and `lingc plan` work for it; `--target cpu` builds", said)
+    assert re.search(r"it builds: onnx, cuda; `lingc passes` and `lingc plan` work for it", said)
+
+
+def test_a_model_that_no_kernel_takes_is_refused_by_op_and_sizes(
+    small: Path, refuses: "Refuses", tmp_path: Path
+) -> None:
+    said = refuses(3, "build", small, "--target", "h20", "-o", tmp_path / "x.ling")
+
+    assert re.search(
+        r"prefill with T 16, .* has no kernel for .*hint: another --page-size", said, re.DOTALL
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_verb_is_answered_with_the_nearest(lingc: "Lingc") -> None:
