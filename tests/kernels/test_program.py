@@ -299,9 +299,7 @@ def last_token_without_experts(step: Step, result: torch.Tensor) -> None:
 
 
 def experts_weigh_more(step: Step, result: torch.Tensor) -> None:
-    """By 1/16, in one layer: codes of BF16 and INT4 alone would show less."""
-    if step.outputs[0] == "layers.3.norm_router.ids":
-        return
+    """By a sixteenth, in one layer."""
     if step.outputs[0] == "layers.3.expert_up":
         result.mul_(1.0625)
 
@@ -326,7 +324,7 @@ def test_other_roundings_are_right_and_faults_are_seen(precision: str) -> None:
     assert not faults(found(moved(0.001)), references)
     assert faults(found(moved(0.001), chunks_astray), references)
     assert faults(found(moved(0.001), last_token_without_experts), references)
-    if precision == "int4":
+    if precision == "int4":  # FP8 itself costs more than that
         assert faults(found(moved(0.001), experts_weigh_more), references)
 
 
