@@ -15,6 +15,7 @@ from lingc.errors import UsageError
 from lingc.plan import Plan
 from lingc.runtime import (
     Acceptance,
+    Backend,
     Completion,
     Event,
     Generator,
@@ -153,8 +154,7 @@ def command(
     has_tokenizer = opened.tokenizer is not None
     check_requests(requests, opened.plan, limits, has_tokenizer=has_tokenizer)
     loading = time.perf_counter()
-    with out.stage("load engine"):
-        backend = opened.start(limits, threads=threads)
+    backend = _start(out, opened, limits, threads)
     load_s = time.perf_counter() - loading
     generator = Generator(backend, opened.tokenizer, stop_ids=opened.stop_ids, drafts=drafts)
     printer = Printer(out, count=len(requests), has_text=has_tokenizer)
@@ -294,6 +294,21 @@ def _open(out: Output, engine: Path, checkpoint: Path | None) -> OpenedEngine:
     name = "open engine" if checkpoint is None else "open engine, pack weights"
     with out.stage(name):
         return open_engine(engine, checkpoint=checkpoint, cache_dir=failure.cache_dir())
+
+
+def _start(out: Output, opened: OpenedEngine, limits: Limits, threads: int | None) -> Backend:
+    """Load an engine, and show how much of its weights is there."""
+    total = sum(spec.type.bytes() for spec in opened.plan.weights.values())
+    with out.stage("load engine", total=total, unit="B") as advance:
+        shown = 0
+
+        def progress(done: int, whole: int) -> None:
+            nonlocal shown
+            now = total * done // max(whole, 1)
+            advance(now - shown)
+            shown = now
+
+        return opened.start(limits, threads=threads, progress=progress)
 
 
 def _read(path: Path) -> str:

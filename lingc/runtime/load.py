@@ -40,6 +40,7 @@ class StartBackend(Protocol):
         limits: Limits,
         *,
         threads: int | None = None,
+        progress: Progress | None = None,
     ) -> Backend: ...
 
 
@@ -60,15 +61,24 @@ class OpenedEngine:
     def plan(self) -> Plan:
         return self.package.plan
 
-    def start(self, limits: Limits, *, threads: int | None = None) -> Backend:
+    def start(
+        self,
+        limits: Limits,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> Backend:
         """Load the code and the weights, and allocate state.
 
         Args:
-            threads: For an engine on a CPU; its own choice where None.
+            threads: Of the steps of an engine on a CPU, or those that load one on a GPU; its own
+                choice where None.
+            progress: Told of the weights that are loaded.
 
         Raises:
-            IncompatibleError: There is no backend for the engine's kind.
+            IncompatibleError: There is no backend for the engine's kind, or not on this device.
             InputError: The weights are outside and were not bound.
+            ResourceError: The device has not enough memory.
         """
         kind = self.package.code().engine
         if kind not in BACKENDS:
@@ -82,7 +92,7 @@ class OpenedEngine:
         weights = open_weights(self.package.shards())
         module, name = BACKENDS[kind]
         start = cast("StartBackend", getattr(importlib.import_module(module), name))
-        return start(self.package, weights, limits, threads=threads)
+        return start(self.package, weights, limits, threads=threads, progress=progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from lingc.runtime.backend import Array, Limits, SlotState
 from lingc.runtime.onnx_runner import NUMPY_DTYPE, Runner
 from lingc.runtime.onnx_session import OrtValue, make_session, value_of, with_outputs
 from lingc.runtime.onnx_weights import initializer_from_json, load
+from lingc.weights import Progress
 
 PREPACKED_BYTES = 256 << 20
 """Up to here each session may keep its own copy of the weights, in the order its kernels like best:
@@ -60,6 +61,7 @@ class OnnxBackend:
         weights: Its weights, by name, as they are stored.
         limits: How many slots and pages of state to hold.
         threads: Threads of a step; as many as this process may use where None.
+        progress: Told when the weights are mapped or widened.
         taps: Values of the plan that every run returns beside the outputs, by name.
     """
 
@@ -70,6 +72,7 @@ class OnnxBackend:
         limits: Limits,
         *,
         threads: int | None = None,
+        progress: Progress | None = None,
         taps: Sequence[str] = (),
     ) -> None:
         given = package if isinstance(package, OnnxModels) else _models(package)
@@ -82,6 +85,9 @@ class OnnxBackend:
             phase: _tapped(program, taps) for phase, program in self._plan.programs.items()
         }
         self._weights, self._values = _initializers(given.info, weights)
+        if progress is not None:
+            total = sum(array.nbytes for array in self._weights.values())
+            progress(total, total)
         self._states = _zeros(self._plan, limits)
         self._state_values = {
             name: value_of(array, self._plan.states[name].dtype)

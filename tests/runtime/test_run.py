@@ -15,6 +15,7 @@ from lingc.cli import main
 from lingc.plan import Plan
 from lingc.runtime import Limits, Tokenizer
 from lingc.runtime.backend import Array
+from lingc.weights import Progress
 from tests.runtime.letters import letters
 from tests.runtime.toy import ToyBackend, expected_greedy, plan
 
@@ -48,8 +49,11 @@ class Toy:
     def package(self) -> Any:
         return SimpleNamespace(root=Path("toy.ling"), manifest=SimpleNamespace(bundle_id="b" * 64))
 
-    def start(self, limits: Limits, *, threads: int | None = None) -> ToyBackend:
+    def start(
+        self, limits: Limits, *, threads: int | None = None, progress: Progress
+    ) -> ToyBackend:
         self.limits, self.threads, self.is_started = limits, threads, True
+        progress(1, 1)
         return Interrupting(limits, self.plan, after=self.after)
 
 
