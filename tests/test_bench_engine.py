@@ -123,6 +123,7 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     code()  # compiled as it always is
     found = Bench(tmp_path)
     monkeypatch.setattr(synthetic, "binaries", lambda *_: binaries())
+    monkeypatch.setattr(engine, "WARM_S", 0.0)
     monkeypatch.setattr(engine, "view", on_the_host(found))
     for cached in (kernels._row_order, kernels._piece_order):
         cached.cache_clear()
@@ -143,7 +144,8 @@ def backend(device: Bench) -> Iterator[CudaBackend]:
 def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: CudaBackend) -> None:
     report = Report(device=engine.facts(backend.device), loaded=1.0)
 
-    engine.measure(backend, SETTINGS, report)
+    hit = engine.gate(backend, SETTINGS, report)
+    engine.measure(backend, SETTINGS, report, hit)
 
     assert [check for check in report.gate if check.problem is not None] == []
     assert {check.name for check in report.gate} >= {
@@ -157,15 +159,15 @@ def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: Cud
     assert two.tokens_per_s == pytest.approx(2 / (1e-3 * two.launches))
     assert one.profiled == pytest.approx(one.step.p50)  # every launch takes the same here
     assert sum(kind.steps for kind in one.profile) == one.launches
+    assert [made.batch for made in report.generations] == [1, 2]
+    assert all(made.tokens_per_s > 0 for made in report.generations)
     (prompt,) = report.prefills
     assert (prompt.tokens, prompt.chunks) == (70, 2)
     assert one.predicted > 0
     assert prompt.predicted > 0
 
 
-def test_a_wrong_step_is_found_and_nothing_is_timed(
-    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_step_is_found(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     from lingc.op import OPS  # noqa: PLC0415
 
     right = OPS["expert_up"]
@@ -175,14 +177,12 @@ def test_a_wrong_step_is_found_and_nothing_is_timed(
     # The kernels' side keeps the right one.
     monkeypatch.setattr("tests.runtime.host_device.OPS", {**OPS, "expert_up": right})
 
-    engine.measure(backend, SETTINGS, report)
+    engine.gate(backend, SETTINGS, report)
 
     assert {check.name for check in report.gate if check.problem} == {
         "decode, expert_up", "prefill, expert_up",
     }  # fmt: skip
     assert not report.is_right
-    assert not report.decodes
-    assert not report.prefills
 
 
 def test_the_record_is_json(backend: CudaBackend) -> None:
@@ -203,6 +203,32 @@ def test_the_record_is_json(backend: CudaBackend) -> None:
     assert read["weights"] == {"seed": 3, "routing": "uniform"}
     assert read["decode"][0]["share_of_read"] > 0
     assert read["gate"]["ok"]
+
+
+def test_experts_that_were_not_hit_are_not_counted(backend: CudaBackend) -> None:
+    bound = backend.prepare("decode", engine.decode_inputs(backend, 2, 40))
+    layers = len(synthetic.router_biases(backend.plan)) - 1  # the draft layer is not in the step
+    even = 4 * (1 - (1 - 2 / 4) ** 2)
+
+    def bytes_off(hit: float) -> float:
+        return engine._not_hit(backend, bound, (hit,) * layers)  # type: ignore[arg-type]
+
+    program = backend.plan.programs["decode"]
+    names = {name for name in program.weights if ".all_experts." in name}
+    each = sum(program.types[name].bytes() / program.types[name].bind({})[0] for name in names)
+    assert bytes_off(even) == pytest.approx(0.0)
+    assert bytes_off(even - 1) == pytest.approx(each)
+    assert engine._not_hit(backend, bound, None) == 0
+
+
+def test_the_gate_takes_less_state_than_the_timing() -> None:
+    plan, _ = plan_and_weights()
+    some = Settings(cache_dir=Path(), batches=(1, 32), contexts=(4095, 32767), prefills=(131072,))
+
+    whole, few = engine.limits_of(plan, some), engine.limits_of(plan, some, gate=True)
+
+    assert whole == Limits(slots=32, pages=32 * 512)
+    assert few == Limits(slots=32, pages=32 * 64)
 
 
 # ------------------------------------------------------------------------------------------- drawn

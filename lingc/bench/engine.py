@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from lingc.bench import synthetic
 from lingc.bench.record import Spread, about, machine, spread
 from lingc.bench.synthetic import Routing
-from lingc.device import Device
+from lingc.device import Device, Graph
 from lingc.errors import UsageError
 from lingc.launch_table import TableStep, TableTactic
 from lingc.plan import Plan, Ref, Size, TensorType
@@ -25,7 +26,9 @@ from lingc.runtime.backend import Array, Limits
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_bucket import SAMPLE, BoundBucket
 from lingc.runtime.cuda_memory import Held
+from lingc.runtime.generate import Generator
 from lingc.runtime.load import OpenedEngine, run_vectors
+from lingc.runtime.sequence import Request
 from lingc.runtime.slots import Piece, SlotTable
 from lingc.targets.cuda.binaries import Compilers, compile_all
 
@@ -35,7 +38,10 @@ FORMAT = 1
 """Version of a record."""
 
 WARM = 3
-"""Replays before those that count."""
+WARM_S = 0.05
+"""Replays, and seconds, before those that count."""
+PROMPT = 8
+"""Tokens of a request's prompt."""
 PREFILLS = 3
 """Runs of a prompt that count."""
 
@@ -107,7 +113,8 @@ class Decode:
         step: Seconds of the step's graph.
         run: Seconds that a caller waits for logits.
         predicted: Seconds that the engine was built to expect.
-        moved_bytes: What the step must read and write, by the plan.
+        moved_bytes: What the step must read and write by the plan, of experts those that were hit;
+            under uniform and independent routing where nobody looked.
         launches: In the graph.
         experts: Distinct experts hit, of each layer that has some; None where not looked at.
     """
@@ -156,6 +163,23 @@ class Prefill:
         return self.tokens / self.run.p50
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Requests answered together, as a caller sees it: tokens chosen, host work and all.
+
+    Attributes:
+        tokens: New tokens of each request.
+        tokens_per_s: Of all requests, from the first new token to the last.
+        first_token: Seconds until the first new token, the most of all requests.
+    """
+
+    batch: int
+    prompt: int
+    tokens: int
+    tokens_per_s: float
+    first_token: float
+
+
 @dataclass(slots=True)
 class Report:
     """A whole run; without numbers where the gate is red.
@@ -169,6 +193,7 @@ class Report:
     loaded: float
     gate: list[Check] = field(default_factory=list)
     decodes: list[Decode] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
     ceilings: Mapping[str, float] = field(default_factory=dict)
 
@@ -198,35 +223,48 @@ def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: Non
     from lingc.bench.limited import open_device  # noqa: PLC0415 (loads the driver)
 
     device = open_device(settings.sms)
-    tell("load")
-    started = time.perf_counter()
-    backend = start(opened, settings, device)
-    try:
-        device.synchronize()
-        report = Report(device=facts(device), loaded=time.perf_counter() - started, gate=checks)
-        measure(backend, settings, report, tell)
-    finally:
-        backend.close()
+    report = Report(device=facts(device), loaded=0.0, gate=checks)
+    hit: dict[int, tuple[int, ...]] = {}
+    if not has_weights:
+        # With as little state as will do: references make FP64 copies of it.
+        tell("load, to check that it is right")
+        backend = start(opened, settings, device, limits_of(opened.plan, settings, gate=True))
+        try:
+            tell("check that it is right")
+            hit = gate(backend, settings, report)
+        finally:
+            backend.close()
+    if report.is_right:
+        tell("load")
+        started = time.perf_counter()
+        backend = start(opened, settings, device, limits_of(opened.plan, settings))
+        try:
+            device.synchronize()
+            report.loaded = time.perf_counter() - started
+            measure(backend, settings, report, hit, tell)
+        finally:
+            backend.close()
     tell("measure what memory gives here")
-    report.ceilings = ceilings(device, backend.plan, settings)
-    device.close()
+    report.ceilings = ceilings(device, opened.plan, settings)
     return report
 
 
-def start(opened: OpenedEngine, settings: Settings, device: Device) -> CudaBackend:
+def limits_of(plan: Plan, settings: Settings, *, gate: bool = False) -> Limits:
+    """Room for what is measured, or for what the gate looks at alone."""
+    contexts = settings.contexts[:1] if gate else settings.contexts
+    prompts = (_FEW,) if gate else (*settings.prefills, 1)
+
+    def pages(tokens: int) -> int:
+        return -(-(tokens + 1) // plan.page_size)
+
+    most = max(batch * pages(context) for batch in settings.batches for context in contexts)
+    return Limits(slots=max(settings.batches), pages=max(most, *map(pages, prompts)))
+
+
+def start(opened: OpenedEngine, settings: Settings, device: Device, limits: Limits) -> CudaBackend:
     """The engine's backend with its own weights or drawn ones."""
     from lingc.weights import open_weights  # noqa: PLC0415
 
-    room = max(
-        *(context + 1 for context in settings.contexts), *(n + 1 for n in settings.prefills), 1
-    )
-    plan = opened.plan
-    pages = max(
-        *(batch * -(-(context + 1) // plan.page_size)
-          for batch in settings.batches for context in settings.contexts),
-        -(-room // plan.page_size),
-    )  # fmt: skip
-    limits = Limits(slots=max(settings.batches), pages=pages)
     weights = None if settings.seed is not None else open_weights(opened.package.shards())
     backend = CudaBackend(opened.package, weights, limits, device=device)
     if settings.seed is not None:
@@ -255,27 +293,35 @@ def facts(device: Device) -> dict[str, Any]:
             "l2_bytes": device.l2_bytes}  # fmt: skip
 
 
-def measure(
-    backend: CudaBackend, settings: Settings, report: Report, tell: Progress = lambda _: None
-) -> None:
-    """The gate, and what it lets through."""
-    first = settings.contexts[0]
-    tell("check that it is right")
+def gate(backend: CudaBackend, settings: Settings, report: Report) -> dict[int, tuple[int, ...]]:
+    """Hold steps of every kind to their references.
+
+    Returns:
+        Of each batch the distinct experts that each layer's tokens were sent to.
+    """
     hit: dict[int, tuple[int, ...]] = {}
     for batch in settings.batches:
-        found, hit[batch] = step_checks(backend, "decode", decode_inputs(backend, batch, first))
+        inputs = decode_inputs(backend, batch, settings.contexts[0])
+        found, hit[batch] = step_checks(backend, "decode", inputs)
         report.gate += found
-    if settings.prefills:
-        length = min(settings.prefills[0], _FEW, backend.prefill_tokens)
-        (chunk,) = prefill_inputs(backend, length)
-        report.gate += step_checks(backend, "prefill", chunk)[0]
-    if not report.is_right:
-        return
+    length = min(settings.prefills[0], _FEW, backend.prefill_tokens)
+    (chunk,) = prefill_inputs(backend, length)
+    report.gate += step_checks(backend, "prefill", chunk)[0]
+    return hit
+
+
+def measure(
+    backend: CudaBackend, settings: Settings, report: Report,
+    hit: Mapping[int, tuple[int, ...]] = MappingProxyType({}), tell: Progress = lambda _: None,
+) -> None:  # fmt: skip
+    """All numbers; the engine was shown to be right."""
     for batch in settings.batches:
         for context in settings.contexts:
             tell(f"decode, batch {batch}, context {context}")
-            experts = hit[batch] if context == first else None
-            report.decodes.append(decode(backend, settings, batch, context, experts))
+            report.decodes.append(decode(backend, settings, batch, context, hit.get(batch)))
+    for batch in settings.batches:
+        tell(f"generate, batch {batch}")
+        report.generations.append(generate(backend, settings, batch))
     for length in settings.prefills:
         tell(f"prefill, {length} tokens")
         report.prefills.append(prefill(backend, length))
@@ -454,7 +500,7 @@ def decode(
     bound = backend.prepare("decode", inputs)
     steps = _steps(backend, bound)
     graph = bound.record({step.name for step, _ in steps})
-    graph.seconds(WARM)
+    warm(graph)
     times = graph.seconds(settings.tokens)
     graph.close()
     waits = []
@@ -469,11 +515,67 @@ def decode(
         step=spread(times),
         run=spread(waits[WARM:]),
         predicted=1e-6 * sum(tactic.microseconds for _, tactic in steps),
-        moved_bytes=sum(tactic.moved_bytes for _, tactic in steps),
+        moved_bytes=sum(tactic.moved_bytes for _, tactic in steps)
+        - _not_hit(backend, bound, experts),
         launches=sum(len(tactic.launches) for _, tactic in steps),
         experts=experts,
         profile=tuple(profile(backend, bound)) if settings.profile else (),
     )
+
+
+def warm(graph: Graph) -> None:
+    """Replay for as long as clocks take to rise."""
+    until = time.perf_counter() + WARM_S
+    while True:
+        graph.seconds(WARM)
+        if time.perf_counter() > until:
+            return
+
+
+def _not_hit(backend: CudaBackend, bound: BoundBucket, hit: tuple[int, ...] | None) -> float:
+    """Bytes of experts that the plan counts as hit under uniform routing, and that were not."""
+    if not hit:
+        return 0.0
+    from lingc.plugins.table import OPS  # noqa: PLC0415
+
+    program = backend.plan.programs[bound.bucket.phase]
+    sizes = {**bound.sizes, "S": 1, "R": 1}
+    layers = iter(hit)
+    more = 0.0
+    missed = 0.0
+    for step in program.steps:
+        op = step.op.removeprefix("lingc.")
+        if op not in {"norm_router", "expert_up", "expert_down"}:
+            continue
+        given = dict(zip(OPS[op].arguments, step.args, strict=True))
+        if op == "norm_router":
+            experts = float(program.types[given["bias"].name].bind(sizes)[0])
+            ids = program.types[step.outputs[OPS[op].results.index("ids")]]
+            tokens, top_k = ids.bind(sizes)
+            missed = experts * (1 - (1 - top_k / experts) ** tokens) - next(layers)
+            continue
+        stack = "gate_up" if op == "expert_up" else "down"
+        for name in (stack, "scale"):
+            if isinstance(arg := given[name], Ref):
+                kind = program.types[arg.name]
+                more += kind.bytes(sizes) / kind.bind(sizes)[0] * missed
+    return more
+
+
+def generate(backend: CudaBackend, settings: Settings, batch: int) -> Generation:
+    """Requests of a short prompt each, answered together."""
+    prompts = [tuple(_token(backend.plan, i, j) for j in range(PROMPT)) for i in range(batch)]
+    tokens = min(settings.tokens, backend.limits.pages // batch * backend.plan.page_size - PROMPT)
+    asks = [Request(tokens=one, max_tokens=tokens, stop_ids=frozenset()) for one in prompts]
+    generator = Generator(backend)
+    generator.generate(asks)  # graphs are recorded when they are first asked for
+    started = time.perf_counter()
+    done = generator.generate(asks)
+    took = time.perf_counter() - started
+    first = max(one.first_token_s or 0.0 for one in done)
+    made = sum(len(one.tokens) - 1 for one in done)
+    return Generation(batch=batch, prompt=PROMPT, tokens=tokens,
+                      tokens_per_s=made / (took - first), first_token=first)  # fmt: skip
 
 
 def profile(backend: CudaBackend, bound: BoundBucket) -> Iterator[Profiled]:
@@ -483,7 +585,7 @@ def profile(backend: CudaBackend, bound: BoundBucket) -> Iterator[Profiled]:
         kinds.setdefault((tactic.op, tactic.key), (tactic, []))[1].append(step.name)
     for tactic, names in kinds.values():
         graph = bound.record(set(names))
-        graph.seconds(WARM)
+        warm(graph)
         seconds = statistics.median(graph.seconds(9)) / len(names)
         graph.close()
         yield Profiled(
@@ -564,5 +666,6 @@ def document(
             }
             for one in report.decodes
         ],
+        "generate": [asdict(one) for one in report.generations],
         "prefill": [{**asdict(one), "tokens_per_s": one.tokens_per_s} for one in report.prefills],
     }  # fmt: skip

@@ -235,6 +235,14 @@ def _show_cuda(out: Output, report: "Report") -> None:
     for one in report.decodes:
         if one.profile:
             _show_profile(out, one)
+    if report.generations:
+        out.table(
+            ("requests", "tokens/s, answered", "to the first token"),
+            [
+                (one.batch, f"{one.tokens_per_s:.1f}", seconds_text(one.first_token))
+                for one in report.generations
+            ],
+        )
     if report.prefills:
         out.table(
             ("prompt", "tokens/s", "to the first token", "10-90 %", "predicted"),
