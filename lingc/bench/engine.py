@@ -541,25 +541,25 @@ def _not_hit(backend: CudaBackend, bound: BoundBucket, hit: tuple[int, ...] | No
     program = backend.plan.programs[bound.bucket.phase]
     sizes = {**bound.sizes, "S": 1, "R": 1}
     layers = iter(hit)
-    more = 0.0
-    missed = 0.0
+    missed = found = 0.0
     for step in program.steps:
         op = step.op.removeprefix("lingc.")
         if op not in {"norm_router", "expert_up", "expert_down"}:
             continue
         given = dict(zip(OPS[op].arguments, step.args, strict=True))
+
+        def shape(arg: Any) -> tuple[int, ...]:
+            return program.types[arg.name].bind(sizes)
+
         if op == "norm_router":
-            experts = float(program.types[given["bias"].name].bind(sizes)[0])
-            ids = program.types[step.outputs[OPS[op].results.index("ids")]]
-            tokens, top_k = ids.bind(sizes)
+            (experts,) = shape(given["bias"])
+            tokens, top_k = shape(Ref(step.outputs[OPS[op].results.index("ids")]))
             missed = experts * (1 - (1 - top_k / experts) ** tokens) - next(layers)
             continue
-        stack = "gate_up" if op == "expert_up" else "down"
-        for name in (stack, "scale"):
-            if isinstance(arg := given[name], Ref):
-                kind = program.types[arg.name]
-                more += kind.bytes(sizes) / kind.bind(sizes)[0] * missed
-    return more
+        for arg in (given["gate_up" if op == "expert_up" else "down"], given["scale"]):
+            if isinstance(arg, Ref):
+                found += missed * program.types[arg.name].bytes(sizes) / shape(arg)[0]
+    return found
 
 
 def generate(backend: CudaBackend, settings: Settings, batch: int) -> Generation:
