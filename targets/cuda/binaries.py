@@ -14,8 +14,9 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -96,22 +97,31 @@ def compile_all(
             hint="compile them again where those compilers are: `lingc bench-ops --compile DIR`",
         )
     workers = min(jobs or len(os.sched_getaffinity(0)), len(missing))
-    for kernel, binary in _compiled(missing, arch, workers):
-        _write(_place(named[kernel], cache_dir), binary)
-        found[kernel] = binary
-        advance(1)
+    with closing(_compiled(missing, arch, workers)) as made:
+        for kernel, binary in made:
+            _write(_place(named[kernel], cache_dir), binary)
+            found[kernel] = binary
+            advance(1)
     return {kernel: found[kernel] for kernel in distinct}
 
 
-def _compiled(missing: list[Kernel], arch: str, workers: int) -> Iterator[tuple[Kernel, Binary]]:
+def _compiled(
+    missing: list[Kernel], arch: str, workers: int
+) -> Generator[tuple[Kernel, Binary], None, None]:
     if workers <= 1:
         for kernel in missing:
             yield kernel, compile_kernel(kernel, arch)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from zip(
-            missing, pool.map(compile_kernel, missing, [arch] * len(missing)), strict=True
-        )
+    # Those that take longest first; each is handed on when it is done, so that an interrupted
+    # build has kept it.
+    ordered = sorted(missing, key=lambda kernel: kernel.language != "triton")
+    pool = ProcessPoolExecutor(workers)
+    try:
+        jobs = {pool.submit(compile_kernel, kernel, arch): kernel for kernel in ordered}
+        for done in as_completed(jobs):
+            yield jobs[done], done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def compile_kernel(kernel: Kernel, arch: str) -> Binary:
