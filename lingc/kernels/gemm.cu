@@ -4,17 +4,18 @@
 // of 128 bytes of K. Weights come as they are packed (`tiled`, `tiled_gated`), tokens as prep.cu leaves them:
 //
 //   codes   [K bytes / 64][padded][64 bytes]   panels; a row's 16-byte quarter c at c ^ (row / 2 % 4)
-//   scales  f32 [K / 128][padded]              FP8 alone
+//   scales  f32 [K / 128][padded], FP8; [padded], INT4
 //
 // so that every copy is a run of bytes and every 8 rows x 64 bytes are an atom of the tensor cores.
 // In FP8 the products of 128 channels are added up by the tensor cores and promoted to f32 sums with the scales
-// of both sides. INT4 weights become BF16 in the registers of the warpgroup that multiplies them, as the whole numbers
-// that they are; their scales are applied to the products of a group.
+// of both sides. INT4 weights become F16 in the registers of the warpgroup that multiplies them, with their scales:
+// a number of 3 bits times one of 8 is exact there (`int4_to_f16`). Tokens are F16 as well then, each row shifted by a
+// power of two that prep.cu chose, which the sums are multiplied by at the end.
 // Grouped, tiles come from a list on the device, which route.cu made of the experts' pairs, and blocks take the next one
 // when they are ready for it. The thread that copies finds tiles; it leaves a note about each with its first stage.
 //
 // Constants:
-//   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP, one wave, 256 bytes of tokens a stage
+//   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP and 256 bytes of tokens a stage
 //   SWAP     0: tokens are the rows of a tile and weights its columns; 1: the other way round
 //   WAVES    rows of a warpgroup are WAVES x 64
 //   COLS     columns of a tile; with SWAP the most, a tile takes as many as it has tokens
@@ -200,54 +201,6 @@ DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s) {
 
 // ---------------------------------------------------------------- products
 
-#if FORMAT == 2
-#define INT4_STEPS (GROUP < 64 ? GROUP / 16 : 4)  // of 16 channels that are multiplied at once: a unit
-#define INT4_UNITS (8 / INT4_STEPS)
-
-// A warpgroup's 64 rows of INT4 weights on their way: whole numbers as BF16, in turns those of one unit and of the next,
-// products of a group, and the scales of our two rows, with those of the next group.
-template <int N>
-struct Int4 {
-  u32 values[2][INT4_STEPS][4];
-  float part[N / 2];
-  float low, high, low_next, high_next;
-
-  // Numbers of a stage's unit, and the scales of the group that begins with it.
-  DEVICE void prepare(const Shared& s, int slot, int unit) {
-    const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // A warp's 16 rows are one piece. Of each 32 channels a lane has 8 neighbours, of rows g and g + 8.
-    const int piece = group * 4 + warp;
-    const u8* codes = s.weights + slot * WEIGHT_STAGE + piece * 1024 + g * 64 + t * 4;
-#pragma unroll
-    for (int k = 0; k < INT4_STEPS; k += 2) {
-      const u8* at = codes + ((unit * INT4_STEPS + k) / 2 ^ (g / 2 % 4)) * 16;
-      const u32 words[2] = {*(const u32*)at, *(const u32*)(at + 512)};
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        values[unit % 2][k + i / 4][i % 2 + i % 4 / 2 * 2] = int4_to_bf16(words[i % 2] >> (i / 2 * 4));
-    }
-    if (unit * INT4_STEPS * 16 % GROUP == 0) {
-      const int of = unit * INT4_STEPS * 16 / GROUP;
-      const bf16* scale = (const bf16*)(s.scales + slot * SCALE_STAGE + piece * TILE_SCALES) + of * 16 + g;
-      low_next = from_bf16(scale[0]), high_next = from_bf16(scale[8]);
-    }
-    __syncwarp();  // all lanes have read, before one of them says so
-  }
-
-  // A group's products become part of the sums.
-  DEVICE void promote(float (&sum)[N / 2]) {
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-      sum[4 * j] = fmaf(part[4 * j], low, sum[4 * j]);
-      sum[4 * j + 1] = fmaf(part[4 * j + 1], low, sum[4 * j + 1]);
-      sum[4 * j + 2] = fmaf(part[4 * j + 2], high, sum[4 * j + 2]);
-      sum[4 * j + 3] = fmaf(part[4 * j + 3], high, sum[4 * j + 3]);
-    }
-    low = low_next, high = high_next;
-  }
-};
-#endif
-
 // Our warpgroup's rows of one tile, all of K: sum[w][4 j + i] as `Wgmma` says, j over N / 8 columns.
 template <int N>
 DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring& ring, float (&sum)[WAVES][N / 2]) {
@@ -257,12 +210,6 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
   const u64 row_base = operand_at(shared_address(SWAP ? s.weights : s.tokens));
   const u64 column_base = operand_at(shared_address(SWAP ? s.tokens : s.weights));
 
-#if FORMAT == 2
-  Int4<N> int4;
-  barrier_wait(s.full + ring.slot, ring.phase);
-  int4.prepare(s, ring.slot, 0);
-  int4.low = int4.low_next, int4.high = int4.high_next;
-#endif
   for (int block = 0; block < blocks; block++) {
     barrier_wait(s.full + ring.slot, ring.phase);
     const u64 row_at = row_base + (u64)(ring.slot * (ROW_STAGE >> 4)), column_at = column_base + (u64)(ring.slot * (COLUMN_STAGE >> 4));
@@ -334,34 +281,33 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
         }
       }
     } else if (FORMAT == 2) {
-#if FORMAT == 2
+      u32 values[WAVES][8][4];
 #pragma unroll
-      for (int u = 0; u < INT4_UNITS; u++) {
+      for (int w = 0; w < WAVES; w++) {
+        // A warp's 16 rows are one piece: 32 neighbouring channels a lane, of rows g and g + 8.
+        const int piece = first_row(group, w) / 16 + warp;
+        const u8* codes = s.weights + ring.slot * WEIGHT_STAGE + piece * 1024 + g * 64 + (t ^ (g / 2 % 4)) * 16;
+        const uint4 low = *(const uint4*)codes, high = *(const uint4*)(codes + 512);
+        const bf16* scale = (const bf16*)(s.scales + ring.slot * SCALE_STAGE + piece * TILE_SCALES) + t * 32 / GROUP * 16 + g;
+        const u32 low_scale2 = int4_scale(scale[0]), high_scale2 = int4_scale(scale[8]);
+        const u32 words[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+          const int shift = k % 2 * 8;
+          values[w][k][0] = int4_to_f16(words[0][k / 2] >> shift, low_scale2);
+          values[w][k][1] = int4_to_f16(words[1][k / 2] >> shift, high_scale2);
+          values[w][k][2] = int4_to_f16(words[0][k / 2] >> (shift + 4), low_scale2);
+          values[w][k][3] = int4_to_f16(words[1][k / 2] >> (shift + 4), high_scale2);
+        }
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < INT4_STEPS; k++) {
-          const int step = u * INT4_STEPS + k;
-          const u64 column = column_at + step / 2 * (COLS * 64 >> 4) + step % 2 * 2;
-          Wgmma<N>::b16_from(int4.part, int4.values[u % 2][k], column, step * 16 % GROUP > 0);
-        }
+        for (int k = 0; k < 8; k++)
+          Wgmma<N>::f16_from(sum[w], values[w][k], column_at + k / 2 * (COLS * 64 >> 4) + k % 2 * 2, 1);
         wgmma_commit();
-        // The next unit's numbers are made meanwhile, where those of the unit before were.
-        const bool ends = (u + 1) * INT4_STEPS * 16 % GROUP == 0, last = u == INT4_UNITS - 1;
-        if (u * INT4_STEPS * 16 % GROUP > 0) wgmma_wait<1>();
-        if (!last) {
-          int4.prepare(s, ring.slot, u + 1);
-        } else if (block + 1 < blocks) {
-          Ring next = ring;
-          next.next();
-          barrier_wait(s.full + next.slot, next.phase);
-          int4.prepare(s, next.slot, 0);
-        }
-        if (!ends) continue;
-        wgmma_wait<0>();
-        if (last && lane == 0) barrier_arrive(s.empty + ring.slot);
-        int4.promote(sum[0]);
       }
-#endif
+      wgmma_wait<0>();
+      __syncwarp();  // all lanes have read their weights and scales
+      if (lane == 0) barrier_arrive(s.empty + ring.slot);
     } else {
       wgmma_fence();
 #pragma unroll
@@ -383,6 +329,16 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
   if (FORMAT == 0) {
     wgmma_wait<0>();
     if (lane == 0) barrier_arrive(s.empty + (ring.slot + STAGES - 1) % STAGES);
+  }
+  if (FORMAT == 2) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+      const uint2 f = load_fresh((const uint2*)(a.scales + tile.token_row + 8 * j + 2 * t));
+#pragma unroll
+      for (int w = 0; w < WAVES; w++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[w][4 * j + i] *= __uint_as_float(i % 2 ? f.y : f.x);
+    }
   }
 }
 

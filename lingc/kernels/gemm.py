@@ -3,7 +3,7 @@
 Activations are first laid out as the tensor cores read them (`prep.cu`), in a workspace:
 
     codes   [K bytes / 64][padded][64 bytes]  panels; a row's 16-byte quarter c at c ^ (row / 2 % 4)
-    scales  f32 [K / 128][padded]             FP8 alone
+    scales  f32 [K / 128][padded], FP8; [padded], INT4
 
 so that any 8 rows of a panel are an atom of the 64-byte swizzle and any run of rows is one copy.
 Grouped, `route.cu` says where each expert's rows are and lists tiles; the sum over a token's
@@ -107,17 +107,17 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     """Of a fused linear; those that suit the number of tokens, best guess first."""
     fewer = tuple(c for c in SMALL if c.tokens < 2 * max(shape.tokens, 32))
     if shape.tokens > 512:
-        chosen: tuple[Config, ...] = (SMALL[0],) if shape.format == "int4" else (LARGE,)
+        chosen: tuple[Config, ...] = (SWAPPED,) if shape.format == "int4" else (LARGE,)
         if shape.tokens <= 2048:
-            chosen = (*chosen, SMALL[1]) if shape.format == "int4" else (*chosen, MIDDLE, SMALL[0])
+            chosen = (*chosen, MIDDLE, SMALL[0])
     else:
         chosen = (*fewer, MIDDLE) if shape.tokens > 64 else fewer
     return tuple(_dense(target.sms or 1, shape, c) for c in chosen if _runs(c, shape.format))
 
 
 def _runs(config: Config, format: str) -> bool:  # noqa: A002 (as the ops name it)
-    """INT4 becomes BF16 in registers, where only a tile's rows may be, and one wave of them."""
-    return format != "int4" or (config.swap and config.waves == 1)
+    """INT4 becomes F16 in registers, where only a tile's rows may be."""
+    return format != "int4" or config.swap
 
 
 def expert_refusal(shape: experts.Shape) -> str | None:
@@ -135,13 +135,13 @@ def expert_refusal(shape: experts.Shape) -> str | None:
 
 def expert_up_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_up` with `pairs` and `starts`."""
-    chosen = SMALL[:2] if shape.format == "int4" else (LARGE, SWAPPED)
+    chosen = (c for c in (LARGE, SWAPPED) if _runs(c, shape.format))
     return tuple(_expert_up(target.sms or 1, shape, config) for config in chosen)
 
 
 def expert_down_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_down` with `pairs` and `starts`."""
-    chosen = SMALL[:2] if shape.format == "int4" else (LARGE, SWAPPED)
+    chosen = (c for c in (LARGE, SWAPPED) if _runs(c, shape.format))
     return tuple(_expert_down(target.sms or 1, shape, config) for config in chosen)
 
 
@@ -151,9 +151,10 @@ def _bytes(format: str) -> int:  # noqa: A002 (as the ops name it)
 
 def _spaces(padded: int, width: int, format: str) -> tuple[Workspace, ...]:  # noqa: A002
     codes = Workspace(name="codes", bytes=align(padded * width * _bytes(format)))
-    if format != "fp8":
+    if format == "bf16":
         return (codes,)
-    return codes, Workspace(name="code_scales", bytes=align(padded * (width // BLOCK) * 4))
+    scales = padded * (width // BLOCK if format == "fp8" else 1)
+    return codes, Workspace(name="code_scales", bytes=align(scales * 4))
 
 
 def _prep(  # noqa: PLR0913 (as many as the kernel has)
@@ -186,7 +187,7 @@ def _prep(  # noqa: PLR0913 (as many as the kernel has)
         operands=(
             x, gate,
             Tensor("norm_weight") if normed else None, Tensor("codes"),
-            Tensor("code_scales") if format == "fp8" else None, Tensor("to") if scatter else None,
+            None if format == "bf16" else Tensor("code_scales"), Tensor("to") if scatter else None,
             rows, x_pitch, gate_pitch, padded, slots, 0 if shared else -1, eps,
         ),
         dependent=True,
@@ -227,7 +228,7 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
     rate: Rate = "fp8" if fp8 else "bf16"
     operands: tuple[Operand, ...] = (
         Tensor(weight), None if format == "bf16" else Tensor("scale"), Tensor("codes"),
-        Tensor("code_scales") if fp8 else None, residual,
+        None if format == "bf16" else Tensor("code_scales"), residual,
         y, Tensor("work") if grouped else None, Tensor("rows") if grouped else None,
         tokens, padded, outputs, width,
     )  # fmt: skip

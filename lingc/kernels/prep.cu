@@ -1,19 +1,20 @@
 // Activations as gemm.cu reads them: normed, gated, quantized, and laid out in panels; one warp a row.
 //
 //   codes   [K bytes / 64][padded][64 bytes]   a row's 16-byte quarter c at c ^ (row / 2 % 4)
-//   scales  f32 [K / 128][padded]              FP8 alone
+//   scales  f32 [K / 128][padded], FP8; [padded], INT4: what sums of a row are to be multiplied by
 //
 // Constants:
 //   WIDTH    K, channels of a row; a multiple of 128
-//   FORMAT   0 BF16; 1 FP8, quantized per 128 channels; 2 BF16 in the order of INT4 fragments
+//   FORMAT   0 BF16; 1 FP8, quantized per 128 channels; 2 F16 for INT4 weights, in the order of their fragments: what
+//            would be BF16, times the power of two that brings the row's largest to 2^14 or above
 //   BEFORE   0 nothing; 1 RMS norm; 2 group norm, norm weight and sigmoid of a gate
 //   GROUP    channels of a group of the group norm: a multiple of 256, or a power of two from 8 to 128
 //   SCATTER  0: row t goes to row t; 1: to `to[t * slots + i]` for each i of `slots`, and with `shared` >= 0 to
 //            shared + t; 2: row r = t * (slots + (shared >= 0)) + i goes to `to[t * slots + i]`, the last to shared + t.
 //            A destination below 0 is none.
 //
-// In FORMAT 2, channel 8 t + 4 s + 2 h + e of each 32 stands at 16 s + 8 h + 2 t + e: lane t of a quad, which finds 8
-// neighbouring channels in a word of a row of weights, multiplies four in each step s.
+// In FORMAT 2, channel 32 t + 4 s + 2 h + e of each 128 stands at 16 s + 8 h + 2 t + e: lane t of a quad, which
+// finds 32 neighbouring channels in the 16 bytes it reads of a row of weights, multiplies four in each step s.
 #include "device.cuh"
 
 #define VECTORS ((WIDTH + 255) / 256)  // of 8 channels, a lane
@@ -84,16 +85,15 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     }
   }
 
-  constexpr int TOGETHER = BEFORE ? VECTORS : 4;
-#pragma unroll TOGETHER
-  for (int i = 0; i < VECTORS; i++) {
+  // Eight channels of what is multiplied.
+  auto value = [&](int i, float* v) {
     const int channel = i * 256 + lane * 8;
     const bool live = WIDTH % 256 == 0 || channel < WIDTH;
-    float v[8];
     if (BEFORE) {
       unpack_bf16(raw[BEFORE ? i : 0], v);
       float w[8];
-      unpack_bf16(live ? __ldg((const uint4*)(norm_weight + channel)) : uint4{0, 0, 0, 0}, w);
+      const uint4* at = (const uint4*)(norm_weight + channel);
+      unpack_bf16(!live ? uint4{0, 0, 0, 0} : FORMAT == 2 ? load_fresh(at) : __ldg(at), w);
 #pragma unroll
       for (int e = 0; e < 8; e++) v[e] = v[e] * scale[BEFORE ? i : 0] * w[e];
       if (BEFORE == 2) {
@@ -104,6 +104,38 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     } else {
       unpack_bf16(live ? load_fresh((const uint4*)(from + channel)) : uint4{0, 0, 0, 0}, v);
     }
+  };
+  constexpr int TOGETHER = BEFORE ? VECTORS : 4;
+
+  float up = 1;
+  if (FORMAT == 2) {
+    float most = 0;
+#pragma unroll TOGETHER
+    for (int i = 0; i < VECTORS; i++) {
+      float v[8];
+      value(i, v);
+#pragma unroll
+      for (int e = 0; e < 8; e++) most = fmaxf(most, fabsf(v[e]));
+    }
+    const int exponent = max((int)(__float_as_uint(from_bf16(to_bf16(warp_max(most)))) >> 23), 19);
+    up = __uint_as_float((u32)(268 - exponent) << 23);  // 2^14 over the largest's power of two
+    const float down = __uint_as_float((u32)(exponent - 18) << 23);  // its inverse, over INT4_SHIFT of wgmma.cuh
+    for (int c = 0; c < copies; c++) {
+      const int row_to = __shfl_sync(FULL_WARP, mine, SCATTER == 1 ? c : 0);
+      if (row_to >= 0 && lane == 0) scales[row_to] = down;
+    }
+    // As above: it is all worked out anew.
+#pragma unroll
+    for (int i = 0; i < (BEFORE ? VECTORS : 0); i++)
+      asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
+  }
+
+#pragma unroll TOGETHER
+  for (int i = 0; i < VECTORS; i++) {
+    const int channel = i * 256 + lane * 8;
+    const bool live = WIDTH % 256 == 0 || channel < WIDTH;
+    float v[8];
+    value(i, v);
     if (FORMAT == 1) {
       float most = 0;
 #pragma unroll
@@ -125,23 +157,28 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     } else {
       u32 made[4];
 #pragma unroll
-      for (int e = 0; e < 4; e++) made[e] = pack_bf16(v[2 * e], v[2 * e + 1]);
-      const int at = channel * 2;
+      for (int e = 0; e < 4; e++) {
+        made[e] = pack_bf16(v[2 * e], v[2 * e + 1]);
+        if (FORMAT == 2) made[e] = pack_f16(low_bf16(made[e]) * up, high_bf16(made[e]) * up);
+      }
+      int at = channel * 2;
       if (FORMAT == 2) {
-        // Pair (s, h) of the quad's lanes t = 0..3 makes 16 bytes: a transpose of four by four.
-        const int t = lane % 4;
+        // Pair (s, h) of lanes t = 0..3, which stand 4 lanes apart, makes 16 bytes: a transpose of four by four.
+        const int t = lane / 4 % 4;
         u32 turned[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int i0 = t ^ k;
           const u32 sent = i0 == 0 ? made[0] : i0 == 1 ? made[1] : i0 == 2 ? made[2] : made[3];
-          const u32 got = __shfl_xor_sync(FULL_WARP, sent, k);
+          const u32 got = __shfl_xor_sync(FULL_WARP, sent, k * 4);
 #pragma unroll
           for (int e = 0; e < 4; e++)
             if (e == i0) turned[e] = got;
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) made[e] = turned[e];
+        // Our four channels' pairs were (2 m', 0), (2 m', 1), (2 m' + 1, 0), (2 m' + 1, 1), m' = lane % 4; we keep number t.
+        at = channel / 128 * 256 + (lane % 4 * 2 + t / 2) * 32 + t % 2 * 16;
       }
       for (int c = 0; c < copies; c++) {
         const int row_to = __shfl_sync(FULL_WARP, mine, SCATTER == 1 ? c : 0);

@@ -76,6 +76,13 @@ struct Wgmma;
                    : OUTPUTS                                                                                       \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                \
     }                                                                                                              \
+    static DEVICE void f16_from(float* d, const u32* a, u64 b, int add) {                                          \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #I5 ", 0;\n"                                                  \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" REGISTERS "}, {%" #I0 ",%" #I1       \
+                   ",%" #I2 ",%" #I3 "}, %" #I4 ", p, 1, 1, 0;}"                                                   \
+                   : OUTPUTS                                                                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                \
+    }                                                                                                              \
   };
 WGMMA(16, R8_0, D8(0), 8, 9, 10, 11, 12, 13)
 WGMMA(32, R16_0, D16(0), 16, 17, 18, 19, 20, 21)
@@ -131,10 +138,23 @@ DEVICE bool elected() {
   return yes != 0;
 }
 
-// Products of pairs, rounded.
-DEVICE u32 multiply_bf16(u32 a, u32 b) {
+// Scales of INT4 weights, times this, are F16. A weight is exact then where its scale is between 2^-21 and 2^8; below, it
+// is off by 2^-29 at most.
+#define INT4_SHIFT 16.0f
+
+// A scale, twice.
+DEVICE u32 int4_scale(bf16 scale) {
+  const float v = from_bf16(scale) * INT4_SHIFT;
+  return pack_f16(v, v);
+}
+
+// Nibbles 0 and 4 of a tiled word, minus 8, times the scale. 0x6400 is F16 1024: 1024 + n is exact, so is the difference,
+// and so is the product.
+DEVICE u32 int4_to_f16(u32 word, u32 scale) {
   u32 v;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+  asm("{.reg .b32 t; lop3.b32 t, %1, 0x000f000f, 0x64006400, 0xea; sub.rn.f16x2 t, t, %3; mul.rn.f16x2 %0, t, %2;}"
+      : "=r"(v)
+      : "r"(word), "r"(scale), "r"(0x64086408u));
   return v;
 }
 

@@ -70,6 +70,19 @@ def test_tokens_that_pass_in_several_runs_have_the_same_bits(
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
 
 
+def test_int4_products_of_many_tokens_scale_with_their_rows(libraries: Path) -> None:
+    op = OPS["fused_linear"]
+    case = (70, 64, 256, "none", "none", "int4", 32, 0, 1, 0, "f32")
+    x, *rest = op.inputs(*case, dtype="bf16", device="cpu")
+    powers = 2.0 ** torch.linspace(-40, 40, len(x)).round()[:, None]
+    tactic = op.tactics(TARGET, *map(type_of, (x, *rest)))[0]
+
+    (want,) = results(op, (x, *rest), tactic, libraries)
+    (got,) = results(op, ((x * powers).to(x.dtype), *rest), tactic, libraries)
+
+    assert torch.equal(got, want * powers)
+
+
 def test_kernels_of_few_and_of_many_tokens_are_among_them() -> None:
     ran = {param.values[0].name for param in _work()}
 
