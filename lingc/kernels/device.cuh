@@ -134,10 +134,16 @@ DEVICE bf16 load_fresh(const bf16* p) {
   return v;
 }
 
-// A weight that is asked for before a wait and used behind it; the compiler would move a plain load to its use.
+// A weight that is asked for before a wait and used behind it. A load that may be of constants (`nc`, `__ldg`) moves behind
+// the wait, to its use, also where it is volatile: nothing that is written can concern it.
 DEVICE float load_early(const float* p) {
   float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+DEVICE uint4 load_early(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 
@@ -276,7 +282,18 @@ DEVICE float warp_max(float v) {
   return v;
 }
 
-DEVICE float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+// 2^v and 1 / v where it matters not that what is tiny becomes zero: plain, either takes three instructions more.
+DEVICE float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEVICE float inverse_fast(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEVICE float sigmoid(float v) { return inverse_fast(1.0f + exp2_fast(v * -1.44269504f)); }
 DEVICE float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 
 // ---------------------------------------------------------------- the `tiled` layout (lingc/quantize/layouts.py)

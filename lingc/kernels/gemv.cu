@@ -294,14 +294,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
     for (int j = 0; j < CHUNKS; j++)
       norm[j] = j * 32 + lane < stages * (STAGE_K / 8)
-                    ? __ldg((const uint4*)(norm_weight + first * STAGE_K) + j * 32 + lane)
+                    ? load_early((const uint4*)(norm_weight + first * STAGE_K) + j * 32 + lane)
                     : uint4{0, 0, 0, 0};
   }
   // FP8: lane i has the scale of stage i of a tile, for rows 0-7 and 8-15.
   auto block_scale = [&](int tile, int half) {
     if (FORMAT != 1 || lane >= stages || tile >= tiles) return 0.0f;
     const int row = AFTER ? tile / 16 + half * (tiles / 16) : tile / 8;
-    return __ldg((const float*)scale + (i64)row * STAGES + first + lane);
+    return load_early((const float*)scale + (i64)row * STAGES + first + lane);
   };
   float soon0 = block_scale(blockIdx.x, 0), soon1 = AFTER ? block_scale(blockIdx.x, 1) : 0;
   __syncthreads();  // the barriers of the sums

@@ -122,13 +122,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, FIT)
   if (BEFORE) {
 #pragma unroll
     for (int j = 0; j < CHUNKS; j++)
-      norm[j] = j * 128 + thread < limit ? __ldg((const uint4*)(norm_weight + first * STAGE_K) + j * 128 + thread)
+      norm[j] = j * 128 + thread < limit ? load_early((const uint4*)(norm_weight + first * STAGE_K) + j * 128 + thread)
                                          : uint4{0, 0, 0, 0};
   }
   auto block_scale = [&](int tile, int half) {
     if (FORMAT != 1 || lane >= 2 * stages || tile >= tiles) return 0.0f;
     const int row = AFTER ? tile / 16 + half * (tiles / 16) : tile / 8;
-    return __ldg(scale + (i64)row * (K / 128) + 2 * first + lane);
+    return load_early(scale + (i64)row * (K / 128) + 2 * first + lane);
   };
   float soon0 = block_scale(blockIdx.x, 0), soon1 = AFTER ? block_scale(blockIdx.x, 1) : 0;
   asm volatile("bar.sync 0, %0;" ::"n"(WARPS * 32 + 32) : "memory");  // the barriers are there
