@@ -1,9 +1,9 @@
-"""Tactics of `gemv.cu` and `gemv_wgmma.cu`: one read of the weights for 1 to 64 tokens.
+"""Tactics of `gemv.cu` and its like: one read of the weights for 1 to 64 tokens.
 
 `gemv.cu` multiplies with each warp by itself, on every architecture with bulk copies and for every
-format; `gemv_wgmma.cu` with warpgroups, on Hopper, for BF16 and FP8. Both hold their tokens in
-shared memory. Where there is no room for all of them, a tactic launches once for every few tokens
-and reads the weights as often.
+format; `gemv_wgmma.cu` with warpgroups, on Hopper, for BF16 and FP8; `gemv_int4.cu` as integers,
+INT4 by up to 4 tokens. All hold their tokens in shared memory. Where there is no room for all of
+them, a tactic launches once for every few tokens and reads the weights as often.
 
 Shared memory of a block is worked out here and in the CUDA files, which assert that both agree.
 """
@@ -25,6 +25,8 @@ PIECE_K = {"bf16": 32, "fp8": 64, "int4": 128}
 BUFFERS = 4
 STAGE = 4096
 MOST_TOKENS = 64
+MOST_WHOLE = 4
+"""Tokens of which high and low bytes are the eight columns of a product."""
 MOST_TACTICS = 4
 BUCKETS = (1, 2, 4, 8, 16)
 """Numbers of tokens that kernels are compiled for."""
@@ -225,16 +227,70 @@ class Wide:
         return _launch(shape, kernel, sms, 1)
 
 
-Config = Narrow | Wide
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """What may be chosen of `gemv_int4.cu`.
 
-
-def _alone(room: int) -> int:
-    """Shared memory of which two blocks do not fit on a multiprocessor.
-
-    Launched early, while other kernels' blocks lie unevenly, two blocks of a launch would else land
-    on one multiprocessor and none on another.
+    Attributes:
+        tiles: Of 16 rows that one copy brings, with all of K.
+        warps: That multiply; K of a tile is split among those of a tile.
+        depth: Stages in shared memory.
+        blocks: Blocks a multiprocessor.
     """
-    return (room + KIB) // 2 // KIB * KIB
+
+    tiles: int
+    warps: int
+    depth: int
+    blocks: int = 1
+
+    @property
+    def name(self) -> str:
+        more = f".blocks{self.blocks}" if self.blocks > 1 else ""
+        return f"gemv.int4.tiles{self.tiles}.warps{self.warps}.depth{self.depth}{more}"
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Of one block, as `gemv_int4.cu` lays it out."""
+        tokens, pieces = shape.bucket, shape.width // PIECE_K["int4"]
+        scales = shape.width // shape.group * ROWS * 2
+        used = self.depth * self.tiles * (pieces * PIECE + scales)
+        used += tokens * (2 * shape.width + 2 * pieces * 4)
+        used += BUFFERS * self.warps * tokens * ROWS * 4
+        return -(-used // 8) * 8 + (2 * self.depth + 2 * BUFFERS) * 8
+
+    def suits(self, shape: Shape) -> bool:
+        """Whether K and the rows can be split so."""
+        pieces, slices = shape.width // PIECE_K["int4"], self.warps // self.tiles
+        if shape.format != "int4" or shape.bucket > MOST_WHOLE or pieces % slices:
+            return False
+        even = shape.rows % (ROWS * self.tiles) == 0 and pieces % shape.norms == 0
+        return even and pieces // shape.norms % (pieces // slices) == 0
+
+    def launch(self, shape: Shape, sms: int, room: int) -> Launch:
+        """Of all tokens of a shape."""
+        shared = max(self.shared_bytes(shape), _alone(room, self.blocks))
+        constants = {
+            **_constants(shape),
+            "GROUP": shape.group,
+            "TILES": self.tiles,
+            "WARPS": self.warps,
+            "DEPTH": self.depth,
+            "SHARED": shared,
+        }
+        kernel = _kernel(shape, "kernels/gemv_int4.cu", constants, self.warps + 1, shared, ())
+        blocks = min(shape.rows // ROWS // self.tiles, sms * self.blocks)
+        return _launch(shape, kernel, blocks, self.blocks)
+
+
+Config = Narrow | Wide | Whole
+
+
+def _alone(room: int, blocks: int = 1) -> int:
+    """Shared memory of which no more than so many blocks fit on a multiprocessor.
+
+    Launched early, while other kernels' blocks lie unevenly, one block more of a launch would else
+    land on one multiprocessor and one too few on another.
+    """
+    return (room + KIB) // (blocks + 1) // KIB * KIB
 
 
 def refusal(target: Target, shape: Shape) -> str | None:
@@ -319,6 +375,8 @@ def _at_once(shape: Shape, config: Config, room: int) -> int:
 def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
     """In the order of what was measured on one H200."""
     hopper = target.arch == "sm_90a"
+    if shape.format == "int4":
+        yield from _whole(target, shape)
     if shape.format == "fp8" and shape.tokens > 4:
         yield Narrow(warps=16, depth=2)
     if hopper and shape.before == "group_norm_gate" and shape.format == "fp8":
@@ -340,6 +398,17 @@ def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
             yield Wide(groups=4, slots=4)
     yield from (Narrow(warps=12, depth=4), Narrow(warps=8, depth=4), Narrow(warps=16, depth=2))
     yield from (Narrow(warps=8, depth=3), Narrow(warps=8, depth=2))
+
+
+def _whole(target: Target, shape: Shape) -> Iterator[Config]:
+    """For INT4: all of a block's rows in one copy, or one after the other."""
+    many = Whole(tiles=1, warps=16, depth=3)
+    few = Whole(tiles=2, warps=16, depth=1)
+    yield from (many, few) if shape.rows > 2 * ROWS * (target.sms or 1) else (few, many)
+    two = Whole(tiles=1, warps=8, depth=2, blocks=2)
+    if shape.tokens == 1 and 2 * two.shared_bytes(shape) <= (target.smem_per_block_bytes or 0):
+        yield two
+    yield from (Whole(tiles=1, warps=8, depth=3), Whole(tiles=2, warps=2, depth=2))
 
 
 def _small() -> Iterator[Config]:
