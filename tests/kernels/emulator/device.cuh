@@ -117,17 +117,23 @@ DEVICE u8 code_of(float v) {
 DEVICE u32 to_e4m3(float a, float b, float c, float d) {
   return code_of(a) | (u32)code_of(b) << 8 | (u32)code_of(c) << 16 | (u32)code_of(d) << 24;
 }
-// f16 by its bits; what is made of E4M3 is never subnormal.
+// f16 by its bits, to nearest even.
 DEVICE u16 f16_of(float v) {
-  const u32 bits = __float_as_uint(v), sign = bits >> 16 & 0x8000;
+  const u32 sign = __float_as_uint(v) >> 16 & 0x8000;
+  const float size = fabsf(v);
   if (v != v) return 0x7e00;
-  return v == 0 ? sign : sign | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 0x3ff);
+  if (size >= 65520.0f) return sign | 0x7c00;
+  if (size < 6.103515625e-5f) return sign | (u32)nearbyintf(ldexpf(size, 24));
+  const int exponent = ilogbf(size);
+  return sign | (((exponent + 15) << 10) + (u32)nearbyintf(ldexpf(size, 10 - exponent)) - 1024);
 }
 DEVICE float from_f16(u16 v) {
-  const u32 sign = (u32)(v & 0x8000) << 16, exponent = v >> 10 & 31, mantissa = v & 0x3ff;
-  if (exponent == 31) return NAN;
-  return __uint_as_float(exponent ? sign | (exponent + 112) << 23 | mantissa << 13 : sign);
+  const int exponent = v >> 10 & 31, mantissa = v & 0x3ff;
+  float size = exponent ? ldexpf(1024 + mantissa, exponent - 25) : ldexpf(mantissa, -24);
+  if (exponent == 31) size = mantissa ? NAN : INFINITY;
+  return v & 0x8000 ? -size : size;
 }
+DEVICE u32 pack_f16(float low, float high) { return f16_of(low) | (u32)f16_of(high) << 16; }
 DEVICE void e4m3_to_f16(u32 codes, u32& low, u32& high) {
   low = f16_of(from_e4m3(codes)) | (u32)f16_of(from_e4m3(codes >> 8)) << 16;
   high = f16_of(from_e4m3(codes >> 16)) | (u32)f16_of(from_e4m3(codes >> 24)) << 16;
