@@ -15,7 +15,8 @@ Shapes: a [T, >= c + r]; q [T, H (nope + r)] before rope; kv_weight [c]; cos, si
 [H, V, c]; y [T, HV]. T, B, P, R symbolic.
 
 Rounding: everything in f32 (f64 for f64 q); rows are rounded once to the cache's dtype, y once to
-the dtype of q. Kernels multiply z, the shares and the sum of latents rounded to bf16.
+the dtype of q. Kernels multiply z, the shares and the sum of latents rounded to bf16, and add up
+means of parts of the rows rounded to f16.
 
 Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2 and appendix C.
 """

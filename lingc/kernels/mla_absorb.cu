@@ -4,9 +4,9 @@
 // tile that `mla_attend` copies as it is. It has 9 blocks of 64 channels, in each one row of 128 bytes a head,
 // whose 16-byte chunk c stands at c ^ (head % 8). Heads beyond HEADS are zero.
 //
-// Blocks: 4 slices of 128 latent channels for each head, for tokens in runs of `run`; then one warp a token for
-// the rows.
-#include "device.cuh"
+// Blocks: 4 slices of 128 latent channels for each head, for tokens in runs of `run`: a warp holds the weights of
+// 64 in registers, and turns the rope part of every eighth token. Then one warp a token for the rows.
+#include "mla_few.cuh"
 
 #define NOPE 128
 #define ROPE 64
@@ -15,20 +15,13 @@
 #define WIDTH (LATENT + ROPE)
 #define SLICE 128
 #define SLICES (LATENT / SLICE)
-#define WARPS 5
+#define WARPS 2
 #define PADDED ((HEADS + COLUMNS - 1) / COLUMNS * COLUMNS)
 #define TILE_BYTES (COLUMNS * WIDTH * 2)
 
-DEVICE void copy_async(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-DEVICE void load_transposed(u32 row, u32* v) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(row)
-               : "memory");
-}
+// The low halves of two words, and their high halves.
+DEVICE u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+DEVICE u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
 
 // Where channel `c` of head `h` of a token's queries stands.
 DEVICE u8* query_at(u8* queries, int token, int h, int c) {
@@ -49,35 +42,39 @@ DEVICE void write_row(const bf16* a, int pitch, const bf16* kv_weight, const flo
   int lane = threadIdx.x % 32;
   uint4 weight[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) weight[i] = ((const uint4*)kv_weight)[lane + 32 * i];
-  wait_dependencies();
-  int row = load_fresh(rows + token);
+  for (int i = 0; i < 2; i++) weight[i] = load_weight(kv_weight + 8 * (lane + 32 * i));
+  int row = load_fresh(rows + token);  // of the step's inputs, which were there before it began
   const bf16* own = a + (i64)token * pitch + pitch - WIDTH;
-  uint4 raw[2];
+  bf16* to = cache + (i64)max(row, 0) * WIDTH;
+  i64 angle = (i64)token * (ROPE / 2) + lane;
+#pragma unroll 1
+  for (int pass = hidden(0); pass < 2; pass++) {
+    bool real = pass == 1, stores = real && row >= 0;
+    if (real) wait_dependencies();
+    uint4 raw[2];
 #pragma unroll
-  for (int i = 0; i < 2; i++) raw[i] = load_fresh((const uint4*)own + lane + 32 * i);
-  u32 key = load_fresh((const u32*)(own + LATENT) + lane);
-  float c = load_fresh(cos + (i64)token * (ROPE / 2) + lane), s = load_fresh(sin + (i64)token * (ROPE / 2) + lane);
-  float x[16], w[16], sum = 0;
+    for (int i = 0; i < 2; i++) raw[i] = load_if(real, own + 8 * (lane + 32 * i));
+    u32 key = load_word_if(real, own + LATENT + 2 * lane);
+    float c = __uint_as_float(load_word_if(real, cos + angle)), s = __uint_as_float(load_word_if(real, sin + angle));
+    float x[16], w[16], sum = 0;
 #pragma unroll
-  for (int i = 0; i < 2; i++) unpack_bf16(raw[i], x + 8 * i), unpack_bf16(weight[i], w + 8 * i);
+    for (int i = 0; i < 2; i++) unpack_bf16(raw[i], x + 8 * i), unpack_bf16(weight[i], w + 8 * i);
 #pragma unroll
-  for (int i = 0; i < 16; i++) sum += x[i] * x[i];
-  float by = rsqrtf(warp_sum(sum) * (1.0f / LATENT) + eps);
-  if (row < 0) return;
-  bf16* to = cache + (i64)row * WIDTH;
+    for (int i = 0; i < 16; i++) sum += x[i] * x[i];
+    float by = rsqrtf(warp_sum(sum) * (1.0f / LATENT) + eps);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    uint4 y;
-    const float *v = x + 8 * i, *u = w + 8 * i;
-    y.x = pack_bf16(v[0] * by * u[0], v[1] * by * u[1]), y.y = pack_bf16(v[2] * by * u[2], v[3] * by * u[3]);
-    y.z = pack_bf16(v[4] * by * u[4], v[5] * by * u[5]), y.w = pack_bf16(v[6] * by * u[6], v[7] * by * u[7]);
-    ((uint4*)to)[lane + 32 * i] = y;
+    for (int i = 0; i < 2; i++) {
+      uint4 y;
+      const float *v = x + 8 * i, *u = w + 8 * i;
+      y.x = pack_bf16(v[0] * by * u[0], v[1] * by * u[1]), y.y = pack_bf16(v[2] * by * u[2], v[3] * by * u[3]);
+      y.z = pack_bf16(v[4] * by * u[4], v[5] * by * u[5]), y.w = pack_bf16(v[6] * by * u[6], v[7] * by * u[7]);
+      store_if(stores, to + 8 * (lane + 32 * i), y);
+    }
+    store_if(stores, to + LATENT + 2 * lane, turned(key, c, s, 1.0f));
   }
-  ((u32*)(to + LATENT))[lane] = turned(key, c, s, 1.0f);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 6)
     mla_absorb(const bf16* __restrict__ a, const bf16* __restrict__ q, const bf16* __restrict__ kv_weight,
                const float* __restrict__ cos, const float* __restrict__ sin, bf16* cache,
                const int* __restrict__ rows, const bf16* __restrict__ w_k, u8* queries, int tokens, int pitch,
@@ -93,66 +90,62 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   }
   int slice = block % SLICES, h = block / SLICES % PADDED, first = block / (SLICES * PADDED) * run;
   int last = min(tokens, first + run);
-  // [nope][128 channels]; 16-byte chunk c of row n stands where eight rows of a transposed matrix meet no bank twice.
-  __shared__ __align__(128) u8 weight[NOPE * SLICE * 2];
-  u32 base = shared_address(weight);
-  if (h < HEADS) {
-    const u8* from = (const u8*)(w_k + (i64)h * NOPE * LATENT + slice * SLICE);
-    for (int i = threadIdx.x; i < NOPE * 16; i += WARPS * 32) {
-      int n = i / 16, c = i % 16, swizzle = (n & 1) | (n / 8 % 4) << 1;
-      copy_async(base + n * 256 + ((c ^ swizzle) * 16), from + (i64)n * (LATENT * 2) + c * 16);
+  // Lane (g, t) has channels 8 g … 8 g + 7 of the warp's 64, at 32 i + 8 t + (0 … 7) of k: what one load of q holds.
+  // Words of two rows become k pairs of two channels; tile `j` has channels 8 g + 2 j as rows g, the next as g + 8.
+  uint4 w[4][8];
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      w[i][k] = h < HEADS ? load_weight(w_k + ((i64)h * NOPE + 32 * i + 8 * t + k) * LATENT + slice * SLICE + warp * 64 + 8 * g)
+                          : uint4{0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+      uint4 u = w[i][k], v = w[i][k + 1];
+      w[i][k] = uint4{low_halves(u.x, v.x), low_halves(u.y, v.y), low_halves(u.z, v.z), low_halves(u.w, v.w)};
+      w[i][k + 1] = uint4{high_halves(u.x, v.x), high_halves(u.y, v.y), high_halves(u.z, v.z), high_halves(u.w, v.w)};
     }
-  }
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-  if (warp == WARPS - 1) {  // rope
-    wait_dependencies();
-    for (int token = first + slice; token < last; token += SLICES) {
-      u32 pair = 0;
-      float c = 0, s = 0;
-      if (h < HEADS) {
-        pair = load_fresh((const u32*)(q + (i64)token * (HEADS * KEY) + h * KEY + NOPE) + lane);
-        c = load_fresh(cos + (i64)token * (ROPE / 2) + lane), s = load_fresh(sin + (i64)token * (ROPE / 2) + lane);
+#pragma unroll 1
+  for (int pass = hidden(0); pass < 2; pass++) {
+    bool real = pass == 1;
+    if (real) wait_dependencies();
+    int end = real ? last : first;
+#pragma unroll 1
+    for (int at = first; at < last; at += 8) {
+      float d[4][4] = {};
+      uint4 x[4];
+      int token = at + g, other = at + slice * WARPS + warp;
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        x[i] = load_if(token < end && h < HEADS, q + (i64)token * (HEADS * KEY) + h * KEY + 32 * i + 8 * t);
+      bool turns = other < end && h < HEADS;
+      u32 pair = load_word_if(turns, q + (i64)other * (HEADS * KEY) + h * KEY + NOPE + 2 * lane);
+      i64 angle = (i64)other * (ROPE / 2) + lane;
+      float c = __uint_as_float(load_word_if(turns, cos + angle));
+      float s = __uint_as_float(load_word_if(turns, sin + angle));
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          uint4* u = w[i] + 4 * half;
+          u32 b0 = half ? x[i].z : x[i].x, b1 = half ? x[i].w : x[i].y;
+          mma_bf16(d[0], u[0].x, u[1].x, u[2].x, u[3].x, b0, b1);
+          mma_bf16(d[1], u[0].y, u[1].y, u[2].y, u[3].y, b0, b1);
+          mma_bf16(d[2], u[0].z, u[1].z, u[2].z, u[3].z, b0, b1);
+          mma_bf16(d[3], u[0].w, u[1].w, u[2].w, u[3].w, b0, b1);
+        }
+      store_if(other < end, query_at(queries, other, h, LATENT + 2 * lane), turned(pair, c, s, scale));
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        u32 v[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = pack_bf16(d[j][e] * scale, d[j][e + 2] * scale);
+        int to = at + 2 * t + e;
+        store_if(to < end, query_at(queries, to, h, slice * SLICE + warp * 64 + 8 * g), uint4{v[0], v[1], v[2], v[3]});
       }
-      *(u32*)query_at(queries, token, h, LATENT + 2 * lane) = turned(pair, c, s, scale);
+      if (!real) break;
     }
-    return;
-  }
-  // k of step 2 i (+ 1) of lane t: channels 32 i + 8 t + (0, 1 | 2, 3), then (4, 5 | 6, 7): what one load of q holds.
-  u32 w[2][8][4];
-  int m = lane / 8, r = lane % 8;  // of four matrices: channels 0-7, 8-15 at the first k half, then at the second
-#pragma unroll
-  for (int tile = 0; tile < 2; tile++)
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      int n = 32 * (k / 2) + 8 * (r / 2) + r % 2 + 4 * (k % 2) + 2 * (m / 2);
-      int c = warp * 4 + tile * 2 + m % 2, swizzle = (n & 1) | (n / 8 % 4) << 1;
-      load_transposed(base + n * 256 + ((c ^ swizzle) * 16), w[tile][k]);
-    }
-  wait_dependencies();
-  for (int at = first; at < last; at += 8) {
-    float d[2][4] = {};
-    uint4 x[4];
-    int token = at + g;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      x[i] = token < last && h < HEADS
-                 ? load_fresh((const uint4*)(q + (i64)token * (HEADS * KEY) + h * KEY) + 4 * i + t)
-                 : uint4{0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int tile = 0; tile < 2; tile++) {
-        u32 *u = w[tile][2 * i], *v = w[tile][2 * i + 1];
-        mma_bf16(d[tile], u[0], u[1], u[2], u[3], x[i].x, x[i].y);
-        mma_bf16(d[tile], v[0], v[1], v[2], v[3], x[i].z, x[i].w);
-      }
-#pragma unroll
-    for (int tile = 0; tile < 2; tile++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int to = at + 2 * t + i % 2, c = slice * SLICE + warp * 32 + tile * 16 + i / 2 * 8 + g;
-        if (to < last) *(bf16*)query_at(queries, to, h, c) = to_bf16(h < HEADS ? d[tile][i] * scale : 0.0f);
-      }
   }
 }

@@ -1,6 +1,7 @@
 // MLA of a few tokens, second launch: attention in the space of the latents over a split of the cached rows.
 //
-//   partial[split, column] = sum_x 2^(s[x] - m) c[x],  stats = (m, sum_x 2^(s[x] - m)),  s[x] = query . (c | k_r)[x]
+//   partial[split, column] = sum_x 2^(s[x] - m) c[x] / l,  stats = (m, l = sum_x 2^(s[x] - m)),
+//   s[x] = query . (c | k_r)[x]
 //
 // A column is a head of a token; a unit is the COLUMNS of one token (of 32 of its heads where it has more), whose
 // operand tile `mla_absorb` made. Cached rows are the long side of both products: s^T = rows x queries, and
@@ -9,13 +10,14 @@
 // A block has a warpgroup that copies and one that multiplies, for one unit; PAIRED: two, for two units of one
 // sequence, which both read every tile. One warpgroup keeps up with the memory, and leaves registers for the
 // blocks of the launches before and after.
-// A run of rows depends on the sequence's length and the grid alone. The CLUSTER runs of neighbouring blocks are
-// added up in the end, through shared memory: together they are a split.
-// The first EARLY tiles are announced to L2 before the launches before have ended, from page numbers that may be
-// stale: nothing is read by that. The others are announced AHEAD tiles before they are copied.
+// A run of rows depends on the sequence's length and the grid alone.
+// What other steps wrote is read before the launches before have ended: offsets, positions, page numbers, and the
+// cached rows up to the sequence's first of this step. So the tiles that shared memory has room for are under way
+// while `mla_absorb` runs, and EARLY more are announced to L2. Until it has ended they come a few KiB at a time: a
+// memory that is busy with them would answer it, and launches before it, late.
 //
-// A partial row holds channel c at c / 128 * 128 + (c / 16 % 4 * 8 + c % 8) * 4 + c / 8 % 2 * 2 + c / 64 % 2.
-#include "device.cuh"
+// A partial row holds, in f16, channel (4 k + e / 2) * 64 + w * 16 + e % 2 * 8 + g at k * 256 + (w * 8 + g) * 8 + e.
+#include "mla_few.cuh"
 
 #define WIDTH 576
 #define ROW_BYTES (WIDTH * 2)
@@ -32,56 +34,63 @@
 #define GROUP 128
 #define OWN (COLUMNS / 2)   // results of a product that a thread holds
 #define MINE (COLUMNS / 4)  // columns that they are of
+#define GENTLE 2            // blocks of channels that are asked for at a time before the wait
 #define GROWTH 8.0f         // powers of two that a share may pass 1 by before the maximum is moved
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
 // ---------------------------------------------------------------- products
 
-// Operand under the 128-byte swizzle, `stride` bytes from 8 rows to the next 8.
-DEVICE u64 operand(u32 address, u32 stride) {
-  return (1ull << 62) | ((u64)(stride >> 4) << 32) | ((u64)(stride >> 4) << 16) | (u64)((address & 0x3ffff) >> 4);
-}
+// Operand under the 128-byte swizzle, `stride` bytes from 8 rows to the next 8, in two words. Neighbours of an operand
+// are some 16 bytes further in the first word: one addition, where a descriptor anew would take ten instructions.
+DEVICE u32 operand_low(u32 address, u32 stride) { return (address & 0x3ffff) >> 4 | stride >> 4 << 16; }
+DEVICE u32 operand_high(u32 stride) { return 1u << 30 | stride >> 4; }
 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #if COLUMNS == 8
 #define REGISTERS "%0,%1,%2,%3"
 #define OUTPUTS D4(0)
-#define A "%4"
-#define B "%5"
-#define ADD "%6"
-#define TURN "%7"
+#define A "{%4, %5}"
+#define B "{%6, %7}"
+#define ADD "%8"
+#define TURN "%9"
 #elif COLUMNS == 16
 #define REGISTERS "%0,%1,%2,%3,%4,%5,%6,%7"
 #define OUTPUTS D4(0), D4(4)
-#define A "%8"
-#define B "%9"
-#define ADD "%10"
-#define TURN "%11"
+#define A "{%8, %9}"
+#define B "{%10, %11}"
+#define ADD "%12"
+#define TURN "%13"
 #else
 #define REGISTERS "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define OUTPUTS D4(0), D4(4), D4(8), D4(12)
-#define A "%16"
-#define B "%17"
-#define ADD "%18"
-#define TURN "%19"
+#define A "{%16, %17}"
+#define B "{%18, %19}"
+#define ADD "%20"
+#define TURN "%21"
 #endif
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
 
 // d[64, COLUMNS] (+)= A [64, 16] B [COLUMNS, 16]^T; `transposed` A is stored [16, 64].
 template <int transposed>
-DEVICE void multiply(float* d, u64 a, u64 b, int add) {
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n" TEXT(COLUMNS) "k16.f32.bf16.bf16 {" REGISTERS "}, " A ", " B
+DEVICE void multiply(float* d, u32 a, u32 a_high, u32 b, u32 b_high, int add) {
+  asm volatile("{.reg .pred p; .reg .b64 a, b; setp.ne.b32 p, " ADD ", 0; mov.b64 a, " A "; mov.b64 b, " B ";\n"
+               "wgmma.mma_async.sync.aligned.m64n" TEXT(COLUMNS) "k16.f32.bf16.bf16 {" REGISTERS "}, a, b"
                ", p, 1, 1, " TURN ", 0;}"
                : OUTPUTS
-               : "l"(a), "l"(b), "r"(add), "n"(transposed));
+               : "r"(a), "r"(a_high), "r"(b), "r"(b_high), "r"(add), "n"(transposed));
 }
 
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+// Keeps the compiler from reading results of products before these have ended.
+template <int count>
+DEVICE void pin(float* d) {
+#pragma unroll
+  for (int i = 0; i < count; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // ---------------------------------------------------------------- barriers of a warpgroup
@@ -99,48 +108,23 @@ DEVICE bool group_any(int id, bool v) {
   return r;
 }
 
-DEVICE void cluster_sync() {
-  if (CLUSTER > 1)
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-DEVICE u32 cluster_address(u32 address, u32 rank) {
-  u32 r;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
-  return r;
-}
-DEVICE float2 cluster_load(u32 address) {
-  float2 v;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-  return v;
-}
-DEVICE void cluster_store(u32 address, float4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
-               "f"(v.w)
-               : "memory");
-}
-
-DEVICE float power(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
 // ---------------------------------------------------------------- what a block has to do
 
 struct Work {
   int sequence;  // -1: nothing
   int unit, units;
   int length;             // of the sequence, as far as its units see
-  int split, first, end;  // where the split begins, and the run of rows in it
+  int past;               // rows that the sequence had before this step
+  int first, end;         // of the run of rows
   int seen[2];            // how many rows each unit may see
 };
 
-// In a warp. Bounds hold whatever the tables hold, so that it may be asked before they are known to be right.
+// In a warp.
 DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int sequences, int pages) {
   int lane = threadIdx.x % 32;
   Work work;
   work.sequence = -1;
-  int before = 0;  // pairs, or units, of the sequences before
+  int before = 0, start = 0;  // pairs, or units, of the sequences before; the sequence's first token
   for (int b = 0; b <= sequences; b += 32) {  // the last: tokens that no sequence has
     int from = b + lane <= sequences ? load_fresh(offsets + b + lane) : tokens;
     int to = b + lane < sequences ? load_fresh(offsets + b + lane + 1) : tokens;
@@ -160,11 +144,13 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
       work.sequence = b + who;
       work.unit = __shfl_sync(FULL_WARP, unit, who);
       work.units = __shfl_sync(FULL_WARP, units, who);
+      start = __shfl_sync(FULL_WARP, from, who);
       break;
     }
     before += __shfl_sync(FULL_WARP, sum, 31);
   }
   if (work.sequence < 0) return work;
+  work.past = load_fresh(positions + start);
   int length = 0;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -174,7 +160,6 @@ DEVICE Work find_work(const int* offsets, const int* positions, int tokens, int 
   }
   if (work.sequence == sequences) length = 0;
   int runs = gridDim.y, rows = max(SMALLEST, ((length + runs - 1) / runs + 7) / 8 * 8);
-  work.split = min((int)blockIdx.y / CLUSTER * CLUSTER * rows, length);
   work.first = min((int)blockIdx.y * rows, length);
   work.end = min(work.first + rows, length);
   work.length = length;
@@ -211,6 +196,8 @@ DEVICE void copy_rows(u32 to, const u8* from, u32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Announces tile `i`; each of the four warps two of its eight rows of eight.
 DEVICE void announce(Pages& pages, const u8* cache, const Work& work, int i) {
   int warp = threadIdx.x / 32 % 4;
@@ -227,13 +214,13 @@ DEVICE void announce(Pages& pages, const u8* cache, const Work& work, int i) {
 
 struct Shared {
   u64 full[SLOTS], empty[SLOTS], asked;
+  volatile int waited;  // whether the launches before have ended
   float tops[UNITS][4][COLUMNS];
-  float2 stats[UNITS][COLUMNS];
 };
 
 extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2)
     mla_attend(const u8* __restrict__ queries, const u8* __restrict__ cache, const int* __restrict__ page_table,
-               const int* __restrict__ offsets, const int* __restrict__ positions, float* partial, float* stats,
+               const int* __restrict__ offsets, const int* __restrict__ positions, u8* partial, float* stats,
                int tokens, int sequences, int pages, int page_count) {
   launch_dependents();
   extern __shared__ __align__(1024) u8 memory[];
@@ -246,24 +233,20 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
     for (int i = 0; i < SLOTS; i++)
       barrier_init(shared.full + i, GROUP), barrier_init(shared.empty + i, 4 * UNITS);
     barrier_init(&shared.asked, 1);
+    shared.waited = 0;
     barrier_init_fence();
   }
-  if (group == COPIERS && EARLY > 0) {
-    Work work = find_work(offsets, positions, tokens, sequences, pages);
-    if (work.sequence >= 0 && work.first < work.end) {
-      Pages numbers(page_table + (i64)work.sequence * pages, pages, page_count, work.first);
-      for (int i = 0; i < EARLY; i++) announce(numbers, cache, work, i);
-    }
-  }
-  __syncthreads();
-  wait_dependencies();
   Work work = find_work(offsets, positions, tokens, sequences, pages);
-  if (work.sequence < 0) return;
+  __syncthreads();
+  if (work.sequence < 0) {
+    wait_dependencies();
+    return;
+  }
   int tiles = (work.end - work.first + TILE - 1) / TILE;
-  i64 columns = (i64)tokens * HEAD_BLOCKS * COLUMNS, split = blockIdx.y / CLUSTER * columns;
-  u32 rank = blockIdx.y % CLUSTER;
-  if (work.split >= work.length) {  // nothing for the whole cluster
-    if (rank == 0 && thread < COLUMNS && group < work.units)
+  i64 columns = (i64)tokens * HEAD_BLOCKS * COLUMNS, split = blockIdx.y * columns;
+  if (work.first >= work.end) {
+    wait_dependencies();
+    if (thread < COLUMNS && group < work.units)
       ((float2*)stats)[split + (i64)(work.unit + group) * COLUMNS + thread] = float2{NEGATIVE_INFINITY, 0};
     return;
   }
@@ -272,12 +255,17 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     Pages numbers(page_table + (i64)work.sequence * pages, pages, page_count, work.first);
     Pages later = numbers;
-    for (int i = EARLY; i < AHEAD; i++) announce(later, cache, work, i);
+    bool waited = false, gentle = tiles > 1;
     // A lane copies 16 bytes of row lane / 8 (and that + 4) of eight, of each block of 128 bytes.
     int r = lane / 8, q = lane % 8;
     u32 to = shared_address(rows) + r * 128 + ((q ^ r) * 16), high = 512 + ((q ^ r ^ 4) - (q ^ r)) * 16;
     for (int i = 0; i < tiles; i++) {
       int slot = i % SLOTS;
+      if (!waited && (i == SLOTS || min(work.first + i * TILE + TILE, work.end) > work.past)) {
+        for (int j = SLOTS; j < SLOTS + EARLY; j++) announce(later, cache, work, j);
+        wait_dependencies();
+        waited = true;
+      }
       if (i >= SLOTS) barrier_wait(shared.empty + slot, (i / SLOTS - 1) & 1);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -285,193 +273,153 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
         const u8* from = cache + (x < work.end ? numbers.row(x) : 0) * ROW_BYTES + r * ROW_BYTES + q * 16;
         u32 at = to + slot * TILE_BYTES + eight * EIGHT;
         u32 low_bytes = x + r < work.end ? 16 : 0, high_bytes = x + r + 4 < work.end ? 16 : 0;
-#pragma unroll
+#pragma unroll 1
         for (int b = 0; b < BLOCKS; b++) {
           copy_rows(at + b * 1024, from + b * 128, low_bytes);
           copy_rows(at + high + b * 1024, from + 4 * ROW_BYTES + b * 128, high_bytes);
+          if (gentle && !waited && b % GENTLE == GENTLE - 1 && !shared.waited) copies_wait();
         }
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(shared.full + slot))
                    : "memory");
-      if (AHEAD > 0) announce(later, cache, work, i + AHEAD);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    cluster_sync();
-    cluster_sync();
+    if (!waited) wait_dependencies();
+    copies_wait();
     return;
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-  if (threadIdx.x == 0) {
-    barrier_expect(&shared.asked, work.units * QUERY_BYTES);
-    bulk_load(asked, queries + (i64)work.unit * QUERY_BYTES, work.units * QUERY_BYTES, &shared.asked);
-  }
   int g = lane / 4, t = lane % 4, id = 1 + group;
   bool idle = group >= work.units;
   int seen = min(work.end, group ? work.seen[1] : work.seen[0]);
-  u32 query = shared_address(asked) + group * QUERY_BYTES;
-  u32 share = shared_address(shares) + group * SHARE_BYTES;
-  float o[LATENT_BLOCKS][OWN] = {}, top[MINE], sum[MINE] = {};
+  int unit = PAIRED ? group : 0;
+  u32 high = operand_high(1024), query = operand_low(shared_address(asked) + unit * QUERY_BYTES, 1024);
+  u32 share_at = shared_address(shares) + unit * SHARE_BYTES, share = operand_low(share_at, 1024);
+  i64 column = split + (i64)(work.unit + group) * COLUMNS;
+  // The first is a rehearsal, on the memory of the queries.
+#pragma unroll 1
+  for (int pass = hidden(0); pass < 2; pass++) {
+    bool real = pass == 1;
+    if (real) {
+      wait_dependencies();
+      if (threadIdx.x == 0) {
+        shared.waited = 1;
+        barrier_expect(&shared.asked, work.units * QUERY_BYTES);
+        bulk_load(asked, queries + (i64)work.unit * QUERY_BYTES, work.units * QUERY_BYTES, &shared.asked);
+      }
+    }
+    float o[LATENT_BLOCKS][OWN], top[MINE], sum[MINE];
 #pragma unroll
-  for (int i = 0; i < MINE; i++) top[i] = NEGATIVE_INFINITY;
-  barrier_wait(&shared.asked, 0);
-  for (int i = 0; i < tiles; i++) {
-    int slot = i % SLOTS, x = work.first + i * TILE;
-    u32 tile = shared_address(rows) + slot * TILE_BYTES;
-    barrier_wait(shared.full + slot, i / SLOTS & 1);
-    if (!idle && x < seen) {
-      fence_async();
-      float s[OWN];
-      products_begin();
+    for (int b = 0; b < LATENT_BLOCKS; b++)
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++)
+      for (int j = 0; j < OWN; j++) o[b][j] = 0;
+#pragma unroll
+    for (int i = 0; i < MINE; i++) top[i] = NEGATIVE_INFINITY, sum[i] = 0;
+    if (real) barrier_wait(&shared.asked, 0);
+    u32 eight = real ? EIGHT : 0, tile_high = operand_high(eight);
+    int count = real ? tiles : 1;
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+      int slot = i % SLOTS, x = work.first + i * TILE;
+      u32 tile = operand_low(real ? shared_address(rows) + slot * TILE_BYTES : shared_address(asked), eight);
+      if (real) barrier_wait(shared.full + slot, i / SLOTS & 1);
+      if (!idle && x < seen) {
+        fence_async();
+        float s[OWN];
+        products_begin();
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            multiply<0>(s, tile + b * 64 + k * 2, tile_high, query + b * (COLUMNS * 8) + k * 2, high, b + k > 0);
+        products_end();
+        pin<OWN>(s);
+        if (x + TILE > seen) {
+#pragma unroll
+          for (int j = 0; j < OWN; j++)
+            if (x + warp * 16 + g + j / 2 % 2 * 8 >= seen) s[j] = NEGATIVE_INFINITY;
+        }
+        // s[4 j + 2 r + e]: row 16 warp + g + 8 r, column 8 j + 2 t + e. The maximum moves only when a score passes it
+        // by far, column by column, so that no column knows of another.
+        bool grows = !real;
+#pragma unroll
+        for (int j = 0; j < OWN; j++) grows |= s[j] > top[j / 4 * 2 + j % 2] + GROWTH;
+        if (group_any(id, grows)) {
+          float most[MINE];
+#pragma unroll
+          for (int c = 0; c < MINE; c++) {
+            most[c] = fmaxf(s[c / 2 * 4 + c % 2], s[c / 2 * 4 + c % 2 + 2]);
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2)
+              most[c] = fmaxf(most[c], __shfl_xor_sync(FULL_WARP, most[c], step));
+            if (g == 0) shared.tops[group][warp][c / 2 * 8 + 2 * t + c % 2] = most[c];
+          }
+          group_sync(id, GROUP);
+#pragma unroll
+          for (int c = 0; c < MINE; c++) {
+            float v = NEGATIVE_INFINITY;
+#pragma unroll
+            for (int w = 0; w < 4; w++) v = fmaxf(v, shared.tops[group][w][c / 2 * 8 + 2 * t + c % 2]);
+            v = v > top[c] + GROWTH ? v : top[c];
+            float by = v == top[c] ? 1.0f : power(top[c] - v);
+            top[c] = v, sum[c] *= by;
+#pragma unroll
+            for (int b = 0; b < LATENT_BLOCKS; b++) o[b][c / 2 * 4 + c % 2] *= by, o[b][c / 2 * 4 + c % 2 + 2] *= by;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < OWN; j++) {
+          float from = top[j / 4 * 2 + j % 2];
+          s[j] = power(s[j] - (from == NEGATIVE_INFINITY ? 0.0f : from));
+          sum[j / 4 * 2 + j % 2] += s[j];
+        }
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 8; j++) {
+          u32 at = share_at + (j * 8 + lane % 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
+          asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
+                       "r"(pack_bf16(s[4 * j], s[4 * j + 1])), "r"(pack_bf16(s[4 * j + 2], s[4 * j + 3]))
+                       : "memory");
+        }
+        fence_async();
+        group_sync(id, GROUP);
+        products_begin();
 #pragma unroll
         for (int k = 0; k < 4; k++)
-          multiply<0>(s, operand(tile + b * 1024 + k * 32, EIGHT), operand(query + b * (COLUMNS * 128) + k * 32, 1024),
-                      b + k > 0);
-      products_end();
-      if (x + TILE > seen) {
 #pragma unroll
-        for (int j = 0; j < OWN; j++)
-          if (x + warp * 16 + g + j / 2 % 2 * 8 >= seen) s[j] = NEGATIVE_INFINITY;
+          for (int b = 0; b < LATENT_BLOCKS; b++)
+            multiply<1>(o[b], tile + b * 64 + k * (eight / 8), tile_high, share + k * 2, high, 1);
+        products_end();
+#pragma unroll
+        for (int b = 0; b < LATENT_BLOCKS; b++) pin<OWN>(o[b]);
       }
-      // s[4 j + 2 r + e]: row 16 warp + g + 8 r, column 8 j + 2 t + e. The maximum moves only when a score passes it
-      // by far, column by column, so that no column knows of another.
-      bool grows = false;
-#pragma unroll
-      for (int j = 0; j < OWN; j++) grows |= s[j] > top[j / 4 * 2 + j % 2] + GROWTH;
-      if (group_any(id, grows)) {
-        float most[MINE];
-#pragma unroll
-        for (int c = 0; c < MINE; c++) {
-          most[c] = fmaxf(s[c / 2 * 4 + c % 2], s[c / 2 * 4 + c % 2 + 2]);
-#pragma unroll
-          for (int step = 4; step < 32; step *= 2) most[c] = fmaxf(most[c], __shfl_xor_sync(FULL_WARP, most[c], step));
-          if (g == 0) shared.tops[group][warp][c / 2 * 8 + 2 * t + c % 2] = most[c];
-        }
-        group_sync(id, GROUP);
-#pragma unroll
-        for (int c = 0; c < MINE; c++) {
-          float v = NEGATIVE_INFINITY;
-#pragma unroll
-          for (int w = 0; w < 4; w++) v = fmaxf(v, shared.tops[group][w][c / 2 * 8 + 2 * t + c % 2]);
-          v = v > top[c] + GROWTH ? v : top[c];
-          float by = v == top[c] ? 1.0f : power(top[c] - v);
-          top[c] = v, sum[c] *= by;
-#pragma unroll
-          for (int b = 0; b < LATENT_BLOCKS; b++) o[b][c / 2 * 4 + c % 2] *= by, o[b][c / 2 * 4 + c % 2 + 2] *= by;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < OWN; j++) {
-        float from = top[j / 4 * 2 + j % 2];
-        s[j] = power(s[j] - (from == NEGATIVE_INFINITY ? 0.0f : from));
-        sum[j / 4 * 2 + j % 2] += s[j];
-      }
-#pragma unroll
-      for (int j = 0; j < COLUMNS / 8; j++) {
-        u32 at = share + (j * 8 + lane % 8) * 128 + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
-        asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(at),
-                     "r"(pack_bf16(s[4 * j], s[4 * j + 1])), "r"(pack_bf16(s[4 * j + 2], s[4 * j + 3]))
-                     : "memory");
-      }
-      fence_async();
-      group_sync(id, GROUP);
-      products_begin();
-#pragma unroll
-      for (int k = 0; k < 4; k++)
-#pragma unroll
-        for (int b = 0; b < LATENT_BLOCKS; b++)
-          multiply<1>(o[b], operand(tile + b * 1024 + k * 2 * EIGHT, EIGHT), operand(share + k * 32, 1024), 1);
-      products_end();
+      if (real && lane == 0) barrier_arrive(shared.empty + slot);
     }
-    if (lane == 0) barrier_arrive(shared.empty + slot);
-  }
 
-  // Sums over the rows of all warps.
-#pragma unroll
-  for (int c = 0; c < MINE; c++) {
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) sum[c] += __shfl_xor_sync(FULL_WARP, sum[c], step);
-    if (g == 0) shared.tops[group][warp][c / 2 * 8 + 2 * t + c % 2] = sum[c];
-  }
-  group_sync(id, GROUP);
-#pragma unroll
-  for (int c = 0; c < MINE; c++) {
-    int column = c / 2 * 8 + 2 * t + c % 2;
-    sum[c] = 0;
-#pragma unroll
-    for (int w = 0; w < 4; w++) sum[c] += shared.tops[group][w][column];
-    if (warp == 0 && g == 0) shared.stats[group][column] = float2{top[c], sum[c]};
-  }
-
-  // Blocks of the cluster add up: each has 8 / CLUSTER of the 8 blocks of channels in the end.
-  float4* given = (float4*)rows + group * (LATENT_BLOCKS * OWN / 4 * GROUP);
-  if (CLUSTER > 1) {
-    cluster_sync();
+    // Sums over the rows of all warps.
 #pragma unroll
     for (int c = 0; c < MINE; c++) {
-      u32 at = shared_address(&shared.stats[group][c / 2 * 8 + 2 * t + c % 2]);
-      float2 of[CLUSTER];
-      float most = NEGATIVE_INFINITY, total = 0;
 #pragma unroll
-      for (int i = 0; i < CLUSTER; i++) {
-        of[i] = cluster_load(cluster_address(at, i));
-        most = fmaxf(most, of[i].x);
-      }
-#pragma unroll
-      for (int i = 0; i < CLUSTER; i++) total += of[i].y * (of[i].x == NEGATIVE_INFINITY ? 0.0f : power(of[i].x - most));
-      float by = top[c] == NEGATIVE_INFINITY ? 0.0f : power(top[c] - most);
-      top[c] = most, sum[c] = total;
-#pragma unroll
-      for (int b = 0; b < LATENT_BLOCKS; b++) o[b][c / 2 * 4 + c % 2] *= by, o[b][c / 2 * 4 + c % 2 + 2] *= by;
+      for (int step = 4; step < 32; step *= 2) sum[c] += __shfl_xor_sync(FULL_WARP, sum[c], step);
+      if (g == 0) shared.tops[group][warp][c / 2 * 8 + 2 * t + c % 2] = sum[c];
     }
-#pragma unroll
-    for (int i = 0; i < CLUSTER; i++) {
-      u32 to = cluster_address(shared_address(given + (rank * (LATENT_BLOCKS / CLUSTER) * OWN / 4) * GROUP + thread), i);
-#pragma unroll
-      for (int b = 0; b < LATENT_BLOCKS / CLUSTER; b++)
-#pragma unroll
-        for (int j = 0; j < OWN; j += 4) {
-          const float* v = o[i * (LATENT_BLOCKS / CLUSTER) + b] + j;
-          cluster_store(to + (b * OWN + j) / 4 * GROUP * 16, float4{v[0], v[1], v[2], v[3]});
-        }
-    }
-    cluster_sync();
-  }
-  if (idle) return;
-  i64 column = split + (i64)(work.unit + group) * COLUMNS;
-  if (rank == 0 && warp == 0 && g == 0) {
-#pragma unroll
-    for (int c = 0; c < MINE; c++)
-      ((float2*)stats)[column + c / 2 * 8 + 2 * t + c % 2] = float2{top[c], sum[c]};
-  }
-#pragma unroll
-  for (int b = 0; b < LATENT_BLOCKS / CLUSTER; b += 2) {
-    float v[2][OWN];
-#pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-      for (int j = 0; j < OWN; j += 4) {
-        if (CLUSTER == 1) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) v[k][j + i] = o[b + k][j + i];
-          continue;
-        }
-        float4 all = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < CLUSTER; i++) {
-          float4 one = given[((i * (LATENT_BLOCKS / CLUSTER) + b + k) * OWN + j) / 4 * GROUP + thread];
-          all.x += one.x, all.y += one.y, all.z += one.z, all.w += one.w;
-        }
-        v[k][j] = all.x, v[k][j + 1] = all.y, v[k][j + 2] = all.z, v[k][j + 3] = all.w;
-      }
-    int quarter = (rank * (LATENT_BLOCKS / CLUSTER) + b) / 2;
+    group_sync(id, GROUP);
+    bool stores = real && !idle;
 #pragma unroll
     for (int c = 0; c < MINE; c++) {
-      int j = c / 2 * 4 + c % 2;
-      i64 at = (column + c / 2 * 8 + 2 * t + c % 2) * 512 + quarter * 128 + (warp * 8 + g) * 4;
-      *(float4*)(partial + at) = float4{v[0][j], v[1][j], v[0][j + 2], v[1][j + 2]};
+      int at = c / 2 * 8 + 2 * t + c % 2, j = c / 2 * 4 + c % 2;
+      float all = 0;
+#pragma unroll
+      for (int w = 0; w < 4; w++) all += shared.tops[group][w][at];
+      store_if(stores && warp == 0 && g == 0, (float2*)stats + column + at, float2{top[c], all});
+      float by = all > 0 ? __fdividef(1.0f, all) : 0;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        u32 v[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = pack_f16_pair(o[4 * k + e][j] * by, o[4 * k + e][j + 2] * by);
+        store_if(stores, partial + (column + at) * 1024 + k * 512 + (warp * 8 + g) * 16, uint4{v[0], v[1], v[2], v[3]});
+      }
     }
+    if (!real) group_sync(id, GROUP);
   }
 }

@@ -1,19 +1,21 @@
-// MLA of a few tokens, last launch: the splits' sums of latents become one, and go through w_v.
+// MLA of a few tokens, last launch: the splits' means of latents become one, and go through w_v.
 //
-// y[t, h] = w_v[h] @ (sum_s 2^(m_s - M) o_s / sum_s 2^(m_s - M) l_s),  M = max_s m_s
+// y[t, h] = w_v[h] @ (sum_s 2^(m_s - M) l_s o_s / sum_s 2^(m_s - M) l_s),  M = max_s m_s
 //
-// with o_s, m_s, l_s what `mla_attend` left for split s. Four blocks are a cluster for one head and 8 tokens: each
-// adds up 128 channels, gives them to the other three, and multiplies by 32 rows of w_v.
-#include "device.cuh"
+// with o_s, m_s, l_s what `mla_attend` left for split s. Two blocks are a cluster for half the rows of a head's w_v, and
+// 8 tokens at a time: each adds up 256 channels, gives them to the other, and multiplies by 32 rows. Two, because they
+// find a place on any device beside the blocks of `mla_attend`, one on a multiprocessor; four do not.
+#include "mla_few.cuh"
 
 #define LATENT 512
 #define VALUE 128
 #define WARPS 8
-#define PARTS 4
+#define PARTS 2
+#define QUARTERS 4  // of the rows of w_v
 #define RUN 8
 #define PADDED ((HEADS + COLUMNS - 1) / COLUMNS * COLUMNS)
 #define PITCH (LATENT + 8)
-#define BATCH 4
+#define BATCH (SPLITS < 9 ? SPLITS : 9)  // loads that a lane has in flight
 
 DEVICE u32 cluster_rank() {
   u32 r;
@@ -21,70 +23,77 @@ DEVICE u32 cluster_rank() {
   return r;
 }
 
-// Sum over the splits that warp `sub` of `warps` has, of 4 channels of one token and head.
-DEVICE float4 summed(const float4* partial, const float2* stats, i64 column, i64 columns, float* share, int sub,
-                     int warps) {
-  int lane = threadIdx.x % 32;
-  // The first sums are asked for at once; those of splits that had no rows are whatever was there.
+DEVICE void store_peer(u32 address, u32 peer, u32 v) {
+  asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.b32 [a], %2;}" ::"r"(address),
+               "r"(peer), "r"(v)
+               : "memory");
+}
+
+// Adds to `sum` what a warp has of one token and head: 8 of 256 channels a lane, every `warps`-th split.
+DEVICE void add_splits(float* sum, const u8* partial, const float2* stats, u32 columns, float* share, int sub, int warps,
+                       bool real) {
+  int lane = threadIdx.x % 32, first = sub, step = warps;
   uint4 o[BATCH];
 #pragma unroll
-  for (int i = 0; i < BATCH; i++)
-    o[i] = load_fresh((const uint4*)(partial + (min(sub + i * warps, SPLITS - 1) * columns + column) * (LATENT / 4)));
-  float2 own[(SPLITS + 31) / 32];
-  float top = -__int_as_float(0x7f800000), total = 0;
-  int used = 0;
+  for (int i = 0; i < BATCH; i++) {
+    int at = first + i * step;
+    o[i] = load_if(real && at < SPLITS, partial + (u32)at * columns * (LATENT * 2));
+  }
+  float2 none = {__int_as_float(0xff800000), 0}, own[(SPLITS + 31) / 32];
+  float top = none.x, total = 0;
 #pragma unroll
   for (int i = 0; i < (SPLITS + 31) / 32; i++) {
     int s = lane + 32 * i;
-    own[i] = float2{-__int_as_float(0x7f800000), 0};
-    if (s < SPLITS) {
-      uint2 bits = load_fresh((const uint2*)(stats + s * columns + column));
-      own[i] = float2{__uint_as_float(bits.x), __uint_as_float(bits.y)};
-    }
+    own[i] = load_if(real && s < SPLITS, stats + (u32)s * columns, none);
     top = fmaxf(top, own[i].x);
   }
   top = warp_max(top);
 #pragma unroll
   for (int i = 0; i < (SPLITS + 31) / 32; i++) {
-    used += __popc(__ballot_sync(FULL_WARP, own[i].y > 0));
-    own[i].x = own[i].y > 0 ? exp2f(own[i].x - top) : 0;
-    total += own[i].x * own[i].y;
+    own[i].y *= own[i].y > 0 ? power(own[i].x - top) : 0;
+    total += own[i].y;
   }
   total = warp_sum(total);
+  float by = total > 0 ? __fdividef(1.0f, total) : 0;
 #pragma unroll
   for (int i = 0; i < (SPLITS + 31) / 32; i++)
-    if (lane + 32 * i < SPLITS) share[lane + 32 * i] = total > 0 ? own[i].x / total : 0;
+    if (lane + 32 * i < SPLITS) share[lane + 32 * i] = own[i].y * by;
   __syncwarp();
-  float4 sum = {0, 0, 0, 0};
-  for (int s = sub; s < used; s += BATCH * warps) {
+#pragma unroll 1
+  for (int from = first; from < SPLITS; from += BATCH * step) {
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
-      int at = s + i * warps;
-      float f = at < used ? share[at] : 0;
-      uint4 v = o[i];
-      int next = at + BATCH * warps;
-      if (next < used) o[i] = load_fresh((const uint4*)(partial + (next * columns + column) * (LATENT / 4)));
-      if (at < used) {
-        sum.x += f * __uint_as_float(v.x), sum.y += f * __uint_as_float(v.y);
-        sum.z += f * __uint_as_float(v.z), sum.w += f * __uint_as_float(v.w);
+      int at = from + i * step;
+      float f = at < SPLITS ? share[at] : 0;
+      bool used = f != 0;  // a split without rows left whatever was there
+      u32 v[4] = {used ? o[i].x : 0, used ? o[i].y : 0, used ? o[i].z : 0, used ? o[i].w : 0};
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        float low, high;
+        unpack_f16(v[k], low, high);
+        sum[2 * k] += f * low, sum[2 * k + 1] += f * high;
+      }
+    }
+    if (BATCH < SPLITS && from + BATCH * step < SPLITS) {
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        int at = from + (BATCH + i) * step;
+        o[i] = load_if(real && at < SPLITS, partial + (u32)at * columns * (LATENT * 2));
       }
     }
   }
-  return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
-    mla_combine(const float* __restrict__ partial, const float* __restrict__ stats, const bf16* __restrict__ w_v,
-                bf16* y, int tokens) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
+    mla_combine(const u8* __restrict__ partial, const float* __restrict__ stats, const bf16* __restrict__ w_v, bf16* y,
+                int tokens) {
   launch_dependents();
-  // Whoever writes to a neighbour's memory knows that the neighbour runs.
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   __shared__ __align__(16) bf16 whole[RUN * PITCH];
-  __shared__ float4 sums[WARPS][32];
   __shared__ float share[WARPS][SPLITS];
-  __shared__ float products[WARPS][32 * RUN];
+  __shared__ __align__(16) float products[WARPS][32 * RUN];
+  float(*sums)[256] = (float(*)[256])products;  // before the products
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  int part = cluster_rank(), h = blockIdx.x / PARTS, first = blockIdx.y * RUN, count = min(RUN, tokens - first);
+  int part = cluster_rank(), h = blockIdx.x / QUARTERS, quarter = blockIdx.x % QUARTERS, runs = (tokens + RUN - 1) / RUN;
   uint4 w[2][2][2];  // tile of 16 rows, row g or g + 8, 32 channels
 #pragma unroll
   for (int tile = 0; tile < 2; tile++)
@@ -92,61 +101,62 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
     for (int r = 0; r < 2; r++)
 #pragma unroll
       for (int k = 0; k < 2; k++)
-        w[tile][r][k] = *(const uint4*)(w_v + ((i64)h * VALUE + part * 32 + tile * 16 + r * 8 + g) * LATENT +
-                                        warp * 64 + k * 32 + t * 8);
-  wait_dependencies();
-
-  int warps = count == 1 ? 8 : count == 2 ? 4 : count <= 4 ? 2 : 1;  // a token
-  int token = warp / warps, sub = warp % warps;
-  i64 columns = (i64)tokens * PADDED;
-  float4 sum = {0, 0, 0, 0};
-  if (token < count)
-    sum = summed((const float4*)partial + part * 32 + lane, (const float2*)stats, (i64)(first + token) * PADDED + h,
-                 columns, share[warp], sub, warps);
-  if (warps > 1) {
-    sums[warp][lane] = sum;
+        w[tile][r][k] =
+            load_weight(w_v + ((i64)h * VALUE + quarter * 32 + tile * 16 + r * 8 + g) * LATENT + warp * 64 + k * 32 + t * 8);
+  u32 columns = tokens * PADDED;
+  // The first is a rehearsal.
+#pragma unroll 1
+  for (int run = hidden((int)blockIdx.y - (int)gridDim.y); run < runs; run += gridDim.y) {
+    bool real = run >= 0;
+    int first = real ? run * RUN : 0, count = min(RUN, tokens - first);
+    int warps = count == 1 ? 8 : count == 2 ? 4 : count <= 4 ? 2 : 1;  // a token
+    int token = warp / warps, sub = warp % warps;
+    // Whoever writes to a neighbour's memory knows that the neighbour runs, and is done with the run before.
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     __syncthreads();
-    if (sub == 0)
-      for (int i = 1; i < warps; i++) {
-        float4 v = sums[warp + i][lane];
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
-  }
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (sub == 0 && token < count) {
-    // What stands at 128 part + 4 lane of a partial row: two channels 64 apart, and those 8 further (mla_attend).
-    int channel = part * 128 + lane / 8 * 16 + lane % 8;
-    float v[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      u32 to = shared_address(whole + token * PITCH + channel + i % 2 * 64 + i / 2 * 8);
-#pragma unroll
-      for (int peer = 0; peer < PARTS; peer++)
-        asm volatile("{.reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.b16 [a], %2;}" ::"r"(to),
-                     "r"(peer), "h"(to_bf16(v[i]))
-                     : "memory");
+    if (real) wait_dependencies();
+    float sum[8] = {};
+    if (token < count) {
+      i64 column = (i64)(first + token) * PADDED + h;
+      add_splits(sum, partial + column * (LATENT * 2) + part * 512 + lane * 16, (const float2*)stats + column,
+                 columns, share[warp], sub, warps, real);
+      float* to = sums[warp] + lane * 8;
+      *(float4*)to = float4{sum[0], sum[1], sum[2], sum[3]}, *(float4*)(to + 4) = float4{sum[4], sum[5], sum[6], sum[7]};
     }
-  }
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    __syncthreads();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    // A thread has two neighbouring channels, for one block. What stands at (8 w + g) * 8 + e of the 256 sums is
+    // channel (4 part + e / 2) * 64 + w * 16 + e % 2 * 8 + g (mla_attend).
+    int e = threadIdx.x % 8, two = threadIdx.x / 8 % 4 * 2, wide = threadIdx.x / 32 % 4, at = (wide * 8 + two) * 8 + e;
+    int channel = (4 * part + e / 2) * 64 + wide * 16 + e % 2 * 8 + two;
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+      float low = 0, high = 0;
+#pragma unroll 2
+      for (int k = 0; k < warps; k++) low += sums[i * warps + k][at], high += sums[i * warps + k][at + 8];
+      store_peer(shared_address(whole + i * PITCH + channel), threadIdx.x / 128, pack_bf16(low, high));
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 
-  float d[2][4] = {};
+    float d[2][4] = {};
 #pragma unroll
-  for (int k = 0; k < 2; k++) {
-    uint4 o = g < count ? *(const uint4*)(whole + g * PITCH + warp * 64 + k * 32 + t * 8) : uint4{0, 0, 0, 0};
+    for (int k = 0; k < 2; k++) {
+      uint4 o = g < count ? *(const uint4*)(whole + g * PITCH + warp * 64 + k * 32 + t * 8) : uint4{0, 0, 0, 0};
 #pragma unroll
-    for (int tile = 0; tile < 2; tile++) {
-      uint4 a = w[tile][0][k], b = w[tile][1][k];
-      mma_bf16(d[tile], a.x, b.x, a.y, b.y, o.x, o.y);
-      mma_bf16(d[tile], a.z, b.z, a.w, b.w, o.z, o.w);
+      for (int tile = 0; tile < 2; tile++) {
+        uint4 a = w[tile][0][k], b = w[tile][1][k];
+        mma_bf16(d[tile], a.x, b.x, a.y, b.y, o.x, o.y);
+        mma_bf16(d[tile], a.z, b.z, a.w, b.w, o.z, o.w);
+      }
     }
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) products[warp][(2 * t + i % 2) * 32 + tile * 16 + i / 2 * 8 + g] = d[tile][i];
+    __syncthreads();
+    float v = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) v += products[i][warp * 32 + lane];
+    store_if(real && warp < count, y + ((i64)(first + warp) * HEADS + h) * VALUE + quarter * 32 + lane, to_bf16(v));
   }
-#pragma unroll
-  for (int tile = 0; tile < 2; tile++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) products[warp][(2 * t + i % 2) * 32 + tile * 16 + i / 2 * 8 + g] = d[tile][i];
-  __syncthreads();
-  float v = 0;
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) v += products[i][warp * 32 + lane];
-  if (warp < count) y[((i64)(first + warp) * HEADS + h) * VALUE + part * 32 + lane] = to_bf16(v);
 }

@@ -19,6 +19,10 @@ WIDTH = LATENT + ROPE
 TILE = 64
 """Cached rows that one product takes."""
 
+WHOLE_SM = 200 * KIB
+"""Shared memory that `mla_attend` asks for at least. A multiprocessor then has all of its memory as
+shared memory, and room for a block of the launches before and after."""
+
 LOG2_E = 1.4426950408889634
 
 
@@ -101,24 +105,20 @@ class Config:
         paired: Whether a block has two tokens (or two halves of one's heads), and reads rows once
             for both.
         splits: What a sequence's rows are split into, at the most.
-        cluster: Blocks that a split is split into.
-        early: Tiles that are announced to L2 before the launches before have ended.
-        ahead: Tiles that are announced to L2 ahead of their copies.
+        early: Tiles that are announced to L2, beyond those that shared memory takes, before the
+            launches before have ended.
         smallest: Rows below which a run is not split.
     """
 
     paired: int = 0
     splits: int
-    cluster: int = 2
-    early: int = 1
-    ahead: int = 0
+    early: int = 0
     smallest: int = TILE
 
     @property
     def name(self) -> str:
         kind = "paired" if self.paired else "single"
-        runs = f"splits{self.splits}.cluster{self.cluster}.rows{self.smallest}"
-        return f"{kind}.{runs}.early{self.early}.ahead{self.ahead}"
+        return f"{kind}.splits{self.splits}.rows{self.smallest}.early{self.early}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,22 +128,20 @@ class Short:
     Attributes:
         tile: Cached rows that a block takes at a time.
         buffers: Tiles that it holds.
-        early: Whether its rows are announced to L2 before the launches before have ended.
     """
 
     tile: int
     buffers: int
-    early: int = 1
 
     @property
     def name(self) -> str:
-        return f"short.tile{self.tile}.buffers{self.buffers}.early{self.early}"
+        return f"short.tile{self.tile}.buffers{self.buffers}"
 
 
 def tactics(target: Target, shape: Shape) -> list[Tactic]:
     """Best guess first."""
     short = [short_tactic(shape, config) for config in short_configs(shape)]
-    return [*short, *(tactic(shape, config) for config in configs(target, shape))]
+    return [*short, *(tactic(target, shape, config) for config in configs(target, shape))]
 
 
 def configs(target: Target, shape: Shape) -> list[Config]:
@@ -155,21 +153,16 @@ def configs(target: Target, shape: Shape) -> list[Config]:
             continue
         units = shape.tokens * shape.blocks
         groups = -(-units // 2) if paired else units
-        runs = max(1, min(sms // groups, -(-shape.context // TILE)))
-        # Clusters halve the splits to add up; where these are few, they only cost time.
-        found += [
-            Config(paired=paired, splits=max(1, runs // cluster), cluster=cluster)
-            for cluster in ((2, 1) if runs > sms // 2 else (1,))
-        ]
+        splits = max(1, min(sms // groups, -(-shape.context // TILE)))
+        found.append(Config(paired=paired, splits=splits))
     return found
 
 
 def short_configs(shape: Shape) -> list[Short]:
     """One launch where few blocks read few rows: every two heads read all of them."""
-    if _quads(shape) > 4 or shape.context > 8192:
+    if _quads(shape) > 4 or shape.context > 8 * TILE:
         return []
-    double = Short(tile=32, buffers=2)
-    return [Short(tile=64, buffers=1), double] if shape.context <= 8 * TILE else [double]
+    return [Short(tile=64, buffers=1)]
 
 
 def _quads(shape: Shape) -> int:
@@ -196,8 +189,8 @@ def short_tactic(shape: Shape, config: Short) -> Tactic:
                 ("page_count", "i32"), ("pitch", "i32"), ("eps", "f32"), ("scale", "f32"),
             ),
             constants=(
-                ("BUFFERS", config.buffers), ("EARLY", config.early), ("HEADS", shape.heads),
-                ("PAGE", shape.page_size), ("SHARED_BYTES", shared), ("TILE", tile),
+                ("BUFFERS", config.buffers), ("HEADS", shape.heads), ("PAGE", shape.page_size),
+                ("SHARED_BYTES", shared), ("TILE", tile),
             ),
             warps=8,
             shared_bytes=shared,
@@ -220,22 +213,22 @@ def short_tactic(shape: Shape, config: Short) -> Tactic:
     return Tactic(
         name=config.name,
         launches=(launch,),
-        config={"tile": tile, "buffers": config.buffers, "early": config.early},
+        config={"tile": tile, "buffers": config.buffers},
     )
 
 
-def tactic(shape: Shape, config: Config) -> Tactic:
+def tactic(target: Target, shape: Shape, config: Config) -> Tactic:
     columns = shape.all_columns
-    partial = config.splits * columns * LATENT * 4
+    partial = config.splits * columns * LATENT * 2
     return Tactic(
         name=config.name,
-        launches=(_absorb(shape), _attend(shape, config), _combine(shape, config)),
+        launches=(_absorb(shape), _attend(shape, config), _combine(target, shape, config)),
         workspaces=(
             Workspace(name="queries", bytes=columns * WIDTH * 2),
             Workspace(name="partial", bytes=partial),
             Workspace(name="stats", bytes=config.splits * columns * 8),
         ),
-        config={"splits": config.splits, "cluster": config.cluster, "paired": config.paired},
+        config={"splits": config.splits, "paired": config.paired, "early": config.early},
     )
 
 
@@ -262,10 +255,10 @@ def _absorb(shape: Shape) -> Launch:
                 ("runs", "i32"), ("eps", "f32"), ("scale", "f32"),
             ),
             constants=(("HEADS", shape.heads), ("COLUMNS", shape.columns)),
-            warps=5,
+            warps=2,
             features=("bulk",),
         ),
-        grid=(4 * padded * runs + -(-shape.tokens // 5), 1, 1),
+        grid=(4 * padded * runs + -(-shape.tokens // 2), 1, 1),
         operands=(
             *map(Operand, ("a", "q", "kv_weight", "cos", "sin", "cache", "rows", "w_k", "queries")),
             shape.tokens, shape.pitch, run, runs, shape.eps, shape.scale * LOG2_E,
@@ -280,7 +273,7 @@ def _absorb(shape: Shape) -> Launch:
 
 def _attend(shape: Shape, config: Config) -> Launch:
     units = 2 if config.paired else 1
-    shared = 2 * TILE * WIDTH * 2 + shape.columns * units * (WIDTH * 2 + 128) + 2 * KIB
+    needed = 2 * TILE * WIDTH * 2 + shape.columns * units * (WIDTH * 2 + 128) + 2 * KIB
     groups = _groups(shape, config.paired)
     read = groups * shape.context * WIDTH * 2
     return Launch(
@@ -290,40 +283,40 @@ def _attend(shape: Shape, config: Config) -> Launch:
             entry="mla_attend",
             arguments=(
                 ("queries", "*u8"), ("cache", "*u8"), ("page_table", "*i32"), ("offsets", "*i32"),
-                ("positions", "*i32"), ("partial", "*f32"), ("stats", "*f32"), ("tokens", "i32"),
+                ("positions", "*i32"), ("partial", "*u8"), ("stats", "*f32"), ("tokens", "i32"),
                 ("sequences", "i32"), ("pages", "i32"), ("page_count", "i32"),
             ),
             constants=(
-                ("AHEAD", config.ahead), ("CLUSTER", config.cluster), ("COLUMNS", shape.columns),
-                ("EARLY", config.early), ("HEAD_BLOCKS", shape.blocks), ("PAGE", shape.page_size),
-                ("PAIRED", config.paired), ("SMALLEST", config.smallest),
+                ("COLUMNS", shape.columns), ("EARLY", config.early), ("HEAD_BLOCKS", shape.blocks),
+                ("PAGE", shape.page_size), ("PAIRED", config.paired), ("SMALLEST", config.smallest),
             ),
             warps=4 * (units + 1),
-            shared_bytes=shared,
+            shared_bytes=max(needed, WHOLE_SM),
             features=("bulk", "wgmma"),
         ),
-        grid=(groups, config.splits * config.cluster, 1),
-        cluster=(1, config.cluster, 1),
+        grid=(groups, config.splits, 1),
         operands=(
             *map(Operand, ("queries", "cache", "page_table", "offsets", "positions", "partial")),
             Operand("stats"), shape.tokens, shape.sequences, shape.pages, shape.page_count,
         ),
         dependent=True,
-        moved_bytes=read + config.splits * shape.all_columns * LATENT * 4,
+        moved_bytes=read + config.splits * shape.all_columns * LATENT * 2,
         flops=2.0 * groups * units * shape.columns * shape.context * (WIDTH + LATENT),
         rate="bf16",
     )  # fmt: skip
 
 
-def _combine(shape: Shape, config: Config) -> Launch:
+def _combine(target: Target, shape: Shape, config: Config) -> Launch:
     weights = shape.heads * VALUE * LATENT * 2
+    # Blocks that fit at once; each goes on to further tokens.
+    lines = max(1, 3 * (target.sms or 1) // (4 * shape.heads))
     return Launch(
         kernel=Kernel(
             language="cuda",
             source="kernels/mla_combine.cu",
             entry="mla_combine",
             arguments=(
-                ("partial", "*f32"), ("stats", "*f32"), ("w_v", "*bf16"), ("y", "*bf16"),
+                ("partial", "*u8"), ("stats", "*f32"), ("w_v", "*bf16"), ("y", "*bf16"),
                 ("tokens", "i32"),
             ),
             constants=(
@@ -332,12 +325,12 @@ def _combine(shape: Shape, config: Config) -> Launch:
             warps=8,
             features=("bulk",),
         ),
-        grid=(4 * shape.heads, -(-shape.tokens // 8), 1),
-        cluster=(4, 1, 1),
+        grid=(4 * shape.heads, min(lines, -(-shape.tokens // 8)), 1),
+        cluster=(2, 1, 1),
         operands=(*map(Operand, ("partial", "stats", "w_v", "y")), shape.tokens),
         dependent=True,
-        moved_bytes=weights + config.splits * shape.all_columns * LATENT * 4,
+        moved_bytes=weights + config.splits * shape.all_columns * LATENT * 2,
         flops=2.0 * max(8, shape.tokens) * weights / 2,
         rate="bf16",
-        blocks_per_sm=4,
+        blocks_per_sm=3,
     )  # fmt: skip

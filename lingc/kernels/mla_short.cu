@@ -275,13 +275,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                 ? *(const uint4*)(w_v + ((i64)(heads + h) * VALUE + warp % 4 * 32 + i * 16 + j * 8 + g) * LATENT +
                                   rank * OWN + k * 32 + t * 8)
                 : uint4{0, 0, 0, 0};
-  if (EARLY) {
-    Work work = find_work(offsets, positions, tokens, sequences, pages, rank);
-    for (int x = work.begin + warp * 8; work.sequence >= 0 && x < work.end; x += TILE) {
-      int page = min(max(load_fresh(page_table + (i64)work.sequence * pages + x / PAGE), 0), page_count - 1);
-      if (lane == 0) bulk_prefetch((const u8*)cache + ((i64)page * PAGE + x % PAGE) * ROW_BYTES, 8 * ROW_BYTES);
-    }
-  }
+  // Offsets, positions and page numbers are the step's inputs, and the rows before it are older than the step.
+  Work work = find_work(offsets, positions, tokens, sequences, pages, rank);
+  Rows in = {a, kv_weight, cos, sin, cache, rows, page_table + (i64)max(work.sequence, 0) * pages, pitch, pages, page_count,
+             eps};
+  bool writes = heads == 0;
+  int turns = work.sequence < 0 ? 0 : (work.end - work.begin + TILE - 1) / TILE;
   copies_wait<0>();
   __syncthreads();
   u32 w[8][4];  // k of lane t: as in mla_absorb
@@ -293,14 +292,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     load_transposed(shared_address(&shared.weight[h][n][(c ^ swizzle) * 16]), w[k]);
   }
   __syncthreads();
+  bool mine = turns > 0 && warp * 8 < TILE, early = mine && work.begin + warp * 8 + 8 <= work.past;
+  if (early) load_eight(in, work, shared_address(shared.tile[0]), work.begin + warp * 8, warp * 8, writes);
   cluster_wait();
   wait_dependencies();
-
-  Work work = find_work(offsets, positions, tokens, sequences, pages, rank);
   if (work.sequence < 0) return;
-  Rows in = {a, kv_weight, cos, sin, cache, rows, page_table + (i64)work.sequence * pages, pitch, pages, page_count, eps};
-  bool writes = heads == 0;
-  int turns = (work.end - work.begin + TILE - 1) / TILE;
   {
     uint4 x[4];
 #pragma unroll
@@ -317,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
       i64 angle = (i64)(work.token + token) * (ROPE / 2) + lane;
       c = load_fresh(cos + angle), s = load_fresh(sin + angle);
     }
-    if (turns > 0 && warp * 8 < TILE)
+    if (mine && !early)
       load_eight(in, work, shared_address(shared.tile[0]), work.begin + warp * 8, warp * 8, writes);
     copies_commit();
     if (work.sequence == sequences && writes && rank == 0 && warp < work.count && load_fresh(rows + work.token + warp) >= 0)
