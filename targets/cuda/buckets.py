@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 from lingc.plan import PHASES, Plan
 
-CONTEXTS = (512, 4096, 32768, 131072)
+CONTEXTS = (512, 4096 + 1024, 32768 + 4096, 131072)
+"""Of a sequence at the end of a step: round lengths of prompts and room for what follows them."""
+
 DECODE_SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 VERIFY_SEQUENCES = (1, 2, 4, 8, 16)
 PREFILL_TOKENS = (16, 64, 256, 1024, 4096, 8192)
 PREFILL_SEQUENCES = (2, 9, 65)
 """One more than the sequences that are meant: the last may be padding."""
 
-MOST_ROWS = 65 << 15
+MOST_ROWS = PREFILL_SEQUENCES[-1] * CONTEXTS[-2]
 """Most rows of the cache, sequences times context, of a prefill bucket: about 1 GiB a head."""
 
 FEW_TOKENS = 64

@@ -79,7 +79,7 @@ def test_contexts_end_where_the_model_does() -> None:
     odd = replace(PLAN, config={**PLAN.config, "max_position_embeddings": 600})
 
     assert contexts(PLAN) == [512, 4096]
-    assert contexts(longer) == [512, 4096, 32_768, 131_072]
+    assert contexts(longer) == [512, 5120, 36_864, 131_072]
     assert contexts(odd) == [512, 600]
     assert max(one.axes["P"] for one in buckets(odd)) == -(-600 // PLAN.page_size)
 
@@ -89,7 +89,7 @@ def test_many_sequences_of_the_longest_context_have_no_prefill() -> None:
 
     rows = [_rows(long, one) for one in buckets(long) if one.phase == "prefill"]
 
-    assert max(rows) <= 65 * 32_768
+    assert max(rows) <= 65 * 36_864
     assert 9 * 131_072 in rows
 
 

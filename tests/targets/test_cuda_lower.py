@@ -238,7 +238,7 @@ def full() -> Callable[[str, str], LaunchTable]:
         made = lower_plan({"decode": fused}, context, Sizes())
         sizes = [
             BucketSizes(phase="decode", axes={"B": 1, "B+1": 2, "P": context // made.page_size})
-            for context in (512, 4096, 32_768, 131_072)
+            for context in (512, 5120, 36_864, 131_072)
         ]
         return schedule_all(made, targets.get(target), sizes=sizes).table
 
