@@ -324,14 +324,15 @@ def test_a_step_too_large_for_any_bucket_runs_in_parts() -> None:
         assert [one.tokens for one in found] == [one.tokens for one in expected]
 
 
-def test_requests_leave_no_memory_behind() -> None:
+@pytest.mark.parametrize("rounds", [20, pytest.param(1000, marks=pytest.mark.long)])
+def test_requests_leave_no_memory_behind(rounds: int) -> None:
     device = HostDevice()
     generator = Generator(loaded(device=device))
     request = Request(tokens=(7, 8, 9), max_tokens=3, stop_ids=frozenset())
     generator.generate([request] * 3)
     blocks, pinned = [*device.blocks], [*device.pinned]
 
-    for _ in range(20):
+    for _ in range(rounds):
         generator.generate([request] * 3)
 
     assert [*device.blocks] == blocks

@@ -16,7 +16,10 @@ print(json.dumps([took, heavy]))
 """
 
 
-@pytest.mark.parametrize("module", ["lingc.runtime", "lingc.runtime.load", "lingc.cli.run"])
+@pytest.mark.parametrize(
+    "module",
+    ["lingc.runtime", "lingc.runtime.load", "lingc.runtime.cuda_backend", "lingc.cli.run"],
+)
 def test_importing_it_brings_no_compiler(module: str) -> None:
     said = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(module=module)],
