@@ -38,6 +38,18 @@ def test_a_long_context_is_split_over_the_whole_device() -> None:
             assert dict(combine.kernel.constants)["SPLITS"] * attend.cluster[1] == attend.grid[1]
 
 
+def test_the_sum_of_many_tokens_takes_no_more_blocks_than_fit_at_once() -> None:
+    for tokens in (1, 8, 9, 64, 300):
+        for tactic in mla_latent_attention.OP.tactics(
+            H200_SXM, *latent((1,) * tokens, (600,) * tokens)
+        ):
+            combine = tactic.launches[-1]
+            blocks = combine.grid[0] * combine.grid[1]
+
+            assert blocks <= combine.blocks_per_sm * H200_SXM.sms  # type: ignore[operator]
+            assert blocks % combine.cluster[0] == 0
+
+
 def test_drafts_of_a_sequence_can_share_a_pass_over_its_rows() -> None:
     tactics = mla_latent_attention.OP.tactics(H200_SXM, *latent((4,), (65532,)))
 
