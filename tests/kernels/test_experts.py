@@ -48,6 +48,16 @@ def test_one_token_needs_no_lists_and_takes_one_launch() -> None:
         assert not tactic.workspaces
 
 
+def test_one_token_goes_down_through_four_bits_by_a_kernel_of_its_own() -> None:
+    shape = replace(FULL, format="int4", group=128)
+
+    for tactic in experts.down_tactics(H200, shape):
+        (launch,) = tactic.launches
+        assert launch.kernel.entry == "expert_down_one"
+        assert launch.grid == (128, 1, 1)
+    assert experts.down_tactics(H200, replace(shape, tokens=2))[0].name.startswith("down.w8")
+
+
 def test_rows_of_many_tokens_are_quantized_once() -> None:
     shape = replace(FULL, tokens=32)
 

@@ -7,7 +7,7 @@ import pytest
 from lingc import targets
 from lingc.kernel import Tensor
 from lingc.kernels import gemv
-from lingc.kernels.gemv import Narrow, Shape, Wide
+from lingc.kernels.gemv import Narrow, Shape, Whole, Wide
 
 H200 = targets.get("h200-sxm")
 SHAPE = Shape(
@@ -60,13 +60,16 @@ def test_launches_cover_every_token_once(tokens: int, kind: str) -> None:
         assert sum(n for _, n in ends) == tokens
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-def test_two_blocks_of_a_launch_never_share_a_multiprocessor(tokens: int) -> None:
-    half = 227 * 1024 // 2
-
-    for tactic in gemv.tactics(H200, replace(SHAPE, tokens=tokens)):
+def test_no_more_blocks_of_a_launch_share_a_multiprocessor_than_meant(
+    tokens: int, kind: str
+) -> None:
+    for tactic in gemv.tactics(H200, replace(SHAPE, tokens=tokens, format=kind, group=128)):
         for launch in tactic.launches:
-            assert half < launch.kernel.shared_bytes <= 227 * 1024, tactic.name
+            fit = 228 * 1024 // (launch.kernel.shared_bytes + 1024)
+            assert launch.kernel.shared_bytes <= 227 * 1024, tactic.name
+            assert fit == launch.blocks_per_sm, tactic.name
 
 
 def test_a_warps_channels_lie_in_one_group_of_the_norm() -> None:
@@ -74,3 +77,17 @@ def test_a_warps_channels_lie_in_one_group_of_the_norm() -> None:
     assert Narrow(warps=8, depth=3).suits(SHAPE)
     assert not Wide(groups=2, slots=8).suits(SHAPE)
     assert Wide(groups=4, slots=8).suits(SHAPE)
+    four_bits = replace(SHAPE, format="int4", group=128)
+    assert not Whole(tiles=2, warps=4, depth=1).suits(four_bits)
+    assert Whole(tiles=2, warps=8, depth=1).suits(four_bits)
+
+
+@pytest.mark.parametrize(("tokens", "source"), [(1, "gemv_int4"), (4, "gemv_int4"), (5, "gemv")])
+def test_four_bits_are_multiplied_as_integers_by_up_to_four_tokens(
+    tokens: int, source: str
+) -> None:
+    shape = replace(SHAPE, tokens=tokens, format="int4", group=128)
+
+    (launch,) = gemv.tactics(H200, shape)[0].launches
+
+    assert launch.kernel.source == f"kernels/{source}.cu"
