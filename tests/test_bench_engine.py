@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -190,19 +191,57 @@ def test_the_record_is_json(backend: CudaBackend) -> None:
                     ceilings={"read": 4.6e12})  # fmt: skip
     engine.measure(backend, SETTINGS, report)
 
-    class Opened:
-        plan = backend.plan
-
-        class package:  # noqa: N801
-            class manifest:  # noqa: N801
-                bundle_id = "0" * 64
-
-    told: Any = engine.document(report, Opened, SETTINGS, {}, "2026-11-22")  # type: ignore[arg-type]
+    told: Any = engine.document(report, Opened(), SETTINGS, {}, "2026-11-22")  # type: ignore[arg-type]
 
     read = json.loads(json.dumps(told, allow_nan=False))
     assert read["weights"] == {"seed": 3, "routing": "uniform"}
     assert read["decode"][0]["share_of_read"] > 0
     assert read["gate"]["ok"]
+
+
+class Opened:
+    """A package of which only so much is asked."""
+
+    def __init__(self, *, has_weights: bool = False) -> None:
+        self.plan = plan_and_weights()[0]
+        manifest = SimpleNamespace(has_weights=has_weights, bundle_id="0" * 64)
+        self.package = SimpleNamespace(manifest=manifest)
+
+
+def test_a_run_checks_before_it_measures(device: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms: list[Limits] = []
+
+    def start(_opened: Any, settings: Settings, on: Bench, limits: Limits) -> CudaBackend:
+        rooms.append(limits)
+        made = CudaBackend(code(), None, limits, device=on)
+        engine.draw(made, settings)
+        return made
+
+    monkeypatch.setattr(engine, "start", start)
+    monkeypatch.setattr("lingc.bench.limited.open_device", lambda _: device)
+    monkeypatch.setattr(engine, "ceilings", lambda *_: {"read": 4.6e12})
+    said: list[str] = []
+
+    report = engine.run(Opened(), replace(SETTINGS, batches=(1,)), said.append)  # type: ignore[arg-type]
+
+    assert report.is_right
+    assert said[:2] == ["load, to check that it is right", "check that it is right"]
+    assert len(report.decodes) == len(report.prefills) == len(report.generations) == 1
+    assert len(rooms) == 2
+    assert not device.blocks  # everything was given back
+
+
+@pytest.mark.parametrize(
+    ("has_weights", "seed", "said"),
+    [(True, 0, "has weights of its own"), (False, None, "has no weights to run with")],
+)
+def test_weights_are_drawn_where_there_are_none_and_only_there(
+    *, has_weights: bool, seed: int | None, said: str
+) -> None:
+    opened: Any = Opened(has_weights=has_weights)
+
+    with pytest.raises(UsageError, match=said):
+        engine.run(opened, replace(SETTINGS, seed=seed))
 
 
 def test_experts_that_were_not_hit_are_not_counted(backend: CudaBackend) -> None:

@@ -6,6 +6,7 @@ as a node of a graph over cold data. Layers are alike, so a few of them stand fo
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -42,7 +43,10 @@ NOISE = 0.02
 """By how much another tactic must beat the model's choice to be called the faster one."""
 
 DECODE = (1, 2, 4, 8, 16, 32, 64)
-CONTEXTS = (4096, 512, 32768, 131072)
+USUAL = 4096
+"""Tokens in the cache that contexts near it are measured before others for."""
+FILLED = 0.8
+"""Of a bucket's context, in the steps that are measured: 4096 of 5120."""
 PREFILL = (1024, 8192, 16, 64, 256, 4096)
 MOST_CACHED = 1 << 20
 """Tokens of all sequences together beyond which a decode bucket is not measured."""
@@ -54,7 +58,8 @@ class Work:
 
     Attributes:
         sequences: In decode, or of a packed prompt: all tokens but one are the first's.
-        context: Tokens in the cache after the step, a sequence; what the page table has room for.
+        context: Tokens of a sequence that the page table has room for; in decode most of them are
+            there.
         tokens: Of all sequences together.
     """
 
@@ -156,11 +161,17 @@ class Found:
 
 
 def default_work(
-    plan: Plan, *, batches: Sequence[int] = DECODE, contexts: Sequence[int] = CONTEXTS,
+    plan: Plan, *, batches: Sequence[int] = DECODE, contexts: Sequence[int] | None = None,
     prefill: Sequence[int] = PREFILL,
 ) -> tuple[Work, ...]:  # fmt: skip
-    """Decode at every batch and context, contexts first to last, then prefill."""
+    """Decode at every batch and context, contexts first to last, then prefill.
+
+    Args:
+        contexts: Those of the buckets where None, the usual ones first.
+    """
     most = int(plan.config["max_position_embeddings"])
+    if contexts is None:
+        contexts = sorted(buckets.contexts(plan), key=lambda one: abs(math.log(one / USUAL)))
     made = [
         Work(phase="decode", sequences=batch, context=min(context, most), tokens=batch)
         for context in contexts
@@ -196,7 +207,7 @@ def inputs_of(plan: Plan, work: Work) -> tuple[dict[str, Array], Limits]:
     vocab = int(plan.config["vocab_size"])
     pieces = []
     for i, length in enumerate(lengths):
-        first = work.context - 1 if decode else 0
+        first = int(FILLED * work.context) if decode else 0
         tokens = tuple((7919 * (i + 1) + 104_729 * j + 11) % vocab for j in range(length))
         pieces.append(Piece(lease=table.admit(first + length), position=first, tokens=tokens))
     given = table.pack(pieces) | {"accepted": np.zeros(work.sequences, np.int32)}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--precision", default="fp8", show_default=True, help="Of the model.")
 @click.option("--op", "ops", multiple=True, help="This op alone; again for more.")
 @click.option("--batch", default="1,16,32,4,8,2,64", show_default=True, help="Of decode.")
-@click.option("--context", default="4096,512,32768,131072", show_default=True, help="Of decode.")
+@click.option("--context", help="Of decode, in tokens (default: those of the buckets).")
 @click.option("--prefill", default="1024,8192,16,64,256,4096", show_default=True, help="Tokens.")
 @click.option("--no-prefill", is_flag=True, help="Decode alone.")
 @click.option("--every", is_flag=True, help="Also time what has one tactic alone, for the record.")
@@ -91,7 +91,7 @@ def command(
     precision: str,
     ops: tuple[str, ...],
     batch: str,
-    context: str,
+    context: str | None,
     prefill: str,
     no_prefill: bool,
     every: bool,
@@ -147,7 +147,7 @@ def command(
         work=tune.default_work(
             plan,
             batches=numbers(batch, "--batch"),
-            contexts=numbers(context, "--context"),
+            contexts=None if context is None else numbers(context, "--context"),
             prefill=() if no_prefill else numbers(prefill, "--prefill"),
         ),
         command=shlex.join(("lingc", *sys.argv[1:])),
