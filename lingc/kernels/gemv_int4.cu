@@ -128,15 +128,15 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32)
     uint4 xs[BATCH], gates[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int n = threadIdx.x + (base + b) * THREADS, token = n / (K / 8), chunk = n % (K / 8);
-      const bool live = base + b < EACH && token < tokens;
+      const u32 n = threadIdx.x + (base + b) * THREADS, token = TOKENS == 1 ? 0 : n / (K / 8), chunk = n - token * (K / 8);
+      const bool live = base + b < EACH && n < CHUNKS && token < tokens;
       const uint4 zero = {0, 0, 0, 0};
       xs[b] = live ? load_fresh((const uint4*)(x + (i64)token * x_pitch) + chunk) : zero;
       if (BEFORE == 2) gates[b] = live ? load_fresh((const uint4*)(gate + (i64)token * gate_pitch + gate_pitch - K) + chunk) : zero;
     }
 #pragma unroll
     for (int b = 0; b < BATCH && base + b < EACH; b++) {
-      const int n = threadIdx.x + (base + b) * THREADS, token = n / (K / 8), chunk = n % (K / 8);
+      const u32 n = threadIdx.x + (base + b) * THREADS, token = TOKENS == 1 ? 0 : n / (K / 8), chunk = n - token * (K / 8);
       float v[8], w[8], square = 0, inverse;
       unpack_bf16(xs[b], v);
       if (BEFORE) {

@@ -16,8 +16,8 @@ struct Bytes {
 // lanes of a row read at once lies together: with groups of 32 lane t multiplies channels 8 t to 8 t + 7 of each 32, which
 // one product holds, else 32 t to 32 t + 31 of 128.
 template <int group>
-DEVICE int s16_place(int n) {
-  const int i = n % 16, t = group == 32 ? i % 4 : i / 4, turn = group == 32 ? i / 4 : i % 4;
+DEVICE u32 s16_place(u32 n) {
+  const u32 i = n % 16, t = group == 32 ? i % 4 : i / 4, turn = group == 32 ? i / 4 : i % 4;
   return n / 16 * 256 + turn / 2 * 128 + t * 16 + turn % 2 * 8;
 }
 
