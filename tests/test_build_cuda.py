@@ -2,8 +2,12 @@
 
 import json
 import lzma
+import os
 import re
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,8 @@ from lingc.targets.cuda import buckets as all_buckets
 from lingc.targets.cuda.buckets import Sizes
 from lingc.weights import open_weights
 
-TINY = Path(__file__).parents[1] / "artifacts" / "checkpoints" / "ling-tiny"
+CHECKPOINTS = Path(__file__).parents[1] / "artifacts" / "checkpoints"
+TINY, FULL = CHECKPOINTS / "ling-tiny", CHECKPOINTS / "ling-2.6-flash"
 
 FEW = (
     Sizes(phase="decode", axes={"B": 1, "B+1": 2, "P": 8}),
@@ -304,3 +309,35 @@ def test_a_changed_table_is_not_shown(
 
     assert code == 6
     assert "the launch table of" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- the full model
+
+
+@pytest.mark.long
+def test_the_full_size_engine_is_small_and_soon_made_again(tmp_path: Path) -> None:
+    """Two builds in processes of their own; of time, what two cores have in 180 s and in 15 s."""
+    first, cold = full_size(tmp_path / "a", tmp_path / "cache")
+    second, warm = full_size(tmp_path / "b", tmp_path / "cache")
+
+    assert first.manifest.bundle_id == second.manifest.bundle_id
+    assert sum(entry.size for entry in first.manifest.files.values()) < 5_000_000
+    assert cold < 2 * 180
+    assert warm < 2 * 15
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6_000_000
+
+
+def full_size(folder: Path, cache: Path) -> tuple[Package, float]:
+    """A package, and the processor time that it took."""
+    folder.mkdir()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = ["--target", "h20", "--precision", "fp8", "--weights", "external", "-o", "x.ling"]
+    subprocess.run(
+        [sys.executable, "-m", "lingc", "build", str(FULL), *words],
+        check=True,
+        cwd=folder,
+        env={**os.environ, "LINGC_CACHE": str(cache), "PYTHONPATH": str(CHECKPOINTS.parents[1])},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return open_package(folder / "x.ling", level="integrity"), seconds
