@@ -6,7 +6,7 @@ must be there, and every place must lie inside the memory that it is said to be 
 
 import json
 import lzma
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ from lingc.launch_table import (
     Bucket,
     LaunchTable,
     Place,
-    TableLaunch,
     TablePhase,
     TableTactic,
     from_value,
 )
-from lingc.plan import Plan, Program
+from lingc.plan import Plan, Program, TensorType
 
 TABLE = "table.json.xz"
 
@@ -145,12 +144,33 @@ def _problems(code: CudaCode) -> Iterator[str]:
             yield f"{name}: {one}"
         if not any(bucket.phase == name for bucket in table.buckets):
             yield f"{name} has no bucket"
+    facts = [_facts(tactic) for tactic in table.tactics]
     for index, bucket in enumerate(table.buckets if sound else ()):
         if bucket.phase not in table.phases:
             yield f"bucket {index} is of a phase {bucket.phase!r}"
             continue
-        program = plan.programs[bucket.phase]
-        yield from (f"bucket {index}: {one}" for one in _bucket_problems(bucket, table, program))
+        program, phase = plan.programs[bucket.phase], table.phases[bucket.phase]
+        found = _bucket_problems(bucket, phase, program, facts)
+        yield from (f"bucket {index}: {one}" for one in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """Of a tactic: its op, bytes of its workspaces, names that its launches take from the step."""
+
+    op: str
+    room: int
+    taken: frozenset[str]
+
+
+def _facts(tactic: TableTactic) -> _Facts:
+    own = {name for name, _ in (*tactic.workspaces, *tactic.counters)}
+    operands = (one for launch in tactic.launches for one in launch.operands)
+    return _Facts(
+        op=tactic.op,
+        room=sum(align(size) for _, size in tactic.workspaces),
+        taken=frozenset(one.name for one in operands if isinstance(one, Place)) - own,
+    )
 
 
 def _tactic_problems(tactic: TableTactic, table: LaunchTable) -> Iterator[str]:
@@ -177,8 +197,9 @@ def _phase_problems(phase: TablePhase, plan: Plan, program: Program) -> Iterator
             yield f"{value!r} lies nowhere"
 
 
-def _bucket_problems(bucket: Bucket, table: LaunchTable, program: Program) -> Iterator[str]:
-    phase = table.phases[bucket.phase]
+def _bucket_problems(
+    bucket: Bucket, phase: TablePhase, program: Program, facts: Sequence[_Facts]
+) -> Iterator[str]:
     if not len(bucket.tactics) == len(bucket.scratch) == len(phase.steps):
         yield "its steps are not those of its phase"
         return
@@ -195,34 +216,26 @@ def _bucket_problems(bucket: Bucket, table: LaunchTable, program: Program) -> It
     if missing:
         yield f"it does not say {', '.join(sorted(missing))}"
         return
-    ends: list[tuple[str, int, int]] = [
-        (name, offset, program.types[name].bytes(sizes) if name in program.types else 0)
-        for name, offset in zip(phase.arena, bucket.offsets, strict=True)
-    ]
+    known: dict[TensorType | None, int] = {None: 0}
+    ends: list[tuple[str, int, int]] = []
+    for name, offset in zip(phase.arena, bucket.offsets, strict=True):
+        kind = program.types.get(name)
+        if kind not in known and kind is not None:
+            known[kind] = kind.bytes(sizes)
+        ends.append((name, offset, known[kind]))
     for step, index, scratch in zip(phase.steps, bucket.tactics, bucket.scratch, strict=True):
-        if not 0 <= index < len(table.tactics):
+        if not 0 <= index < len(facts):
             yield f"there is no tactic {index}"
             continue
-        tactic = table.tactics[index]
+        tactic = facts[index]
         if tactic.op != step.op:
             yield f"step {step.name!r} is {step.op}, its tactic is for {tactic.op}"
-        room = sum(align(size) for _, size in tactic.workspaces)
-        ends.append((f"{step.name}'s workspace", scratch, room))
-        yield from _unnamed(tactic.launches, step.buffers, tactic)
+        for name in tactic.taken - step.buffers.keys():
+            yield f"a launch of {tactic.op} takes {name!r}, which is not there"
+        ends.append((step.name, scratch, tactic.room))
     for name, offset, size in ends:
         if offset % 16 or not 0 <= offset <= offset + size <= bucket.arena_bytes:
-            yield f"{name} at {offset}, {size} bytes, lies outside of {bucket.arena_bytes}"
-
-
-def _unnamed(
-    launches: tuple[TableLaunch, ...], buffers: Mapping[str, str | None], tactic: TableTactic
-) -> Iterator[str]:
-    """Operands that name nothing."""
-    known = {*buffers, *(name for name, _ in (*tactic.workspaces, *tactic.counters))}
-    for launch in launches:
-        for operand in launch.operands:
-            if isinstance(operand, Place) and operand.name not in known:
-                yield f"a launch of {tactic.op} takes {operand.name!r}, which is not there"
+            yield f"{name!r} at {offset}, {size} bytes, lies outside of {bucket.arena_bytes}"
 
 
 def all_sizes(sizes: Mapping[str, int]) -> dict[str, Any]:
