@@ -1,8 +1,8 @@
 """Where the values of a program lie in one arena, sharing room as they live.
 
 The largest are placed first, each in the smallest gap that fits between those that live when it
-does. On the programs of the shipped configs that takes at most a twentieth more than what lives at
-the fullest step.
+does. In most buckets of the shipped configs that takes what lives at the fullest step and no more,
+in the worst 8 % more.
 
 Room may be given again to the very next step although launches overlap: a dependent kernel waits
 before it writes anything, and by then every launch before it is complete.

@@ -24,6 +24,7 @@ from lingc.plan import Plan
 from lingc.quantize.recipes import load_recipe
 from lingc.targets.cuda.buckets import Sizes as BucketSizes
 from lingc.targets.cuda.lower import Scheduled, schedule_all
+from lingc.targets.cuda.memory import Lifetime, fullest
 from lingc.targets.cuda.schedule import schedule
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
@@ -129,6 +130,14 @@ def test_what_is_needed_together_lies_apart_in_the_arena() -> None:
             for other, begins, ends, starts, stops in spans[:at]:
                 if first <= stops and starts <= last:
                     assert end <= begins or ends <= begin, (bucket.phase, name, other)
+
+
+def test_the_arena_is_hardly_larger_than_what_lives_at_its_fullest_step() -> None:
+    for bucket in table().buckets:
+        lives = [
+            Lifetime(end - begin, first, last) for _, begin, end, first, last in _spans(bucket)
+        ]
+        assert bucket.arena_bytes <= 1.1 * fullest(lives)
 
 
 def _spans(bucket: Bucket) -> Iterator[tuple[str, int, int, int, int]]:
