@@ -11,6 +11,8 @@ from lingc import targets
 from lingc.bench import fit
 from lingc.bench.fit import RULE, Measured, error, predicted, read_record
 from lingc.errors import InputError
+from lingc.op import type_of
+from lingc.plugins.table import OPS
 from lingc.targets.cuda import tactics
 from lingc.targets.cuda.tactics import Reach
 
@@ -79,6 +81,23 @@ def test_a_record_is_read_without_what_was_wrong() -> None:
     assert one.seconds == 2e-6
     assert one.target == replace(H200, sms=78)
     assert one.label == "fused_linear, decode, a"
+
+
+def test_a_record_of_ops_is_read_by_the_tactics_as_they_are() -> None:
+    row = {"op": "fused_linear", "benchmark": "qkv + gate, FP8", "tokens": 1,
+           "microseconds": [1.0, 16.0, 17.0]}  # fmt: skip
+    op = OPS["fused_linear"]
+    benchmark = next(one for one in op.benchmarks if one.name == row["benchmark"])
+    types = [type_of(x) for x in op.inputs(*benchmark.case(1), dtype="bf16", device="meta")]
+    tactic = op.tactics(H200, *types)[0]
+    timings = [{**row, "tactic": tactic.name}, {**row, "tactic": "gone"}]
+    device = {"name": "NVIDIA H200", "sms": 132}
+
+    (one,) = read_record({"kind": "bench-ops", "device": device, "timings": timings})
+
+    assert one.seconds == 16e-6
+    assert one.launches == tuple(map(tactics.features, tactic.launches))
+    assert 0.5 < predicted(one, {}) / one.seconds < 2
 
 
 @pytest.mark.parametrize(

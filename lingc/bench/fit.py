@@ -6,7 +6,7 @@ What a few measurements cannot tell stays near what kernels reach as a rule.
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lingc import targets
 from lingc.errors import InputError
-from lingc.targets.cuda.tactics import Reach, predict_features
+from lingc.targets.cuda.tactics import Reach, features, predict_features
 from lingc.targets.spec import Target
 
 Array = NDArray[np.float64]
@@ -94,25 +94,53 @@ def target_of(device: Mapping[str, Any]) -> Target:
 
 
 def read_record(record: Mapping[str, Any]) -> list[Measured]:
-    """The measurements of a record of `lingc tune`.
+    """The measurements of a record of `lingc tune`, or of `lingc bench-ops`.
 
     Raises:
         InputError: It is no such record, or of an unknown device.
     """
-    if record.get("kind") != "tune" or "device" not in record:
-        raise InputError("this is no record of `lingc tune`", hint="write one with --record")
-    target = target_of(record["device"])
-    return [
-        Measured(
-            label=f"{entry['op']}, {entry['work']}, {one['tactic']}",
-            target=target,
-            launches=tuple(one["launches"]),
-            seconds=1e-6 * one["microseconds"][1],
+    readers = {"tune": _of_tune, "bench-ops": _of_bench_ops}
+    reader = readers.get(str(record.get("kind")))
+    if reader is None or "device" not in record:
+        raise InputError(
+            "this is no record of `lingc tune` or `lingc bench-ops`",
+            hint="write one with --record, or with -o",
         )
-        for entry in record["shapes"]
-        for one in entry["candidates"]
-        if one["microseconds"] is not None
-    ]
+    return list(reader(record, target_of(record["device"])))
+
+
+def _of_tune(record: Mapping[str, Any], target: Target) -> Iterator[Measured]:
+    for entry in record["shapes"]:
+        for one in entry["candidates"]:
+            if one["microseconds"] is not None:
+                yield Measured(
+                    label=f"{entry['op']}, {entry['work']}, {one['tactic']}",
+                    target=target,
+                    launches=tuple(one["launches"]),
+                    seconds=1e-6 * one["microseconds"][1],
+                )
+
+
+def _of_bench_ops(record: Mapping[str, Any], target: Target) -> Iterator[Measured]:
+    """Launches are those of the tactic as it is now; one that is gone is left out."""
+    from lingc.op import type_of  # noqa: PLC0415 (imports torch)
+    from lingc.plugins.table import OPS  # noqa: PLC0415
+
+    for row in record["timings"]:
+        op = OPS[row["op"]]
+        for benchmark in op.benchmarks:
+            if benchmark.name != row["benchmark"]:
+                continue
+            arguments = op.inputs(*benchmark.case(row["tokens"]), dtype="bf16", device="meta")
+            types = [type_of(value) for value in arguments]
+            for tactic in op.tactics(target, *types):
+                if tactic.name == row["tactic"]:
+                    yield Measured(
+                        label=f"{op.name}, {benchmark.name}, {row['tokens']}, {tactic.name}",
+                        target=target,
+                        launches=tuple(map(features, tactic.launches)),
+                        seconds=1e-6 * row["microseconds"][1],
+                    )
 
 
 def predicted(one: Measured, reaches: Mapping[str, Reach]) -> float:

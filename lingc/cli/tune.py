@@ -191,7 +191,7 @@ def _fit(
     about = {
         "device": ", ".join(dict.fromkeys(records[file]["device"]["name"] for file in fitted)),
         "date": first["date"],
-        "command": "; ".join(records[file]["command"] for file in fitted),
+        "records": [_named(records[file]) for file in fitted],
     }
     told = fit.document(some, reaches, about)
     rows = []
@@ -216,6 +216,12 @@ def _fit(
         return
     out.table(("", "device", "SMs", "times", "off, median", "90th percentile", "bias"), rows)
     out.line(f"model: {place}")
+
+
+def _named(record: "dict[str, Any]") -> str:
+    """What a record is, without the place where it lay."""
+    what = (record["kind"], record["target"], record.get("precision"), record.get("commit"))
+    return ", ".join(str(one) for one in what if one)
 
 
 def _record(file: Path) -> "dict[str, Any]":
