@@ -20,7 +20,7 @@ from lingc.targets.spec import Target
 
 Array = NDArray[np.float64]
 
-RULE = Reach(floor_s=2e-6, read=0.93, issue=6e12, mma=0.85)
+RULE = Reach(floor_s=2e-6, read=0.93, issue=6e12, mma=0.85, token_s=0.1e-6)
 """What a kernel reaches as a rule; where no measurement says otherwise.
 
 The tensor rate is one that kernels do reach where it is low: 125 to 130 of 148 TFLOP/s on an H20.
@@ -38,9 +38,9 @@ codes that are taken apart before them, products without tensor cores."""
 
 _CHIP = re.compile(r"\bH\d+(-3e)?\b", re.IGNORECASE)
 
-_LEAST = (0.2e-6, 0.05, 1e9, 0.02)
-_MOST = (60e-6, 1.04, 1e14, 1.0)
-_PULL = (0.05, 0.15, 0.02, 0.5)
+_LEAST = (0.2e-6, 0.05, 1e9, 0.02, 0.001e-6)
+_MOST = (60e-6, 1.04, 1e14, 1.0, 5e-6)
+_PULL = (0.05, 0.15, 0.02, 0.5, 0.02)
 """How strongly each is held at the rule, against a measurement's deviation of one."""
 
 
@@ -227,13 +227,13 @@ def _linear(
     return loss, slopes, np.concatenate((rest * weight, held))
 
 
-def _values(one: Reach) -> tuple[float, float, float, float]:
-    return one.floor_s, one.read, one.issue, one.mma
+def _values(one: Reach) -> tuple[float, ...]:
+    return one.floor_s, one.read, one.issue, one.mma, one.token_s
 
 
 def _reach(values: Array) -> Reach:
-    floor_s, read, issue, mma = map(float, values)
-    return Reach(floor_s=floor_s, read=read, issue=issue, mma=mma)
+    floor_s, read, issue, mma, token_s = map(float, values)
+    return Reach(floor_s=floor_s, read=read, issue=issue, mma=mma, token_s=token_s)
 
 
 def document(
@@ -247,6 +247,7 @@ def document(
             "read": float(f"{one.read:.4g}"),
             "issue_gflops": float(f"{1e-9 * one.issue:.4g}"),
             "mma": float(f"{one.mma:.4g}"),
+            "token_us": float(f"{1e6 * one.token_s:.4g}"),
         }
 
     kinds: dict[str, Any] = {"": plain(RULE)}

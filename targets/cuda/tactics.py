@@ -62,12 +62,15 @@ class Reach:
         read: Of what a kernel with nothing to compute reads at, by this one's stream.
         issue: Flops a second that one multiprocessor issues, whatever its tensor cores could do.
         mma: Of the datasheet's tensor rate.
+        token_s: What each token beyond the first costs beside these, where every block prepares
+            all tokens for itself; in seconds.
     """
 
     floor_s: float
     read: float
     issue: float
     mma: float
+    token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +153,7 @@ def features(launch: Launch) -> Mapping[str, Any]:
         "flops": launch.flops,
         "rate": launch.rate,
         "dependent": launch.dependent,
+        "tokens": int(dict(launch.kernel.constants).get("TOKENS", 1)),
     }
 
 
@@ -174,7 +178,9 @@ def predict_features(launch: Mapping[str, Any], target: Target, known: Reach) ->
         flops / rate * waves if rate else 0.0,
         flops / (sms * known.issue) * waves,
     )
-    return known.floor_s + (0.0 if launch["dependent"] else HANDOFF_S) + max(seconds)
+    more = 0.0 if launch["dependent"] else HANDOFF_S
+    more += known.token_s * (int(launch.get("tokens", 1)) - 1)
+    return known.floor_s + more + max(seconds)
 
 
 def arithmetic(launch: Launch, target: Target) -> float:
@@ -200,7 +206,7 @@ def _reaches() -> Mapping[str, Reach]:
     return {
         name: Reach(
             floor_s=1e-6 * one["floor_us"], read=one["read"], issue=1e9 * one["issue_gflops"],
-            mma=one["mma"],
+            mma=one["mma"], token_s=1e-6 * one.get("token_us", 0.0),
         )
         for name, one in kinds.items()
     }  # fmt: skip
