@@ -7,7 +7,7 @@ steps give it. A step's time is that of its graph on the device; a run's is what
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,10 @@ FORMAT = 1
 WARM = 3
 WARM_S = 0.05
 """Replays, and seconds, before those that count."""
+SAMPLED = 4
+"""Steps of a kind that are timed for a profile."""
+TURNS_S = 0.03
+"""Seconds that the turns of one of them may take, within limits."""
 PROMPT = 8
 """Tokens of a request's prompt."""
 PREFILLS = 3
@@ -90,7 +94,7 @@ class Profiled:
     """Steps of one op and tactic.
 
     Attributes:
-        measured: Microseconds a step, only such steps in a row.
+        measured: Microseconds that such a step adds to those before it.
         predicted: What the engine was built to expect.
         origin: What that goes back to.
     """
@@ -519,7 +523,9 @@ def decode(
         - _not_hit(backend, bound, experts),
         launches=sum(len(tactic.launches) for _, tactic in steps),
         experts=experts,
-        profile=tuple(profile(backend, bound)) if settings.profile else (),
+        profile=tuple(profile(backend, bound, statistics.median(times)))
+        if settings.profile
+        else (),
     )
 
 
@@ -578,26 +584,51 @@ def generate(backend: CudaBackend, settings: Settings, batch: int) -> Generation
                       tokens_per_s=made / (took - first), first_token=first)  # fmt: skip
 
 
-def profile(backend: CudaBackend, bound: BoundBucket) -> Iterator[Profiled]:
-    """Each kind of step, recorded alone: its calls follow each other as in a step."""
-    kinds: dict[tuple[str, str], tuple[TableTactic, list[str]]] = {}
-    for step, tactic in _steps(backend, bound):
-        kinds.setdefault((tactic.op, tactic.key), (tactic, []))[1].append(step.name)
-    for tactic, names in kinds.values():
-        graph = bound.record(set(names))
-        warm(graph)
-        seconds = statistics.median(graph.seconds(9)) / len(names)
-        graph.close()
+def profile(backend: CudaBackend, bound: BoundBucket, seconds: float) -> Iterator[Profiled]:
+    """What each kind of step adds to a program that ends with it, against one that ends before.
+
+    A step cannot run without those before it: others use its inputs' memory later. Some steps of a
+    kind stand for all.
+
+    Args:
+        seconds: Of the whole step.
+    """
+    steps = _steps(backend, bound)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for i, (_, tactic) in enumerate(steps):
+        kinds.setdefault((tactic.op, tactic.key), []).append(i)
+    turns = max(5, min(15, int(TURNS_S / seconds)))
+    for places in kinds.values():
+        tactic = steps[places[0]][1]
+        count = min(len(places), SAMPLED)
+        some = [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
         yield Profiled(
             op=tactic.op,
             tactic=tactic.tactic,
-            steps=len(names),
+            steps=len(places),
             launches=len(tactic.launches),
-            measured=1e6 * seconds,
+            measured=1e6 * statistics.mean(_added(bound, steps, i, turns) for i in some),
             predicted=tactic.microseconds,
             moved_bytes=tactic.moved_bytes,
             origin=tactic.origin,
         )
+
+
+def _added(
+    bound: BoundBucket, steps: Sequence[tuple[TableStep, TableTactic]], place: int, turns: int
+) -> float:
+    """Seconds that a step adds: programs up to it and before it take turns."""
+    names = [step.name for step, _ in steps[: place + 1]]
+    with_it = bound.record(names)
+    if place == 0:
+        found = statistics.median(with_it.seconds(turns))
+        with_it.close()
+        return found
+    before = bound.record(names[:-1])
+    pairs = [(with_it.seconds(1)[0], before.seconds(1)[0]) for _ in range(turns + 1)]
+    for graph in (with_it, before):
+        graph.close()
+    return statistics.median(a - b for a, b in pairs[1:])
 
 
 def prefill(backend: CudaBackend, length: int) -> Prefill:
