@@ -10,7 +10,7 @@ import importlib.util
 import operator
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +129,18 @@ def _installed_version(module: str) -> str | None:
             return None
     except (ImportError, ValueError):
         return None
-    for name in (module, *importlib.metadata.packages_distributions().get(module, ())):
+    for name in _distributions(module):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return ""
+
+
+def _distributions(module: str) -> Iterator[str]:
+    """What may have brought a module; its own name first, as the rest takes long to find out."""
+    yield module
+    yield from importlib.metadata.packages_distributions().get(module, ())
 
 
 def _one_of(check_id: str, have: str, wanted: list[str], variant: Variant) -> Check:
