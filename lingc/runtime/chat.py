@@ -14,9 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lingc.errors import InputError
-
-Message = Mapping[str, Any]
-"""`role` and `content`, both text, and whatever else the template reads."""
+from lingc.runtime.messages import Message, check_messages
 
 _FAULTS = (
     jinja2.TemplateError,
@@ -87,18 +85,6 @@ class ChatTemplate:
                 f"the chat template fails on these messages: {error}",
                 hint="the template decides which roles and fields it takes",
             ) from error
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Refuse what is not a conversation, naming the message."""
-    if not messages:
-        raise InputError("there are no messages", hint='give at least one {"role": "user", …}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"message {index} is {message!r}, it must be an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise InputError(f"message {index} has {key} {message.get(key)!r}, it must be text")
 
 
 def _to_json(

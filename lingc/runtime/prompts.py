@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lingc.errors import DataError, InputError, UsageError
-from lingc.runtime.chat import Message, check_messages
+from lingc.runtime.messages import Message, check_messages
 
 Conversation = Sequence[Message]
 

@@ -7,12 +7,15 @@ tokens that stand in the text are recognised, and are left out of the text that 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import tokenizers
 
 from lingc.errors import InputError
-from lingc.runtime.chat import ChatTemplate, Message
+from lingc.runtime.messages import Message
+
+if TYPE_CHECKING:
+    from lingc.runtime.chat import ChatTemplate
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What a tokenizer is read from; only the first is needed."""
@@ -95,6 +98,9 @@ class Tokenizer:
                 "the checkpoint has no chat template", hint="give the prompt as plain text"
             )
         if self._template is None:
+            # Jinja takes as long to import as all the rest, and most prompts are no conversations.
+            from lingc.runtime.chat import ChatTemplate  # noqa: PLC0415
+
             self._template = ChatTemplate(self._source, special=self._special)
         return self._template.render(
             messages,
