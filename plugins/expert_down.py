@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lingc.kernel import Tactic
-from lingc.kernels import experts, gemm
+from lingc.kernels import expert_down_one, experts, gemm
 from lingc.math import (
     accumulator,
     dequantize_rows,
@@ -146,7 +146,7 @@ def tactics(
     shape = _shape(a, ids, down, format, group, shared)
     if shape.tokens > experts.MOST_TOKENS:
         return gemm.expert_down_tactics(target, shape)
-    return experts.down_tactics(target, shape)
+    return expert_down_one.tactics(target, shape) or experts.down_tactics(target, shape)
 
 
 def _benchmark(name: str, format: str, group: int, tokens: tuple[int, ...]) -> Benchmark:

@@ -4,7 +4,7 @@ Shared memory of a block is worked out here and in the CUDA file, which asserts 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace, align
 from lingc.targets.spec import Target
@@ -18,7 +18,7 @@ PIECE_K = {"bf16": 32, "fp8": 64, "int4": 128}
 BLOCK = 128
 _BUFFERS = 4
 _SM_BYTES = 228 * 1024
-_BLOCK_BYTES = 1024
+BLOCK_BYTES = 1024
 """Shared memory of a multiprocessor (Hopper), and what the system keeps of it for every block."""
 
 _BUCKETS = (1, 4, 8, 16, 32, 64)
@@ -116,13 +116,13 @@ def _stage_bytes(shape: Shape, config: Config) -> int:
     return config.stage * PIECE + scales
 
 
-def _exclusive(shared: int, blocks: int) -> int:
+def exclusive(shared: int, blocks: int) -> int:
     """At least so much shared memory that no more blocks fit on a multiprocessor.
 
     Blocks begin while those of other kernels are still there. Were there room for one more than a
     multiprocessor's share, some would get it and others too few, and all would wait for the first.
     """
-    return max(shared, align(_SM_BYTES // (blocks + 1) - _BLOCK_BYTES + 1, 128))
+    return max(shared, align(_SM_BYTES // (blocks + 1) - BLOCK_BYTES + 1, 128))
 
 
 def _hits(shape: Shape) -> int:
@@ -246,7 +246,7 @@ def up_tactic(shape: Shape, config: Config, sms: int) -> Tactic:
         ),
         constants=tuple(_constants(shape, config, "UP", shared).items()),
         warps=config.warps,
-        shared_bytes=_exclusive(shared, config.blocks),
+        shared_bytes=exclusive(shared, config.blocks),
         features=("bulk", "fp8"),
     )  # fmt: skip
     tiles = shape.inner // 8
@@ -296,7 +296,7 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
         ),
         constants=tuple(_constants(shape, config, "DOWN", shared).items()),
         warps=config.warps,
-        shared_bytes=_exclusive(shared, config.blocks),
+        shared_bytes=exclusive(shared, config.blocks),
         features=("bulk", "fp8"),
     )  # fmt: skip
     each = shape.matrix_bytes(shape.width, shape.inner)
@@ -325,70 +325,6 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
         workspaces=_rows_space(shape, count, shape.inner),
         config=_config(config),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class One:
-    """What may be chosen of `expert_down_one.cu`.
-
-    Attributes:
-        tiles: Of 16 rows that a block makes.
-        warps: That multiply; K of a tile is split among those of a tile.
-        depth: Experts in shared memory at a time.
-    """
-
-    tiles: int
-    warps: int
-    depth: int
-
-    @property
-    def name(self) -> str:
-        return f"down.one.t{self.tiles}.w{self.warps}.d{self.depth}"
-
-    def suits(self, shape: Shape) -> bool:
-        """Whether the experts' sizes can be split so."""
-        slices = self.warps // self.tiles
-        return not (shape.inner % (slices * BLOCK) or shape.width % (self.tiles * TILE_ROWS))
-
-    def shared_bytes(self, shape: Shape) -> int:
-        """Of one block, as the CUDA file lays it out."""
-        used = self.depth * self.tiles * int(shape.matrix_bytes(TILE_ROWS, shape.inner))
-        used += shape.slots * (2 * shape.inner + shape.inner // BLOCK * 4)
-        return align(used + self.warps * TILE_ROWS * 4, 8) + 2 * self.depth * 8
-
-
-def down_one_tactic(shape: Shape, config: One) -> Tactic:
-    """`expert_down_one`, of one token and weights of four bits."""
-    shared = config.shared_bytes(shape)
-    kernel = Kernel(
-        language="cuda",
-        source="kernels/expert_down_one.cu",
-        entry="expert_down_one",
-        arguments=(
-            ("a", "*bf16"), ("ids", "*i32"), ("weights", "*f32"), ("down", "*i32"),
-            ("scale", "*bf16"), ("residual", "*bf16"), ("y", "*bf16"),
-        ),
-        constants=(
-            ("GROUP", shape.group), ("WIDTH", shape.width), ("INNER", shape.inner),
-            ("EXPERTS", shape.experts), ("TOP_K", shape.top_k), ("SHARED", shape.shared),
-            ("TILES", config.tiles), ("WARPS", config.warps), ("DEPTH", config.depth),
-            ("BYTES", shared),
-        ),
-        warps=config.warps + 1,
-        shared_bytes=_exclusive(shared, 1),
-        features=("bulk",),
-    )  # fmt: skip
-    names = ("a", "ids", "weights", "down", "scale", "residual", "y")
-    launch = Launch(
-        kernel=kernel,
-        grid=(shape.width // TILE_ROWS // config.tiles, 1, 1),
-        operands=tuple(Tensor(name) for name in names),
-        dependent=True,
-        moved_bytes=shape.hit * shape.matrix_bytes(shape.width, shape.inner),
-        flops=2.0 * shape.hit * shape.inner * shape.width * 8,
-        rate="bf16",
-    )
-    return Tactic(name=config.name, launches=(launch,), config=asdict(config))
 
 
 # ----------------------------------------------------------------------------------------- choice
@@ -437,11 +373,6 @@ _DOWN: dict[str, tuple[Config, ...]] = {
     "bf16": tuple(_C(warps=8, stage=2, depth=d, blocks=2) for d in (5, 4, 3)),
     "int4": tuple(_C(warps=8, stage=1, depth=d, blocks=2) for d in (9, 7, 4)),
 }
-_ONE = (
-    One(tiles=2, warps=16, depth=5), One(tiles=2, warps=16, depth=3),
-    One(tiles=2, warps=4, depth=5), One(tiles=2, warps=2, depth=5), One(tiles=1, warps=1, depth=3),
-)  # fmt: skip
-"""Of `expert_down` for one token in INT4."""
 _PREPARE_FROM = 9
 _PREPARE_DOWN_FROM = 5
 """Tokens from which on a launch that quantizes each row once costs less than blocks that all do."""
@@ -492,7 +423,7 @@ def up_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     return tuple(
         up_tactic(shape, config, target.sms or 1)
         for config in _fitting(shape, chosen, shape.width)
-        if up_shared_bytes(shape, config) + _BLOCK_BYTES <= (target.smem_per_block_bytes or 0)
+        if up_shared_bytes(shape, config) + BLOCK_BYTES <= (target.smem_per_block_bytes or 0)
     )
 
 
@@ -505,11 +436,8 @@ def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     chosen = tuple(replace(config, prepared=prepared) for config in _DOWN[shape.format])
     fitting = list(_fitting(shape, chosen, shape.inner))
     most = target.smem_per_block_bytes or 0
-    if shape.tokens == 1 and shape.format == "int4":
-        small = [c for c in _ONE if c.suits(shape) and c.shared_bytes(shape) + _BLOCK_BYTES <= most]
-        return tuple(down_one_tactic(shape, config) for config in small[:2])
-    for limit in ((most + _BLOCK_BYTES) // 2, most):
-        good = [c for c in fitting if down_shared_bytes(shape, c) + _BLOCK_BYTES <= limit]
+    for limit in ((most + BLOCK_BYTES) // 2, most):
+        good = [c for c in fitting if down_shared_bytes(shape, c) + BLOCK_BYTES <= limit]
         if good:
             return tuple(down_tactic(shape, config) for config in good[:3])
     return ()

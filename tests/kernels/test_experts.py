@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lingc import targets
-from lingc.kernels import experts
+from lingc.kernels import expert_down_one, experts
 from lingc.plan import TensorType
 from lingc.plugins import expert_down, expert_up
 
@@ -48,14 +48,15 @@ def test_one_token_needs_no_lists_and_takes_one_launch() -> None:
         assert not tactic.workspaces
 
 
-def test_one_token_goes_down_through_four_bits_by_a_kernel_of_its_own() -> None:
+def test_one_token_goes_down_through_four_bits_by_blocks_that_are_alone() -> None:
     shape = replace(FULL, format="int4", group=128)
 
-    for tactic in experts.down_tactics(H200, shape):
+    for tactic in expert_down_one.tactics(H200, shape):
         (launch,) = tactic.launches
-        assert launch.kernel.entry == "expert_down_one"
         assert launch.grid == (128, 1, 1)
-    assert experts.down_tactics(H200, replace(shape, tokens=2))[0].name.startswith("down.w8")
+        assert 114 * 1024 < launch.kernel.shared_bytes + 1024 <= (H200.smem_per_block_bytes or 0)
+    assert expert_down_one.tactics(H200, shape)
+    assert not expert_down_one.tactics(H200, replace(shape, tokens=2))
 
 
 def test_rows_of_many_tokens_are_quantized_once() -> None:
