@@ -20,7 +20,7 @@ from lingc.targets.spec import Target
 
 Array = NDArray[np.float64]
 
-RULE = Reach(floor_s=2e-6, read=0.93, issue=6e12, mma=0.85, token_s=0.1e-6)
+RULE = Reach(floor_s=2e-6, read=0.93, issue=6e12, mma=0.85, token_s=0.1e-6, draw=60e9)
 """What a kernel reaches as a rule; where no measurement says otherwise.
 
 The tensor rate is one that kernels do reach where it is low: 125 to 130 of 148 TFLOP/s on an H20.
@@ -38,9 +38,9 @@ codes that are taken apart before them, products without tensor cores."""
 
 _CHIP = re.compile(r"\bH\d+(-3e)?\b", re.IGNORECASE)
 
-_LEAST = (0.2e-6, 0.05, 1e9, 0.02, 0.001e-6)
-_MOST = (60e-6, 1.04, 1e14, 1.0, 5e-6)
-_PULL = (0.05, 0.15, 0.02, 0.5, 0.02)
+_LEAST = (0.2e-6, 0.05, 1e9, 0.02, 0.001e-6, 2e9)
+_MOST = (60e-6, 1.04, 1e14, 1.0, 5e-6, 90e9)
+_PULL = (0.05, 0.15, 0.02, 0.5, 0.02, 0.05)
 """How strongly each is held at the rule, against a measurement's deviation of one."""
 
 
@@ -228,12 +228,12 @@ def _linear(
 
 
 def _values(one: Reach) -> tuple[float, ...]:
-    return one.floor_s, one.read, one.issue, one.mma, one.token_s
+    return one.floor_s, one.read, one.issue, one.mma, one.token_s, one.draw
 
 
 def _reach(values: Array) -> Reach:
-    floor_s, read, issue, mma, token_s = map(float, values)
-    return Reach(floor_s=floor_s, read=read, issue=issue, mma=mma, token_s=token_s)
+    floor_s, read, issue, mma, token_s, draw = map(float, values)
+    return Reach(floor_s=floor_s, read=read, issue=issue, mma=mma, token_s=token_s, draw=draw)
 
 
 def document(
@@ -248,6 +248,7 @@ def document(
             "issue_gflops": float(f"{1e-9 * one.issue:.4g}"),
             "mma": float(f"{one.mma:.4g}"),
             "token_us": float(f"{1e6 * one.token_s:.4g}"),
+            "draw_gb_s": float(f"{1e-9 * one.draw:.4g}"),
         }
 
     kinds: dict[str, Any] = {"": plain(RULE)}

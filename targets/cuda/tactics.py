@@ -25,6 +25,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lingc import targets
 from lingc.errors import InputError
 from lingc.kernel import Launch, Tactic
 from lingc.op import Op
@@ -37,6 +38,9 @@ one H200."""
 
 SM_BYTES_PER_S = 83e9
 """What one multiprocessor can draw: 48 of them drew 3.98 TB/s on one H200."""
+
+BLEND = 4
+"""Two limits that are met at once cost more than each: the norm in which they add up."""
 
 HANDOFF_S = 1.5e-6
 """What a launch that waits for the end of the one before costs more than a dependent one."""
@@ -64,6 +68,7 @@ class Reach:
         mma: Of the datasheet's tensor rate.
         token_s: What each token beyond the first costs beside these, where every block prepares
             all tokens for itself; in seconds.
+        draw: Bytes a second that one multiprocessor draws, by what this kernel has on its way.
     """
 
     floor_s: float
@@ -71,6 +76,7 @@ class Reach:
     issue: float
     mma: float
     token_s: float = 0.0
+    draw: float = SM_BYTES_PER_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,19 +174,20 @@ def predict_features(launch: Mapping[str, Any], target: Target, known: Reach) ->
     sms = target.sms or 1
     blocks = int(launch["blocks"])
     bandwidth = (target.hbm_bytes_per_s or 1e12) * READ_SHARE * known.read
-    drawn = min(bandwidth, min(sms, blocks) * SM_BYTES_PER_S)
     slots = sms * max(int(launch["blocks_per_sm"]), 1)
-    waves = math.ceil(blocks / slots) * slots / blocks if blocks >= sms else sms / blocks
+    whole = math.ceil(blocks / slots) * slots / blocks
     rate = target.dense_flops_per_s.get(launch["rate"], 0.0) * known.mma
     moved_bytes, flops = float(launch["moved_bytes"]), float(launch["flops"])
+    filled = whole if blocks >= sms else sms / blocks
     seconds = (
-        moved_bytes / drawn,
-        flops / rate * waves if rate else 0.0,
-        flops / (sms * known.issue) * waves,
+        moved_bytes / bandwidth * (whole if blocks > slots else 1.0),
+        moved_bytes / (min(sms, blocks) * known.draw) * (whole if blocks > slots else 1.0),
+        flops / rate * filled if rate else 0.0,
+        flops / (sms * known.issue) * filled,
     )
     more = 0.0 if launch["dependent"] else HANDOFF_S
     more += known.token_s * (int(launch.get("tokens", 1)) - 1)
-    return known.floor_s + more + max(seconds)
+    return known.floor_s + more + float(sum(one**BLEND for one in seconds) ** (1 / BLEND))
 
 
 def arithmetic(launch: Launch, target: Target) -> float:
@@ -207,6 +214,7 @@ def _reaches() -> Mapping[str, Reach]:
         name: Reach(
             floor_s=1e-6 * one["floor_us"], read=one["read"], issue=1e9 * one["issue_gflops"],
             mma=one["mma"], token_s=1e-6 * one.get("token_us", 0.0),
+            draw=1e9 * one.get("draw_gb_s", 1e-9 * SM_BYTES_PER_S),
         )
         for name, one in kinds.items()
     }  # fmt: skip
@@ -251,7 +259,9 @@ def choose(
     if row is not None and row.tactic in named:
         return Choice(tactic=named[row.tactic], seconds=row.microseconds * 1e-6, row=row)
     ranked = rank(tactics, target)
-    return near(rows, op.name, name, ranked) or ranked[0]
+    return (
+        near(rows, op.name, name, ranked) or near(kin(target), op.name, name, ranked) or ranked[0]
+    )
 
 
 def near(
@@ -324,6 +334,20 @@ def _form(name: str) -> tuple[str, tuple[int, ...]]:
 def measured(target: Target) -> Mapping[tuple[str, str], Row]:
     """Rows of a target by op and key; none where nothing was measured."""
     return read_rows(rows_file(target))
+
+
+@cache
+def kin(target: Target) -> Mapping[tuple[str, str], Row]:
+    """Rows of other targets with the same architecture and as many multiprocessors.
+
+    They are neighbours and no more: their bandwidth or tensor rate is another.
+    """
+    others = [one for one in targets.ALL.values() if one.name != target.name]
+    found: dict[tuple[str, str], Row] = {}
+    for one in others:
+        if (one.arch, one.sms) == (target.arch, target.sms):
+            found = {**measured(one), **found}
+    return found
 
 
 def rows_file(target: Target) -> Path:
