@@ -652,12 +652,12 @@ def prefill(backend: CudaBackend, length: int) -> Prefill:
 def ceilings(device: Device, plan: Plan, settings: Settings) -> dict[str, float]:
     """What kernels with nothing to compute reach in this process."""
     from lingc import targets  # noqa: PLC0415
-    from lingc.bench import kernels  # noqa: PLC0415 (imports torch)
+    from lingc.bench.ceilings import ceiling_kernels, ceilings_of  # noqa: PLC0415 (imports torch)
 
     arch = targets.get(plan.target).arch
-    some = kernels.ceiling_kernels()
+    some = ceiling_kernels()
     made = compile_all(some, arch, settings.cache_dir, compilers=settings.compilers)
-    return kernels.ceilings(device, made)
+    return ceilings_of(device, made)
 
 
 # -------------------------------------------------------------------------------------------- told

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lingc.bench import kernels
+from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.kernels import Fault, Timing
 from lingc.bench.peers import PeerTiming, time_peers
 from lingc.compile import Stage
@@ -110,7 +111,7 @@ def run(settings: Settings, stage: Stage) -> Report:
         refused=tuple(refused),
         timings=tuple(timings),
         peers=tuple(peers),
-        ceilings=kernels.ceilings(device, binaries) if settings.timed else {},
+        ceilings=ceilings_of(device, binaries) if settings.timed else {},
     )
 
 
@@ -161,7 +162,7 @@ def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
 
 def _compiled(settings: Settings, found: Found, stage: Stage) -> dict[Kernel, Binary]:
     needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
-    return compile_some(settings, [*needed, *kernels.ceiling_kernels()], stage)
+    return compile_some(settings, [*needed, *ceiling_kernels()], stage)
 
 
 def _measure(

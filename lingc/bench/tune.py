@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lingc.bench import kernels, synthetic
+from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.limited import open_device
 from lingc.bench.step import DeviceStep, Drawn, sizes_of
 from lingc.compile import Stage
@@ -253,7 +254,7 @@ def all_kernels(plan: Plan, settings: Settings, wanted: Sequence[Shape]) -> list
         sizes = sizes_of(plan, work.phase, inputs, limits)
         made = schedule(plan, work.phase, sizes, settings.target)
         needed += [one.choice.tactic for one in made.steps]
-    return [*kernels_of(needed), *kernels.ceiling_kernels(), *synthetic.kernels().values()]
+    return [*kernels_of(needed), *ceiling_kernels(), *synthetic.kernels().values()]
 
 
 def compile_kernels(
@@ -298,7 +299,7 @@ def run(
         )
     binaries = compile_kernels(plan, settings, wanted, stage)
     deadline = time.monotonic() + (settings.seconds or float("inf"))
-    ceilings = kernels.ceilings(device, binaries)
+    ceilings = ceilings_of(device, binaries)
     left = len(wanted)
     drawn = Drawn()
     with stage("measure", total=len(wanted), unit="shapes") as advance:

@@ -119,7 +119,7 @@ def test_same_bytes_from_another_directory(tmp_path: Path) -> None:
     )
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from lingc.bench.kernels import ceiling_kernels\n"
+        "from lingc.bench.ceilings import ceiling_kernels\n"
         "from lingc.targets.cuda.binaries import compile_kernel\n"
         "import lingc, hashlib\n"
         "assert lingc.__file__.startswith(sys.argv[1])\n"
