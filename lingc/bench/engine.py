@@ -47,7 +47,8 @@ TURNS_S = 0.03
 PROMPT = 8
 """Tokens of a request's prompt."""
 PREFILLS = 3
-"""Runs of a prompt that count."""
+PREFILLS_S = 5.0
+"""Runs of a prompt that count, and seconds after which one will do."""
 
 _FEW = 256
 """Tokens of the prompt that the gate runs: the references are slow."""
@@ -638,8 +639,8 @@ def prefill(backend: CudaBackend, length: int) -> Prefill:
     for chunk in chunks:
         bound = backend.prepare("prefill", chunk)
         predicted += sum(tactic.microseconds for _, tactic in _steps(backend, bound))
-    waits = []
-    for _ in range(PREFILLS + 1):
+    waits: list[float] = []
+    while len(waits) < 2 or (len(waits) <= PREFILLS and sum(waits) < PREFILLS_S):
         started = time.perf_counter()
         for chunk in chunks:
             backend.run("prefill", chunk)
