@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from torch.overrides import TorchFunctionMode
 
 from lingc import targets
-from lingc.bench import engine, kernels, synthetic
+from lingc.bench import engine, engine_checks, engine_times, kernels, synthetic
 from lingc.bench.engine import Report, Settings
 from lingc.bench.synthetic import Fill, router_bias
 from lingc.cli import bench as cli
@@ -124,8 +124,8 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     code()  # compiled as it always is
     found = Bench(tmp_path)
     monkeypatch.setattr(synthetic, "binaries", lambda *_: binaries())
-    monkeypatch.setattr(engine, "WARM_S", 0.0)
-    monkeypatch.setattr(engine, "view", on_the_host(found))
+    monkeypatch.setattr(engine_times, "WARM_S", 0.0)
+    monkeypatch.setattr(engine_checks, "view", on_the_host(found))
     for cached in (kernels._row_order, kernels._piece_order):
         cached.cache_clear()
     with Here():
@@ -245,19 +245,19 @@ def test_weights_are_drawn_where_there_are_none_and_only_there(
 
 
 def test_experts_that_were_not_hit_are_not_counted(backend: CudaBackend) -> None:
-    bound = backend.prepare("decode", engine.decode_inputs(backend, 2, 40))
+    bound = backend.prepare("decode", engine_checks.decode_inputs(backend, 2, 40))
     layers = len(synthetic.router_biases(backend.plan)) - 1  # the draft layer is not in the step
     even = 4 * (1 - (1 - 2 / 4) ** 2)
 
     def bytes_off(hit: float) -> float:
-        return engine._not_hit(backend, bound, (hit,) * layers)  # type: ignore[arg-type]
+        return engine_times.not_hit(backend, bound, (hit,) * layers)  # type: ignore[arg-type]
 
     program = backend.plan.programs["decode"]
     names = {name for name in program.weights if ".all_experts." in name}
     each = sum(program.types[name].bytes() / program.types[name].bind({})[0] for name in names)
     assert bytes_off(even) == pytest.approx(0.0)
     assert bytes_off(even - 1) == pytest.approx(each)
-    assert engine._not_hit(backend, bound, None) == 0
+    assert engine_times.not_hit(backend, bound, None) == 0
 
 
 def test_the_gate_takes_less_state_than_the_timing() -> None:
@@ -393,7 +393,7 @@ def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_red_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = engine.Check(name="decode, expert_up", detail="up.x1", problem="a differs")
+    wrong = engine_checks.Check(name="decode, expert_up", detail="up.x1", problem="a differs")
     report = Report(device={"name": "a GPU", "sms": 132}, loaded=1.0, gate=[wrong])
     monkeypatch.setattr(cli, "_kind", lambda _: "cuda")
     monkeypatch.setattr(engine, "run", lambda *_: report)

@@ -5,50 +5,36 @@ weights stand in, and then every op that its steps are made of is held to its re
 steps give it. A step's time is that of its graph on the device; a run's is what a caller waits for.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from lingc.bench import synthetic
-from lingc.bench.record import Spread, about, machine, spread
+from lingc.bench.engine_checks import (
+    Check,
+    decode_inputs,
+    prefill_inputs,
+    step_checks,
+    vector_checks,
+)
+from lingc.bench.engine_times import Decode, Generation, Prefill, decode, generate, prefill
+from lingc.bench.record import about, machine
 from lingc.bench.synthetic import Routing
-from lingc.device import Device, Graph
+from lingc.device import Device
 from lingc.errors import UsageError
-from lingc.launch_table import TableStep, TableTactic
-from lingc.plan import Plan, Ref, Size, TensorType
-from lingc.runtime.backend import Array, Limits
+from lingc.plan import Plan
+from lingc.runtime.backend import Limits
 from lingc.runtime.cuda_backend import CudaBackend
-from lingc.runtime.cuda_bucket import SAMPLE, BoundBucket
-from lingc.runtime.cuda_memory import Held
-from lingc.runtime.generate import Generator
-from lingc.runtime.load import OpenedEngine, run_vectors
-from lingc.runtime.sequence import Request
-from lingc.runtime.slots import Piece, SlotTable
+from lingc.runtime.load import OpenedEngine
 from lingc.targets.cuda.binaries import Compilers, compile_all
 
 Progress = Callable[[str], None]
 
 FORMAT = 1
 """Version of a record."""
-
-WARM = 3
-WARM_S = 0.05
-"""Replays, and seconds, before those that count."""
-SAMPLED = 4
-"""Steps of a kind that are timed for a profile."""
-TURNS_S = 0.03
-"""Seconds that the turns of one of them may take, within limits."""
-PROMPT = 8
-"""Tokens of a request's prompt."""
-PREFILLS = 3
-PREFILLS_S = 5.0
-"""Runs of a prompt that count, and seconds after which one will do."""
 
 _FEW = 256
 """Tokens of the prompt that the gate runs: the references are slow."""
@@ -79,110 +65,6 @@ class Settings:
     profile: bool = False
     sms: int | None = None
     compilers: Compilers | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """One thing that the gate looked at."""
-
-    name: str
-    detail: str
-    problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profiled:
-    """Steps of one op and tactic.
-
-    Attributes:
-        measured: Microseconds that such a step adds to those before it.
-        predicted: What the engine was built to expect.
-        origin: What that goes back to.
-    """
-
-    op: str
-    tactic: str
-    steps: int
-    launches: int
-    measured: float
-    predicted: float
-    moved_bytes: float
-    origin: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decode:
-    """Steps of so many sequences.
-
-    Attributes:
-        step: Seconds of the step's graph.
-        run: Seconds that a caller waits for logits.
-        predicted: Seconds that the engine was built to expect.
-        moved_bytes: What the step must read and write by the plan, of experts those that were hit;
-            under uniform and independent routing where nobody looked.
-        launches: In the graph.
-        experts: Distinct experts hit, of each layer that has some; None where not looked at.
-    """
-
-    batch: int
-    context: int
-    bucket: Mapping[str, int]
-    step: Spread
-    run: Spread
-    predicted: float
-    moved_bytes: float
-    launches: int
-    experts: tuple[int, ...] | None
-    profile: tuple[Profiled, ...] = ()
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.batch / self.step.p50
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self.moved_bytes / self.step.p50
-
-    @property
-    def profiled(self) -> float:
-        """Seconds of all its steps, each as it is alone."""
-        return 1e-6 * sum(one.measured * one.steps for one in self.profile)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefill:
-    """One prompt, in chunks of what the engine takes at once.
-
-    Attributes:
-        run: Seconds until the logits of its last token.
-        predicted: Seconds of its steps, as the engine was built to expect.
-    """
-
-    tokens: int
-    chunks: int
-    run: Spread
-    predicted: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.run.p50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """Requests answered together, as a caller sees it: tokens chosen, host work and all.
-
-    Attributes:
-        tokens: New tokens of each request.
-        tokens_per_s: Of all requests, from the first new token to the last.
-        first_token: Seconds until the first new token, the most of all requests.
-    """
-
-    batch: int
-    prompt: int
-    tokens: int
-    tokens_per_s: float
-    first_token: float
 
 
 @dataclass(slots=True)
@@ -323,331 +205,17 @@ def measure(
     for batch in settings.batches:
         for context in settings.contexts:
             tell(f"decode, batch {batch}, context {context}")
-            report.decodes.append(decode(backend, settings, batch, context, hit.get(batch)))
+            found = decode(
+                backend, batch, context, tokens=settings.tokens, experts=hit.get(batch),
+                profiled=settings.profile,
+            )  # fmt: skip
+            report.decodes.append(found)
     for batch in settings.batches:
         tell(f"generate, batch {batch}")
-        report.generations.append(generate(backend, settings, batch))
+        report.generations.append(generate(backend, batch, tokens=settings.tokens))
     for length in settings.prefills:
         tell(f"prefill, {length} tokens")
         report.prefills.append(prefill(backend, length))
-
-
-# ------------------------------------------------------------------------------------------ inputs
-
-
-def decode_inputs(backend: CudaBackend, batch: int, context: int) -> dict[str, Array]:
-    """A step of sequences with so many tokens each."""
-    plan = backend.plan
-    table = SlotTable(backend.limits, plan.page_size)
-    pieces = [
-        Piece(lease=table.admit(context + 1), position=context, tokens=(_token(plan, i, 0),))
-        for i in range(batch)
-    ]
-    given = table.pack(pieces) | {"accepted": np.zeros(batch, np.int32)}
-    return {name: given[name] for name in plan.programs["decode"].inputs}
-
-
-def prefill_inputs(backend: CudaBackend, length: int) -> list[dict[str, Array]]:
-    """A prompt in chunks; logits of each chunk's last token."""
-    plan, most = backend.plan, backend.prefill_tokens
-    table = SlotTable(backend.limits, plan.page_size)
-    lease = table.admit(length + 1)
-    found = []
-    for start in range(0, length, most):
-        tokens = tuple(_token(plan, 0, i) for i in range(start, min(start + most, length)))
-        given = table.pack([Piece(lease=lease, position=start, tokens=tokens)])
-        given["logit_rows"] = np.array([len(tokens) - 1], np.int32)
-        found.append({name: given[name] for name in plan.programs["prefill"].inputs})
-    return found
-
-
-def _token(plan: Plan, sequence: int, place: int) -> int:
-    return (7919 * (sequence + 1) + 104_729 * place + 11) % int(plan.config["vocab_size"])
-
-
-# -------------------------------------------------------------------------------------------- gate
-
-
-def vector_checks(opened: OpenedEngine) -> list[Check]:
-    """The package's own test vectors."""
-    return [
-        Check(name="vectors", detail=one.case, problem="; ".join(one.problems) or None)
-        for one in run_vectors(opened.package)
-    ]
-
-
-def step_checks(
-    backend: CudaBackend, phase: str, inputs: Mapping[str, Array]
-) -> tuple[list[Check], tuple[int, ...]]:
-    """Run a phase step by step, one step of each kind held to its op's reference.
-
-    Returns:
-        What was found, and the distinct experts that each layer's tokens were sent to.
-    """
-    from lingc.bench.kernels import problem_of  # noqa: PLC0415 (imports torch)
-    from lingc.plugins.table import OPS  # noqa: PLC0415
-
-    bound = backend.prepare(phase, inputs)
-    steps = _steps(backend, bound)
-    checks: list[Check] = []
-    hit: list[int] = []
-    seen: set[str] = set()
-    for step, tactic in steps:
-        op = OPS[step.op]
-        fresh = f"{tactic.op} {tactic.key}" not in seen
-        seen.add(f"{tactic.op} {tactic.key}")
-        given = _arguments(backend, bound, step) if fresh else []
-        graph = bound.record({step.name})
-        graph.replay()
-        backend.device.synchronize()
-        graph.close()
-        if fresh:
-            got = [_tensor(backend, bound, step, name).clone() for name in op.results]
-            problem = problem_of(op, given, got)
-            checks.append(Check(name=f"{phase}, {step.op}", detail=tactic.tactic, problem=problem))
-        if step.op == "norm_router":
-            ids = _tensor(backend, bound, step, "ids")
-            rows = len(inputs["token_ids"])
-            hit.append(int(ids[:rows].unique().numel()))
-        del given
-    _empty_cache()
-    logits = backend.run(phase, inputs)["logits"]
-    finite = bool(np.isfinite(logits).all())
-    checks.append(
-        Check(name=phase, detail="finite logits", problem=None if finite else "some are not")
-    )
-    return checks, tuple(hit)
-
-
-def _empty_cache() -> None:
-    """Give memory that torch keeps for itself back to the device."""
-    import torch  # noqa: PLC0415
-
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def _steps(backend: CudaBackend, bound: BoundBucket) -> list[tuple[TableStep, TableTactic]]:
-    """The program's own steps; the one that draws tokens is not among them."""
-    table = backend.code.table
-    steps = table.phases[bound.bucket.phase].steps
-    return [
-        (step, table.tactics[index])
-        for step, index in zip(steps, bound.bucket.tactics, strict=True)
-        if step.op != SAMPLE
-    ]
-
-
-def _arguments(backend: CudaBackend, bound: BoundBucket, step: TableStep) -> list[Any]:
-    """What a step's op is given now, as its reference takes it: copies, weights in plain order."""
-    from lingc.bench.kernels import plain_tensor  # noqa: PLC0415
-    from lingc.plugins.table import OPS  # noqa: PLC0415
-
-    plan = backend.plan
-    program = plan.programs[bound.bucket.phase]
-    (planned,) = [one for one in program.steps if one.outputs[0] == step.name]
-    found: list[Any] = []
-    for name, arg in zip(OPS[step.op].arguments, planned.args, strict=True):
-        if isinstance(arg, Ref):
-            tensor = _tensor(backend, bound, step, name, arg.name)
-            weight = plan.weights.get(arg.name)
-            found.append(tensor.clone() if weight is None else plain_tensor(weight.layout, tensor))
-        elif isinstance(arg, Size):
-            found.append(bound.sizes[arg.name])
-        else:
-            found.append(list(arg) if isinstance(arg, tuple) else arg)
-    return found
-
-
-def _tensor(
-    backend: CudaBackend, bound: BoundBucket, step: TableStep, name: str, value: str | None = None
-) -> Any:
-    """An argument or a result of a step where it lies."""
-    from lingc.plugins.table import OPS  # noqa: PLC0415
-
-    program = backend.plan.programs[bound.bucket.phase]
-    if value is None:
-        (planned,) = [one for one in program.steps if one.outputs[0] == step.name]
-        value = planned.outputs[OPS[step.op].results.index(name)]
-    buffer = step.buffers[name]
-    assert buffer is not None, "an argument that is there"
-    limits = backend.limits
-    sizes = {**bound.sizes, "S": limits.slots + 1, "R": limits.pages * backend.plan.page_size + 1}
-    kind = program.types[value]
-    whole = TensorType(kind.dtype, kind.bind(sizes))
-    return view(Held(kind=whole, address=bound.addresses[buffer], bytes=whole.bytes()))
-
-
-def view(held: Held) -> Any:
-    """Device memory as a tensor of torch; not a copy."""
-    import torch  # noqa: PLC0415
-
-    from lingc.op import TORCH_DTYPE  # noqa: PLC0415
-
-    class Memory:
-        __cuda_array_interface__: Mapping[str, Any] = {
-            "shape": (held.bytes,), "typestr": "|u1", "data": (held.address, False), "version": 3,
-        }  # fmt: skip
-
-    raw = torch.as_tensor(Memory(), device="cuda")
-    return raw.view(TORCH_DTYPE[held.kind.dtype]).view(held.kind.bind({}))
-
-
-# ---------------------------------------------------------------------------------------- measures
-
-
-def decode(
-    backend: CudaBackend, settings: Settings, batch: int, context: int,
-    experts: tuple[int, ...] | None = None,
-) -> Decode:  # fmt: skip
-    """Steps of a batch, and where their time goes."""
-    inputs = decode_inputs(backend, batch, context)
-    bound = backend.prepare("decode", inputs)
-    steps = _steps(backend, bound)
-    graph = bound.record({step.name for step, _ in steps})
-    warm(graph)
-    times = graph.seconds(settings.tokens)
-    graph.close()
-    waits = []
-    for _ in range(settings.tokens + WARM):
-        started = time.perf_counter()
-        backend.run("decode", inputs)
-        waits.append(time.perf_counter() - started)
-    return Decode(
-        batch=batch,
-        context=context,
-        bucket=dict(bound.bucket.sizes),
-        step=spread(times),
-        run=spread(waits[WARM:]),
-        predicted=1e-6 * sum(tactic.microseconds for _, tactic in steps),
-        moved_bytes=sum(tactic.moved_bytes for _, tactic in steps)
-        - _not_hit(backend, bound, experts),
-        launches=sum(len(tactic.launches) for _, tactic in steps),
-        experts=experts,
-        profile=tuple(profile(backend, bound, statistics.median(times)))
-        if settings.profile
-        else (),
-    )
-
-
-def warm(graph: Graph) -> None:
-    """Replay for as long as clocks take to rise."""
-    until = time.perf_counter() + WARM_S
-    while True:
-        graph.seconds(WARM)
-        if time.perf_counter() > until:
-            return
-
-
-def _not_hit(backend: CudaBackend, bound: BoundBucket, hit: tuple[int, ...] | None) -> float:
-    """Bytes of experts that the plan counts as hit under uniform routing, and that were not."""
-    if not hit:
-        return 0.0
-    from lingc.plugins.table import OPS  # noqa: PLC0415
-
-    program = backend.plan.programs[bound.bucket.phase]
-    sizes = {**bound.sizes, "S": 1, "R": 1}
-    layers = iter(hit)
-    missed = found = 0.0
-    for step in program.steps:
-        op = step.op.removeprefix("lingc.")
-        if op not in {"norm_router", "expert_up", "expert_down"}:
-            continue
-        given = dict(zip(OPS[op].arguments, step.args, strict=True))
-
-        def shape(arg: Any) -> tuple[int, ...]:
-            return program.types[arg.name].bind(sizes)
-
-        if op == "norm_router":
-            (experts,) = shape(given["bias"])
-            tokens, top_k = shape(Ref(step.outputs[OPS[op].results.index("ids")]))
-            missed = experts * (1 - (1 - top_k / experts) ** tokens) - next(layers)
-            continue
-        for arg in (given["gate_up" if op == "expert_up" else "down"], given["scale"]):
-            if isinstance(arg, Ref):
-                found += missed * program.types[arg.name].bytes(sizes) / shape(arg)[0]
-    return found
-
-
-def generate(backend: CudaBackend, settings: Settings, batch: int) -> Generation:
-    """Requests of a short prompt each, answered together."""
-    prompts = [tuple(_token(backend.plan, i, j) for j in range(PROMPT)) for i in range(batch)]
-    tokens = min(settings.tokens, backend.limits.pages // batch * backend.plan.page_size - PROMPT)
-    asks = [Request(tokens=one, max_tokens=tokens, stop_ids=frozenset()) for one in prompts]
-    generator = Generator(backend)
-    generator.generate(asks)  # graphs are recorded when they are first asked for
-    started = time.perf_counter()
-    done = generator.generate(asks)
-    took = time.perf_counter() - started
-    first = max(one.first_token_s or 0.0 for one in done)
-    made = sum(len(one.tokens) - 1 for one in done)
-    return Generation(batch=batch, prompt=PROMPT, tokens=tokens,
-                      tokens_per_s=made / (took - first), first_token=first)  # fmt: skip
-
-
-def profile(backend: CudaBackend, bound: BoundBucket, seconds: float) -> Iterator[Profiled]:
-    """What each kind of step adds to a program that ends with it, against one that ends before.
-
-    A step cannot run without those before it: others use its inputs' memory later. Some steps of a
-    kind stand for all.
-
-    Args:
-        seconds: Of the whole step.
-    """
-    steps = _steps(backend, bound)
-    kinds: dict[tuple[str, str], list[int]] = {}
-    for i, (_, tactic) in enumerate(steps):
-        kinds.setdefault((tactic.op, tactic.key), []).append(i)
-    turns = max(5, min(15, int(TURNS_S / seconds)))
-    for places in kinds.values():
-        tactic = steps[places[0]][1]
-        count = min(len(places), SAMPLED)
-        some = [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
-        yield Profiled(
-            op=tactic.op,
-            tactic=tactic.tactic,
-            steps=len(places),
-            launches=len(tactic.launches),
-            measured=1e6 * statistics.mean(_added(bound, steps, i, turns) for i in some),
-            predicted=tactic.microseconds,
-            moved_bytes=tactic.moved_bytes,
-            origin=tactic.origin,
-        )
-
-
-def _added(
-    bound: BoundBucket, steps: Sequence[tuple[TableStep, TableTactic]], place: int, turns: int
-) -> float:
-    """Seconds that a step adds: programs up to it and before it take turns."""
-    names = [step.name for step, _ in steps[: place + 1]]
-    with_it = bound.record(names)
-    if place == 0:
-        found = statistics.median(with_it.seconds(turns))
-        with_it.close()
-        return found
-    before = bound.record(names[:-1])
-    pairs = [(with_it.seconds(1)[0], before.seconds(1)[0]) for _ in range(turns + 1)]
-    for graph in (with_it, before):
-        graph.close()
-    return statistics.median(a - b for a, b in pairs[1:])
-
-
-def prefill(backend: CudaBackend, length: int) -> Prefill:
-    """A prompt, chunk by chunk, until its last logits are there."""
-    chunks = prefill_inputs(backend, length)
-    predicted = 0.0
-    for chunk in chunks:
-        bound = backend.prepare("prefill", chunk)
-        predicted += sum(tactic.microseconds for _, tactic in _steps(backend, bound))
-    waits: list[float] = []
-    while len(waits) < 2 or (len(waits) <= PREFILLS and sum(waits) < PREFILLS_S):
-        started = time.perf_counter()
-        for chunk in chunks:
-            backend.run("prefill", chunk)
-        waits.append(time.perf_counter() - started)
-    return Prefill(
-        tokens=length, chunks=len(chunks), run=spread(waits[1:]), predicted=1e-6 * predicted
-    )
 
 
 def ceilings(device: Device, plan: Plan, settings: Settings) -> dict[str, float]:

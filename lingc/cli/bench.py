@@ -14,7 +14,8 @@ from lingc.cli.output import Output, bytes_text, seconds_text
 from lingc.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from lingc.bench.engine import Decode, Report
+    from lingc.bench.engine import Report
+    from lingc.bench.engine_times import Decode
     from lingc.bench.record import Measure, Record, Spread
     from lingc.bench.synthetic import Routing
 
