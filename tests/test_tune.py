@@ -139,7 +139,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch, "Generator", lambda **_: torch.default_generator)
     monkeypatch.setattr(tune, "open_device", lambda _sms: Idle())
     monkeypatch.setattr(tune, "compile_all", lambda *_args, **_more: Binaries())
-    monkeypatch.setattr(kernels, "ceilings", lambda *_: {"read": 4.6e12})
+    monkeypatch.setattr(tune, "ceilings_of", lambda *_: {"read": 4.6e12})
     monkeypatch.setattr(kernels, "launch_all", lambda *_args, **_more: None)
     for cached in (kernels._row_order, kernels._piece_order):
         cached.cache_clear()
