@@ -19,8 +19,7 @@ from lingc.runtime import cuda_backend as module
 from lingc.runtime.cuda_code import TABLE, read_code
 from lingc.runtime.load import OpenedEngine
 from lingc.weights import write_weights
-from tests.runtime.host_device import HostDevice
-from tests.runtime.test_cuda_backend import (
+from tests.runtime.cuda_engine import (
     CONFIG,
     LIMITS,
     REQUESTS,
@@ -29,6 +28,7 @@ from tests.runtime.test_cuda_backend import (
     loaded,
     plan_and_weights,
 )
+from tests.runtime.host_device import HostDevice
 
 MACHINE = Machine(
     os="linux",
