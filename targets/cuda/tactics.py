@@ -1,11 +1,12 @@
 """Which tactic to use: a model of time, overridden by measured rows.
 
 The model is a roofline a launch with corrections: a grid that does not fill the device's
-multiprocessors draws less bandwidth; a last wave that is not full costs as much as a full one in
-arithmetic; products whose operands go through registers are issued at a rate of their own, which
-no datasheet has; and every launch has a floor that nothing hides. `flops` of a launch count
+multiprocessors draws less bandwidth, and so does a kernel that has little on its way; a last wave
+that is not full costs as much as a full one; products whose operands go through registers are
+issued at a rate of their own, which no datasheet has; every launch has a floor that nothing hides,
+and a longer one where every block prepares several tokens for itself. `flops` of a launch count
 padding, so a tactic that pads rows for the tensor cores pays for it on a device with few of them.
-What a kernel reaches of each ceiling was fitted to measurements, and stands in
+What a kernel reaches of each limit was fitted to measurements, and stands in
 `targets/tactics/model.json` with where they were made.
 
 Measured rows stand in `targets/tactics/<target>.json`; `lingc tune` writes them. A row names an op,
