@@ -21,7 +21,7 @@ WARM_S = 0.05
 """Replays, and seconds, before those that count."""
 SAMPLED = 4
 """Steps of a kind that are timed for a profile."""
-TURNS_S = 0.03
+TURNS_S = 0.3
 """Seconds that the turns of one of them may take, within limits."""
 PROMPT = 8
 """Tokens of a request's prompt."""
