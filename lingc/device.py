@@ -207,7 +207,8 @@ class Device:
         return self._ok(cu.cuStreamCreate(cu.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def end_stream(self, stream: Any) -> None:
-        """Give back what `new_stream` gave."""
+        """Give back what `new_stream` gave, once what is on it is done."""
+        self._ok(self._driver.cuStreamSynchronize(stream))
         self._ok(self._driver.cuStreamDestroy(stream))
 
     def mark(self, *, stream: Any = None) -> Any:

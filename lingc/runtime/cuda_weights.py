@@ -9,6 +9,7 @@ at a fraction of its rate.
 
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from lingc.device import Device, Pinned
-from lingc.errors import IntegrityError, LingcError
+from lingc.errors import IntegrityError
 from lingc.runtime.backend import Array
 from lingc.runtime.cuda_memory import Held
 from lingc.weights import Progress, StoredWeights
 
 WINDOW_BYTES = 8 << 20
-MOST_THREADS = 8
+MOST_THREADS = 12
 BUFFERS = 2
 """Of each thread: one is filled while the other is copied from."""
 
@@ -137,6 +138,20 @@ def _source(name: str, where: Held, weights: Mapping[str, Array], files: dict[Pa
     return source
 
 
+@dataclass(slots=True, kw_only=True)
+class _Buffer:
+    """Pinned memory of one window.
+
+    Attributes:
+        size: Bytes that were put into it last.
+        copied: The event behind their copy.
+    """
+
+    pinned: Pinned
+    size: int = 0
+    copied: Any = None
+
+
 class _Upload:
     """One region on its way."""
 
@@ -158,46 +173,46 @@ class _Upload:
         windows = -(-self._end // WINDOW_BYTES)
         asked = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
         count = max(1, min(asked, windows))
-        size = min(WINDOW_BYTES, self._end)
-        pool = self._device.pin(count * BUFFERS * size)
         workers = ThreadPoolExecutor(count)
         try:
-            jobs = [
-                workers.submit(self._work, buffers) for buffers in _cut(pool, count, BUFFERS, size)
-            ]
-            for job in jobs:
+            for job in [workers.submit(self._work) for _ in range(count)]:
                 job.result()
         except BaseException:
             self._failed = True
             raise
         finally:
-            workers.shutdown()  # what they write to is given back next
-            self._device.unpin(pool)
+            workers.shutdown()
 
-    def _work(self, buffers: Sequence[Pinned]) -> None:
+    def _work(self) -> None:
+        """Take windows until there are none.
+
+        Pinning takes longer than filling, so each thread pins its own, while others copy already.
+        """
         device = self._device
         device.attach()
         stream = device.new_stream()
-        pending: list[tuple[Any, int] | None] = [None] * len(buffers)
+        buffers: deque[_Buffer] = deque()
         try:
-            turn = 0
             while (start := self._take()) is not None:
-                buffer, before = buffers[turn], pending[turn]
-                if before is not None:
-                    self._settle(before)
-                    pending[turn] = None
-                size = self._fill(buffer.array, start)
-                device.upload(self._base + start, buffer.address, size, stream=stream)
-                pending[turn] = device.mark(stream=stream), size
-                turn = (turn + 1) % len(buffers)
-        except (LingcError, OSError):
+                if len(buffers) < BUFFERS:
+                    pinned = device.pin(min(WINDOW_BYTES, self._end))
+                    buffers.append(_Buffer(pinned=pinned))
+                else:
+                    buffers.rotate(-1)
+                    self._settle(buffers[-1])
+                now = buffers[-1]
+                now.size = self._fill(now.pinned.array, start)
+                device.upload(self._base + start, now.pinned.address, now.size, stream=stream)
+                now.copied = device.mark(stream=stream)
+            for one in buffers:
+                self._settle(one)
+        except BaseException:
             self._failed = True
             raise
         finally:
-            for one in pending:
-                if one is not None:
-                    self._settle(one)
             device.end_stream(stream)
+            for one in buffers:
+                device.unpin(one.pinned)
 
     def _take(self) -> int | None:
         """The beginning of the next window."""
@@ -225,21 +240,10 @@ class _Upload:
             if part.offset + part.size > start:
                 yield part
 
-    def _settle(self, pending: tuple[Any, int]) -> None:
-        """Wait for a copy, and tell of it."""
-        event, size = pending
-        self._device.wait(event)
+    def _settle(self, buffer: _Buffer) -> None:
+        """Wait for what is copied from a buffer, and tell of it."""
+        self._device.wait(buffer.copied)
         with self._lock:
-            self._done += size
+            self._done += buffer.size
             if self._progress is not None:
                 self._progress(self._done, self._end)
-
-
-def _cut(pool: Pinned, threads: int, buffers: int, size: int) -> Iterator[list[Pinned]]:
-    """Buffers of each thread."""
-    every = [
-        Pinned(address=pool.address + start, array=pool.array[start : start + size])
-        for start in range(0, threads * buffers * size, size)
-    ]
-    for first in range(0, len(every), buffers):
-        yield every[first : first + buffers]
