@@ -119,11 +119,11 @@ def _live(config: ModelConfig, target: Target, step: Step, ranks: int) -> dict[s
 def _routed(config: ModelConfig, ranks: int) -> int:
     """Bytes of a token between the two halves of its experts, and inside the second.
 
-    The inner activations, once more in the order of experts, and each expert's result in FP32.
+    The inner activations, once more in the order of experts, and each expert's result in BF16.
     """
     inner = 2 * config.moe_intermediate_size // ranks
     count = config.num_experts_per_tok + config.num_shared_experts
-    return count * (2 * inner + 4 * config.hidden_size)
+    return count * (2 * inner + 2 * config.hidden_size)
 
 
 def _attention(config: ModelConfig, target: Target, step: Step, heads: int) -> int:
