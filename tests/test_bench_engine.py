@@ -30,8 +30,8 @@ from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_code import CudaCode
 from lingc.runtime.cuda_memory import Held
 from tests.kernels import emulated
-from tests.runtime.host_device import HostDevice, HostGraph, reference_code
 from tests.runtime.cuda_engine import TARGET, plan_and_weights, sizes
+from tests.runtime.host_device import HostDevice, HostGraph, reference_code
 
 SETTINGS = Settings(
     cache_dir=Path(), batches=(1, 2), contexts=(40,), prefills=(70,), tokens=2, seed=3, profile=True
