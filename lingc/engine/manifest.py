@@ -164,7 +164,6 @@ def faults(value: Mapping[str, Any]) -> list[Problem]:
 
 def _contradictions(value: Mapping[str, Any]) -> Iterator[Problem]:
     """What no field shows by itself. The value has the shape of the schema."""
-    entries = {entry["path"]: entry for entry in value["files"]}
     paths = [entry["path"] for entry in value["files"]]
     targets = [variant["target"] for variant in value["variants"]]
     if len(paths) > LIMITS["files"]:
@@ -182,16 +181,22 @@ def _contradictions(value: Mapping[str, Any]) -> Iterator[Problem]:
     needed = [PLAN, CONFIG, *(f"variants/{target}/{VARIANT_INFO}" for target in targets)]
     for path in sorted(set(needed) - set(paths)):
         yield _fault("files", repr(path), "nothing")
-    for path in paths:
-        if role_of(path) == "variant" and path.split("/")[1] not in targets:
-            yield _fault("files", f"a file of one of {targets}", shown(path))
-        if role_of(path) == "kernel" and entries[path]["sha256"] not in path:
-            yield _fault("files", "a kernel under its own digest", shown(path))
-        if role_of(path) == "weights" and value["weights"]["kind"] == "external":
-            yield _fault("files", "no weights, as they are external", shown(path))
+    yield from _misplaced(value, targets)
     if value["format_min_reader"] > value["format"]:
         oldest = shown(value["format_min_reader"])
         yield _fault("format_min_reader", f"at most {value['format']}", oldest)
+
+
+def _misplaced(value: Mapping[str, Any], targets: Sequence[str]) -> Iterator[Problem]:
+    """Files that this package cannot have where they are."""
+    for entry in value["files"]:
+        path = entry["path"]
+        if role_of(path) == "variant" and path.split("/")[1] not in targets:
+            yield _fault("files", f"a file of one of {targets}", shown(path))
+        if role_of(path) == "kernel" and entry["sha256"] not in path:
+            yield _fault("files", "a kernel under its own digest", shown(path))
+        if role_of(path) == "weights" and value["weights"]["kind"] == "external":
+            yield _fault("files", "no weights, as they are external", shown(path))
 
 
 def _fault(where: str, expected: str, found: str) -> Problem:
