@@ -16,10 +16,12 @@ _COLORS = (
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; color: #222 }
+body { padding: 0 1em } .key { white-space: nowrap; display: inline-block }
 table { border-collapse: collapse; margin: 1em 0 } th { text-align: left }
 td, th { padding: .15em .7em; border-bottom: 1px solid #ddd; white-space: nowrap }
 td.n { text-align: right; font-variant-numeric: tabular-nums } h2 { margin-top: 2em }
-svg { display: block } text { font-size: 11px; fill: #444 } .key { margin-right: 1.2em }
+svg { display: block; max-width: 100%; height: auto } table { display: block; overflow-x: auto }
+text { font-size: 11px; fill: #444 } .key { margin-right: 1.2em }
 .key i { display: inline-block; width: .8em; height: .8em; margin-right: .35em }
 rect:hover { stroke: #000 }
 """
