@@ -11,7 +11,7 @@ from lingc.cli import output
 from lingc.cli.failure import cache_dir, versions
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text, seconds_text
-from lingc.errors import GateError, UsageError
+from lingc.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
     from lingc.bench.engine import Report
@@ -123,10 +123,11 @@ def command(
         from lingc.bench.record import Settings, document
         from lingc.parity.page import write_whole
 
+    batches = _sizes(batch, "--batch")
     contexts, prefills = _sizes(context, "--context"), _sizes(prefill, "--prefill")
     if against is None and _kind(engine) == "cuda":
         _cuda(
-            out, engine, checkpoint, path, batches=_sizes(batch, "--batch"), contexts=contexts,
+            out, engine, checkpoint, path, batches=batches, contexts=contexts,
             prefills=prefills, tokens=tokens, seed=seed, routing=routing, profile=profile, sms=sms,
             binaries=binaries,
         )  # fmt: skip
@@ -149,7 +150,7 @@ def command(
         cache_dir=cache_dir(),
         against=against,
         checkpoint=checkpoint,
-        batches=_sizes(batch, "--batch"),
+        batches=batches,
         context=contexts[0],
         prefill=prefills[0],
         tokens=tokens,
@@ -176,7 +177,10 @@ def _kind(engine: Path) -> str:
     """Of a package, by its manifest alone; empty where there is none, which is told later."""
     from lingc.engine.examine import examine
 
-    manifest = examine(engine, level="structure").manifest
+    try:
+        manifest = examine(engine, level="structure").manifest
+    except InputError:
+        return ""
     return "" if manifest is None else manifest.variants[manifest.target].engine
 
 
