@@ -120,7 +120,7 @@ def on_the_host(device: HostDevice) -> Any:
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     if emulated.COMPILER is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler: neither g++ nor clang++")
     code()  # compiled as it always is
     found = Bench(tmp_path)
     monkeypatch.setattr(synthetic, "binaries", lambda *_: binaries())

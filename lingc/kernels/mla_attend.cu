@@ -416,7 +416,7 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
       for (int k = 0; k < 2; k++) {
         u32 v[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) v[e] = pack_f16_pair(o[4 * k + e][j] * by, o[4 * k + e][j + 2] * by);
+        for (int e = 0; e < 4; e++) v[e] = pack_f16(o[4 * k + e][j] * by, o[4 * k + e][j + 2] * by);
         store_if(stores, partial + (column + at) * 1024 + k * 512 + (warp * 8 + g) * 16, uint4{v[0], v[1], v[2], v[3]});
       }
     }

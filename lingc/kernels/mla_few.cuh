@@ -71,12 +71,7 @@ DEVICE float power(float v) {  // of two
   return r;
 }
 
-// Two values rounded to f16, the first in the low half; and back.
-DEVICE u32 pack_f16_pair(float low, float high) {
-  u32 v;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
+// What pack_f16 made of two values.
 DEVICE void unpack_f16(u32 pair, float& low, float& high) {
   asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(low), "=f"(high) : "r"(pair));
 }
