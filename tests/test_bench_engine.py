@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lingc import targets
 from lingc.bench import engine, engine_checks, engine_times, kernels, synthetic
 from lingc.bench.engine import Report, Settings
+from lingc.bench.record import device_facts
 from lingc.bench.synthetic import Fill, router_bias
 from lingc.cli import bench as cli
 from lingc.device import Binary, Graph
@@ -143,7 +144,7 @@ def backend(device: Bench) -> Iterator[CudaBackend]:
 
 
 def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: CudaBackend) -> None:
-    report = Report(device=engine.facts(backend.device), loaded=1.0)
+    report = Report(device=device_facts(backend.device), loaded=1.0)
 
     hit = engine.gate(backend, SETTINGS, report)
     engine.measure(backend, SETTINGS, report, hit)
@@ -187,7 +188,7 @@ def test_a_wrong_step_is_found(backend: CudaBackend, monkeypatch: pytest.MonkeyP
 
 
 def test_the_record_is_json(backend: CudaBackend) -> None:
-    report = Report(device=engine.facts(backend.device), loaded=1.0,
+    report = Report(device=device_facts(backend.device), loaded=1.0,
                     ceilings={"read": 4.6e12})  # fmt: skip
     engine.measure(backend, SETTINGS, report)
 

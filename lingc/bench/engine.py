@@ -21,7 +21,7 @@ from lingc.bench.engine_checks import (
     vector_checks,
 )
 from lingc.bench.engine_times import Decode, Generation, Prefill, decode, generate, prefill
-from lingc.bench.record import about, machine
+from lingc.bench.record import about, device_facts, machine
 from lingc.bench.synthetic import Routing
 from lingc.device import Device
 from lingc.errors import UsageError
@@ -110,7 +110,7 @@ def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: Non
     from lingc.bench.limited import open_device  # noqa: PLC0415 (loads the driver)
 
     device = open_device(settings.sms)
-    report = Report(device=facts(device), loaded=0.0, gate=checks)
+    report = Report(device=device_facts(device), loaded=0.0, gate=checks)
     hit: dict[int, tuple[int, ...]] = {}
     if not has_weights:
         # With as little state as will do: references make FP64 copies of it.
@@ -172,12 +172,6 @@ def draw(backend: CudaBackend, settings: Settings) -> None:
         held = backend.held_state(name)
         drawn.tensor(name, held, synthetic.state_fill(held.kind))
     backend.device.synchronize()
-
-
-def facts(device: Device) -> dict[str, Any]:
-    """The device in words and numbers."""
-    return {"name": device.name, "sms": device.sms, "driver": device.driver_version,
-            "l2_bytes": device.l2_bytes}  # fmt: skip
 
 
 def gate(backend: CudaBackend, settings: Settings, report: Report) -> dict[int, tuple[int, ...]]:

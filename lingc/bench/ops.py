@@ -12,6 +12,7 @@ from lingc.bench import kernels
 from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.kernels import Fault, Timing
 from lingc.bench.peers import PeerTiming, time_peers
+from lingc.bench.record import device_facts
 from lingc.compile import Stage
 from lingc.device import Binary, Device
 from lingc.errors import IncompatibleError, UsageError
@@ -100,12 +101,7 @@ def run(settings: Settings, stage: Stage) -> Report:
     with stage("run", total=len(found), unit="shapes") as advance:
         faults, timings, peers, gated = _measure(settings, device, found, binaries, advance)
     return Report(
-        device={
-            "name": device.name,
-            "sms": device.sms,
-            "l2_bytes": device.l2_bytes,
-            "driver": device.driver_version,
-        },
+        device=device_facts(device),
         gated=gated,
         faults=tuple(faults),
         refused=tuple(refused),

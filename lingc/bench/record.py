@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lingc import __version__
+from lingc.device import Device
 from lingc.parity.budget import Check
 from lingc.parity.compare import Summary
 from lingc.parity.side import Mode
@@ -170,6 +171,16 @@ def document(record: Record, versions: Mapping[str, str | None]) -> dict[str, An
         "gate": {"ok": record.is_right, "modes": [_gate_row(row) for row in record.gate]},
         "measures": [_measure(one) for one in record.measures],
         "acceptance": list(record.acceptance),
+    }
+
+
+def device_facts(device: Device) -> dict[str, Any]:
+    """A GPU in words and numbers."""
+    return {
+        "name": device.name,
+        "sms": device.sms,
+        "l2_bytes": device.l2_bytes,
+        "driver": device.driver_version,
     }
 
 

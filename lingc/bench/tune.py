@@ -19,6 +19,7 @@ import torch
 from lingc.bench import kernels, synthetic
 from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.limited import open_device
+from lingc.bench.record import device_facts
 from lingc.bench.step import DeviceStep, Drawn, sizes_of
 from lingc.compile import Stage
 from lingc.device import Binary, Device
@@ -312,17 +313,7 @@ def run(
                 left -= 1
                 advance(1)
             torch.cuda.empty_cache()
-    return {"device": about(device), "ceilings": ceilings, "left": left}
-
-
-def about(device: Device) -> dict[str, Any]:
-    """A device in words and numbers."""
-    return {
-        "name": device.name,
-        "sms": device.sms,
-        "l2_bytes": device.l2_bytes,
-        "driver": device.driver_version,
-    }
+    return {"device": device_facts(device), "ceilings": ceilings, "left": left}
 
 
 def _measure(

@@ -372,13 +372,13 @@ class Listing:
         }
 
     def state(self, name: str) -> Array:
-        raise AssertionError("no mode asks for it")
+        raise AssertionError(f"no mode asks for {name}")
 
     def save_slot(self, slot: int) -> SlotState:
-        raise AssertionError("no mode asks for it")
+        raise AssertionError(f"no mode asks for {slot}")
 
     def load_slot(self, slot: int, saved: SlotState) -> None:
-        raise AssertionError("no mode asks for it")
+        raise AssertionError(f"no mode puts {list(saved)} into {slot}")
 
     def close(self) -> None: ...
 
