@@ -21,6 +21,7 @@ from lingc.bench.engine import Report, Settings
 from lingc.bench.record import device_facts
 from lingc.bench.synthetic import Fill, router_bias
 from lingc.cli import bench as cli
+from lingc.cli import lingc
 from lingc.device import Binary, Graph
 from lingc.errors import GateError, UsageError
 from lingc.kernel import Launch, Tensor
@@ -364,7 +365,7 @@ def test_what_another_engine_has_not_is_refused(
 ) -> None:
     monkeypatch.setattr(cli, "_kind", lambda _: "onnx")
 
-    done = CliRunner().invoke(cli.command, ["x.ling", "--checkpoint", "x", *words])
+    done = CliRunner().invoke(lingc, ["bench", "x.ling", "--checkpoint", "x", *words])
 
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)
@@ -384,7 +385,7 @@ def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["x.ling", "--synthetic-weights", "7", "--routing", "zipf", "--batch", "1,16",
              "--context", "400,4096", "--profile", "--sms", "78"]  # fmt: skip
 
-    done = CliRunner().invoke(cli.command, words, catch_exceptions=False)
+    done = CliRunner().invoke(lingc, ["bench", *words], catch_exceptions=False)
 
     assert done.exit_code == 0
     (one,) = asked
@@ -401,7 +402,7 @@ def test_a_red_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "document", lambda *_: {})
     monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
 
-    done = CliRunner().invoke(cli.command, ["x.ling", "--synthetic-weights", "7"])
+    done = CliRunner().invoke(lingc, ["bench", "x.ling", "--synthetic-weights", "7"])
 
     assert isinstance(done.exception, GateError)
     assert "1 of 1 checks fail" in str(done.exception)

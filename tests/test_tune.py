@@ -18,7 +18,7 @@ from lingc.bench import kernels, step, tune
 from lingc.bench.kernels import Fault
 from lingc.bench.step import DeviceStep
 from lingc.bench.tune import Candidate, Found, Settings, Shape, Work
-from lingc.cli.tune import command
+from lingc.cli import lingc
 from lingc.device import Device
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan
@@ -250,7 +250,7 @@ def test_a_dry_run_lists_and_needs_no_device(tmp_path: Path) -> None:
     words = ["--checkpoint", str(TINY), "--batch", "1", "--context", "64", "--no-prefill",
              "--dry-run", "-q", "-o", str(tmp_path / "rows.json")]  # fmt: skip
 
-    done = CliRunner().invoke(command, words, catch_exceptions=False)
+    done = CliRunner().invoke(lingc, ["tune", *words], catch_exceptions=False)
 
     assert done.exit_code == 0
     assert "mla_latent_attention" in done.output
