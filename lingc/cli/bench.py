@@ -1,13 +1,12 @@
 """`lingc bench`: how fast an engine is, after it is shown to be right."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingc.cli import output
+from lingc.cli import measuring, output
 from lingc.cli.failure import cache_dir, versions
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text, seconds_text
@@ -121,10 +120,10 @@ def command(
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with held():
         from lingc.bench.record import Settings, document
-        from lingc.parity.page import write_whole
 
-    batches = _sizes(batch, "--batch")
-    contexts, prefills = _sizes(context, "--context"), _sizes(prefill, "--prefill")
+    batches = measuring.sizes(batch, "--batch")
+    contexts = measuring.sizes(context, "--context")
+    prefills = measuring.sizes(prefill, "--prefill")
     if against is None and _kind(engine) == "cuda":
         _cuda(
             out, engine, checkpoint, path, batches=batches, contexts=contexts,
@@ -159,9 +158,8 @@ def command(
     )
     record = run(settings, out.note)
     told = document(record, versions())
-    if path is not None and record.is_right:
-        write_whole(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        out.note(f"record: {path}")
+    if record.is_right:
+        measuring.keep(out, path, told)
     if out.as_json:
         out.emit(told)
     else:
@@ -191,7 +189,6 @@ def _cuda(
     """A CUDA engine alone."""
     with held():
         from lingc.bench import engine as bench
-        from lingc.parity.page import write_whole
         from lingc.runtime.load import open_engine
         from lingc.targets.cuda.binaries import read_compilers
 
@@ -206,9 +203,8 @@ def _cuda(
     report = bench.run(opened, settings, out.note)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     told = bench.document(report, opened, settings, versions(), date)
-    if path is not None and report.is_right:
-        write_whole(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        out.note(f"record: {path}")
+    if report.is_right:
+        measuring.keep(out, path, told)
     if out.as_json:
         out.emit(told)
     else:
@@ -303,13 +299,6 @@ def _show_profile(out: Output, one: "Decode") -> None:
             for kind in one.profile
         ],
     )
-
-
-def _sizes(text: str, option: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} {text!r} is not a list of sizes", hint="for example: 1,4,8")
-    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 def _broken(record: "Record") -> str:

@@ -1,13 +1,12 @@
 """`lingc bench-ops`: the kernels of ops, held to their references and timed."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingc.cli import output
+from lingc.cli import measuring, output
 from lingc.cli.failure import cache_dir, versions
 from lingc.cli.output import Output
 from lingc.errors import GateError, UsageError
@@ -44,19 +43,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the cache before the step.",
 )
-@click.option(
-    "--compile",
-    "into",
-    type=click.Path(path_type=Path),
-    help="Only compile, into this directory; needs no GPU.",
-)
-@click.option(
-    "--binaries",
-    type=click.Path(path_type=Path),
-    help="Take what `--compile` made elsewhere, and compile nothing.",
-)
+@measuring.compiling
 @click.option("--peers", is_flag=True, help="Time other projects' kernels too, those installed.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
 def command(
@@ -106,7 +94,7 @@ def command(
         cache_dir=into or binaries or cache_dir(),
         compilers=None if binaries is None else read_compilers(binaries),
         ops=ops,
-        tokens=_numbers(tokens),
+        tokens=() if tokens is None else measuring.sizes(tokens, "--tokens"),
         match=match,
         cases=cases,
         timed=timed,
@@ -133,7 +121,7 @@ def command(
         return
     report = bench.run(settings, out.stage)
     document = bench.document(report, settings, about(versions(), date))
-    _save(out, path, document)
+    measuring.keep(out, path, document)
     if out.as_json:
         out.emit(document)
     else:
@@ -143,14 +131,6 @@ def command(
             f"{len(report.faults)} of {report.gated} runs are wrong",
             hint="the first: {0.op}, {0.case}, {0.tactic}: {0.problem}".format(report.faults[0]),
         )
-
-
-def _save(out: Output, path: Path | None, document: object) -> None:
-    from lingc.parity.page import write_whole
-
-    if path is not None:
-        write_whole(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        out.note(f"record: {path}")
 
 
 def _plan(out: Output, settings: "Settings", checkpoint: Path, precision: str) -> "Plan":
@@ -192,7 +172,7 @@ def _step(
     document = {"kind": "bench-step", "format": 1, **about, "target": plan.target,
                 "layers": plan.config["num_hidden_layers"], "precision": plan.precision,
                 "steps": found}  # fmt: skip
-    _save(out, path, document)
+    measuring.keep(out, path, document)
     if out.as_json:
         out.emit(document)
     if not all(one["finite"] for one in found):
@@ -214,15 +194,6 @@ def _print_step(out: Output, timing: "StepTiming", facts: "Mapping[str, Any]") -
             for (op, tactic), (calls, each) in timing.by_op.items()
         ],
     )
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--tokens {text!r} is not a list of sizes", hint="for example: 1,8,32")
-    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _print(out: Output, report: "Report", timings: "Sequence[Timing]") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lingc.cli import output
+from lingc.cli import measuring, output
 from lingc.cli.failure import cache_dir, versions
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output
@@ -46,18 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seconds", type=click.FloatRange(min=0), help="Begin no shape after so long.")
 @click.option("--dry-run", is_flag=True, help="List what would be measured; needs no GPU.")
-@click.option(
-    "--compile",
-    "into",
-    type=click.Path(path_type=Path),
-    help="Only compile, into this directory; needs no GPU.",
-)
-@click.option(
-    "--binaries",
-    type=click.Path(path_type=Path),
-    help="Take what `--compile` made elsewhere, and compile nothing.",
-)
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that compile.")
+@measuring.compiling
 @click.option(
     "-o",
     "--output",
@@ -146,9 +135,9 @@ def command(
         cache_dir=into or binaries or cache_dir(),
         work=tune.default_work(
             plan,
-            batches=numbers(batch, "--batch"),
-            contexts=None if context is None else numbers(context, "--context"),
-            prefill=() if no_prefill else numbers(prefill, "--prefill"),
+            batches=measuring.sizes(batch, "--batch"),
+            contexts=None if context is None else measuring.sizes(context, "--context"),
+            prefill=() if no_prefill else measuring.sizes(prefill, "--prefill"),
         ),
         command=shlex.join(("lingc", *sys.argv[1:])),
         date=datetime.now(UTC).date().isoformat(),
@@ -261,9 +250,7 @@ def _run(
 
     done = tune.run(plan, settings, wanted, out.stage, keep)
     told |= done
-    if record is not None:
-        write_whole(record, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-        out.note(f"record: {record}")
+    measuring.keep(out, record, told)
     if out.as_json:
         out.emit(told)
     else:
@@ -339,11 +326,3 @@ def _plan(out: Output, checkpoint: Path, precision: str, target_name: str) -> "P
         request=request,
         stage=out.stage,
     ).plan
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """A list of sizes as words give it: `1,8,32`."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} {text!r} is not a list of sizes", hint="for example: 1,8,32")
-    return tuple(dict.fromkeys(map(int, parts)))
