@@ -324,15 +324,25 @@ class Device:
 
     @contextmanager
     def recording(self) -> Iterator["Graph"]:
-        """What is launched inside becomes a graph, which is ready after the block."""
+        """What is launched inside becomes a graph, which is ready after the block.
+
+        Whatever happens inside, the stream records no more afterwards and can be used again.
+
+        Raises:
+            IncompatibleError: Something inside cannot be recorded, waiting for the device say.
+        """
         cu = self._driver
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._ok(cu.cuStreamBeginCapture(self.stream, mode))
         made = Graph(self)
         try:
             yield made
-        finally:
-            graph = self._ok(cu.cuStreamEndCapture(self.stream))
+        except BaseException:
+            _, broken = cu.cuStreamEndCapture(self.stream)  # what broke it is told by the cause
+            if broken is not None and int(broken):
+                cu.cuGraphDestroy(broken)
+            raise
+        graph = self._ok(cu.cuStreamEndCapture(self.stream))
         made.executable = self._ok(cu.cuGraphInstantiate(graph, 0))
         self._ok(cu.cuGraphDestroy(graph))
 

@@ -11,6 +11,7 @@ import torch
 from lingc.bench import kernels
 from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.kernels import Fault, Timing
+from lingc.bench.peer_clock import DeviceClock
 from lingc.bench.peers import PeerTiming, time_peers
 from lingc.bench.record import device_facts
 from lingc.compile import Stage
@@ -189,7 +190,10 @@ def _measure(
             ]  # fmt: skip
             del arranged
             if settings.peers:
-                peers += time_peers(one.op, one.benchmark, one.tokens, arguments, device.l2_bytes)
+                peers += time_peers(
+                    one.op, one.benchmark, one.tokens, arguments, device.l2_bytes,
+                    DeviceClock(device),
+                )  # fmt: skip
         del arguments
         torch.cuda.empty_cache()
         advance(1)

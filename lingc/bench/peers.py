@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lingc.bench.kernels import REPLAYS
+from lingc.bench.peer_clock import Call, Clock
+from lingc.errors import LingcError
 from lingc.math import BLOCK, quantize_fp8
 from lingc.op import Benchmark, Op
 
-Call = Callable[[], object]
 Given = Mapping[str, Any]
 """An op's arguments by name; weights plain, as in the checkpoint."""
 
 FAILURES = (
+    LingcError,
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -78,12 +79,15 @@ class PeerTiming:
 
 
 def time_peers(
-    op: Op, benchmark: Benchmark, tokens: int, arguments: Sequence[Any], l2_bytes: int
+    op: Op, benchmark: Benchmark, tokens: int, arguments: Sequence[Any], l2_bytes: int, clock: Clock
 ) -> Iterator[PeerTiming]:
-    """Every peer of an op, over cold data, as nodes of one graph."""
+    """Every peer of an op, over cold data, as nodes of one graph where it can be recorded.
+
+    A peer that fails has a row that says how, and the next one is timed as if it had not run.
+    """
     for peer in PEERS.get(op.name, ()):
         timed: tuple[float, float, float] | None = None
-        version, absent = _version(peer), ""
+        version, absent, beside = _version(peer), "", ""
         try:
             module = importlib.import_module(peer.module)
             series = list(_series(benchmark, arguments, l2_bytes))
@@ -92,11 +96,11 @@ def time_peers(
             ]
             if any(call is None for call in calls):
                 continue
-            timed = _time([call for call in calls if call is not None])
+            timed, beside = _time([call for call in calls if call is not None], clock)
         except ImportError as error:
             absent = f"not installed: {error}"
         except FAILURES as error:
-            absent = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            absent = _told(error)
         yield PeerTiming(
             op=op.name,
             benchmark=benchmark.name,
@@ -105,8 +109,13 @@ def time_peers(
             version=version,
             microseconds=timed,
             absent=absent,
-            difference=peer.difference,
+            difference="; ".join(filter(None, (peer.difference, beside))),
         )
+
+
+def _told(error: BaseException) -> str:
+    """Kind and first line of what went wrong."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
 def _version(peer: Peer) -> str:
@@ -135,28 +144,21 @@ def _series(
         ]
 
 
-def _time(calls: Sequence[Call]) -> tuple[float, float, float]:
-    """Microseconds of a call in a graph of at least 20."""
-    count = max(len(calls), 20)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:  # compiles, tunes and fills caches
-            call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                calls[i % len(calls)]()
-        times = []
-        for replay in range(REPLAYS + 2):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            if replay >= 2:
-                times.append(1e3 * begin.elapsed_time(end) / count)
+def _time(calls: Sequence[Call], clock: Clock) -> tuple[tuple[float, float, float], str]:
+    """Microseconds of a call among at least 20, and how they were put in a row if not as a graph.
+
+    A tuner measures and waits on the first call of a shape, and sometimes of an argument's second
+    appearance, neither of which can be recorded: hence two rounds before.
+    """
+    count, beside = max(len(calls), 20), ""
+    clock.warm(calls, rounds=2)
+    try:
+        times = clock.recorded(calls, count)
+    except FAILURES as error:
+        beside = f"queued call by call, since it cannot be recorded ({_told(error)})"
+        times = clock.queued(calls, count)
     low, middle, high = np.percentile(times, (10, 50, 90)).tolist()
-    return low, middle, high
+    return (low, middle, high), beside
 
 
 # ------------------------------------------------------------------------------ norms, gates, rope
