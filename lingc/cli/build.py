@@ -51,7 +51,7 @@ from lingc.cli.output import Output, bytes_text, seconds_text
 )
 @click.option(
     "--page-size",
-    type=click.IntRange(1, 1024),
+    type=click.IntRange(2, 1024),
     default=64,
     show_default=True,
     help="Tokens a page of the latent cache.",

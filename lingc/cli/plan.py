@@ -76,7 +76,7 @@ class Size(click.ParamType[int]):
     help="As for `build`.",
 )  # fmt: skip
 @click.option(
-    "--page-size", type=click.IntRange(1, 1024), default=64, show_default=True,
+    "--page-size", type=click.IntRange(2, 1024), default=64, show_default=True,
     help="As for `build`.",
 )  # fmt: skip
 @click.option(

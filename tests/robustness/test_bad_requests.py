@@ -54,7 +54,7 @@ REQUESTS: dict[str, tuple[int, list[str], str]] = {
         ["--waive", "fuse_router,fuse_x,y"],
         r"no pass is called 'fuse_x', 'y'",
     ),
-    "a page of no tokens": (2, ["--page-size", "0"], r"0 is not in the range 1<=x<=1024"),
+    "a page of one token": (2, ["--page-size", "1"], r"1 is not in the range 2<=x<=1024"),
     "too many drafts": (2, ["--max-draft", "99"], r"99 is not in the range 0<=x<=15"),
     "weights nowhere": (2, ["--weights", "none"], r"'none' is not one of 'embed', 'external'"),
     "a misspelt option": (2, ["--precison", "fp8"], r"no such option '--precison'.*'--precision'"),
