@@ -17,9 +17,11 @@ from lingc import targets
 from lingc.bench import kernels, step, tune
 from lingc.bench.kernels import Fault
 from lingc.bench.step import DeviceStep
-from lingc.bench.tune import Candidate, Found, Settings, Shape, Work
+from lingc.bench.tune import Candidate, Found, Settings, Shape
+from lingc.bench.work import Work, default_work, inputs_of
 from lingc.cli import lingc
 from lingc.device import Device
+from lingc.math import expert_lists
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan
 from lingc.quantize.recipes import load_recipe
@@ -40,7 +42,7 @@ def plan() -> Plan:
 
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
-    work = tune.default_work(plan(), batches=(1, 2), contexts=(64, 128), prefill=(24,))
+    work = default_work(plan(), batches=(1, 2), contexts=(64, 128), prefill=(24,))
     whole = {"target": H200, "cache_dir": tmp_path, "work": work, "command": "lingc tune",
              "date": "2026-11-22", **changes}  # fmt: skip
     return Settings(**whole)
@@ -70,12 +72,38 @@ def test_only_what_depends_on_the_context_is_measured_at_each(tmp_path: Path) ->
 def test_the_inputs_are_those_of_the_bucket() -> None:
     work = Work(phase="prefill", sequences=3, context=512, tokens=40)
 
-    inputs, limits = tune.inputs_of(plan(), work)
+    inputs, limits = inputs_of(plan(), work)
 
     assert inputs["offsets"].tolist() == [0, 38, 39, 40]
     assert inputs["page_table"].shape == (3, 512 // plan().page_size)
     assert inputs["logit_rows"].tolist() == [37, 38, 39]
     assert limits.slots == 3
+
+
+def test_what_is_verified_has_whole_sequences_behind_a_filled_cache() -> None:
+    some = default_work(plan(), batches=(2,), contexts=(640,), prefill=(), drafts=(1, 3))
+
+    assert [(one.phase, one.sequences, one.tokens) for one in some] == [
+        ("decode", 2, 2), ("verify", 2, 4), ("verify", 2, 8), ("draft", 2, 2),
+    ]  # fmt: skip
+    inputs, _ = inputs_of(plan(), some[2])
+    assert inputs["offsets"].tolist() == [0, 4, 8]
+    assert inputs["positions"].tolist() == [512, 513, 514, 515] * 2
+    assert inputs["page_table"].shape == (2, 640 // plan().page_size)
+    inputs, _ = inputs_of(plan(), some[3])
+    assert inputs["hidden"].shape == (2, plan().config["hidden_size"])
+    assert inputs["logit_rows"].tolist() == [0, 1]
+
+
+def test_steps_of_speculation_have_shapes_of_their_own(tmp_path: Path) -> None:
+    work = default_work(plan(), batches=(2,), contexts=(128,), prefill=(), drafts=(3,))
+
+    found = tune.shapes(plan(), settings(tmp_path, work=work, every=True))
+
+    by_phase = {one.work.phase: {x.op for x in found if x.work.phase == one.work.phase}
+                for one in found}  # fmt: skip
+    assert {"lightning_verify_qkv", "mla_latent_attention"} <= by_phase["verify"]
+    assert by_phase["draft"] & {"fused_linear", "gather_rows"}
 
 
 # ---------------------------------------------------------------------------------------- measured
@@ -93,6 +121,13 @@ class Here(TorchFunctionMode):
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         return func(*args, **kwargs)
+
+
+class HostGenerator:
+    """Is made for whatever device, and is the host's. A class, for annotations name it."""
+
+    def __new__(cls, **_: Any) -> Any:
+        return torch.default_generator
 
 
 class Idle(Device):
@@ -136,7 +171,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(step, "_DRAWN", 1 << 20)
     monkeypatch.setattr(DeviceStep, "launch_one", launch_one)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "Generator", lambda **_: torch.default_generator)
+    monkeypatch.setattr(torch, "Generator", HostGenerator)
     monkeypatch.setattr(tune, "open_device", lambda _sms: Idle())
     monkeypatch.setattr(tune, "compile_all", lambda *_args, **_more: Binaries())
     monkeypatch.setattr(tune, "ceilings_of", lambda *_: {"read": 4.6e12})
@@ -175,6 +210,43 @@ def test_every_shape_is_gated_and_timed_on_what_a_step_gives_it(
     assert len(seen) == len(wanted)
     assert all(one.microseconds for found in kept for one in found.candidates)
     json.dumps([tune.entry_of(found) for found in kept])
+
+
+@pytest.mark.usefixtures("idle")
+def test_tokens_are_sent_to_experts_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = plan().config
+    experts, top = int(config["num_experts"]), int(config["num_experts_per_tok"])
+    tokens = 64
+    seen: list[torch.Tensor] = []
+
+    def check(_device: Any, op: Any, arguments: Any, *_: Any, **_more: Any) -> Iterator[Fault]:
+        given = dict(zip(op.arguments, arguments, strict=True))
+        lists = expert_lists(given["ids"], experts)
+        assert torch.equal(given["pairs"], lists[0])
+        assert torch.equal(given["starts"], lists[1])
+        seen.append(given["ids"])
+        yield from ()
+
+    launch = DeviceStep.launch_one
+
+    def all_to_one(self: DeviceStep, index: int) -> None:
+        launch(self, index)
+        one = self.schedule.steps[index]
+        if one.op.name == "norm_router":
+            self.tensors[one.buffers["ids"] or ""].copy_(torch.arange(top))
+
+    monkeypatch.setattr(DeviceStep, "launch_one", all_to_one)
+    monkeypatch.setattr(kernels, "check", check)
+    work = default_work(plan(), batches=(tokens,), contexts=(64,), prefill=())
+    some = settings(tmp_path, work=work, ops=("expert_up",), every=True)
+
+    tune.run(plan(), some, tune.shapes(plan(), some), compiler.silent, lambda *_: None)
+
+    (ids,) = seen
+    assert ids.shape == (tokens, top)
+    assert all(len(row.unique()) == top for row in ids)
+    even = tokens * top / experts
+    assert ids.flatten().bincount(minlength=experts).max() < even + 6 * even**0.5
 
 
 @pytest.mark.usefixtures("idle")

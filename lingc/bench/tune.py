@@ -6,14 +6,12 @@ as a node of a graph over cold data. Layers are alike, so a few of them stand fo
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lingc.bench import kernels, synthetic
@@ -21,17 +19,16 @@ from lingc.bench.ceilings import ceiling_kernels, ceilings_of
 from lingc.bench.limited import open_device
 from lingc.bench.record import device_facts
 from lingc.bench.step import DeviceStep, Drawn, sizes_of
+from lingc.bench.work import Work, inputs_of
 from lingc.compile import Stage
 from lingc.device import Binary, Device
 from lingc.errors import IncompatibleError
 from lingc.kernel import Kernel, Tactic
+from lingc.math import expert_lists
 from lingc.model.config import ModelConfig
 from lingc.op import TORCH_DTYPE, Benchmark
 from lingc.plan import Plan, Ref, Size
 from lingc.quantize.layouts import PLAIN
-from lingc.runtime.backend import Array, Limits
-from lingc.runtime.slots import Piece, SlotTable
-from lingc.targets.cuda import buckets
 from lingc.targets.cuda.binaries import Compilers, compile_all
 from lingc.targets.cuda.binaries import kernels as kernels_of
 from lingc.targets.cuda.schedule import OPEN, Scheduled, arguments_of, schedule
@@ -43,38 +40,6 @@ FORMAT = 1
 
 NOISE = 0.02
 """By how much another tactic must beat the model's choice to be called the faster one."""
-
-DECODE = (1, 2, 4, 8, 16, 32, 64)
-USUAL = 4096
-"""Tokens in the cache that contexts near it are measured before others for."""
-FILLED = 0.8
-"""Of a bucket's context, in the steps that are measured: 4096 of 5120."""
-PREFILL = (1024, 8192, 16, 64, 256, 4096)
-MOST_CACHED = 1 << 20
-"""Tokens of all sequences together beyond which a decode bucket is not measured."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """A phase with inputs of given sizes.
-
-    Attributes:
-        sequences: In decode, or of a packed prompt: all tokens but one are the first's.
-        context: Tokens of a sequence that the page table has room for; in decode most of them are
-            there.
-        tokens: Of all sequences together.
-    """
-
-    phase: str
-    sequences: int
-    context: int
-    tokens: int
-
-    @property
-    def name(self) -> str:
-        if self.phase == "decode":
-            return f"decode, batch {self.sequences}, context {self.context}"
-        return f"{self.phase}, {self.tokens} tokens of {self.sequences} sequences"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,30 +127,6 @@ class Found:
     candidates: list[Candidate] = field(default_factory=list)
 
 
-def default_work(
-    plan: Plan, *, batches: Sequence[int] = DECODE, contexts: Sequence[int] | None = None,
-    prefill: Sequence[int] = PREFILL,
-) -> tuple[Work, ...]:  # fmt: skip
-    """Decode at every batch and context, contexts first to last, then prefill.
-
-    Args:
-        contexts: Those of the buckets where None, the usual ones first.
-    """
-    most = int(plan.config["max_position_embeddings"])
-    if contexts is None:
-        contexts = sorted(buckets.contexts(plan), key=lambda one: abs(math.log(one / USUAL)))
-    made = [
-        Work(phase="decode", sequences=batch, context=min(context, most), tokens=batch)
-        for context in contexts
-        for batch in batches
-        if batch * context <= MOST_CACHED
-    ]
-    for tokens in prefill:
-        room = next((one for one in buckets.contexts(plan) if one >= tokens), most)
-        made.append(Work(phase="prefill", sequences=2, context=room, tokens=tokens))
-    return tuple(dict.fromkeys(made))
-
-
 def reduced(config: ModelConfig) -> ModelConfig:
     """The same model with one group of layers: every kind of layer is in it."""
     layers = min(config.num_hidden_layers, config.layer_group_size)
@@ -193,32 +134,6 @@ def reduced(config: ModelConfig) -> ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------- shapes
-
-
-def inputs_of(plan: Plan, work: Work) -> tuple[dict[str, Array], Limits]:
-    """Inputs of a phase, and the room that they need."""
-    decode = work.phase == "decode"
-    lengths = [1] * work.sequences
-    if not decode:
-        lengths[0] = work.tokens - work.sequences + 1
-    each = work.context if decode else max(lengths)
-    limits = Limits.from_tokens(
-        slots=work.sequences, tokens_per_sequence=each, page_size=plan.page_size
-    )
-    table = SlotTable(limits, plan.page_size)
-    vocab = int(plan.config["vocab_size"])
-    pieces = []
-    for i, length in enumerate(lengths):
-        first = int(FILLED * work.context) if decode else 0
-        tokens = tuple((7919 * (i + 1) + 104_729 * j + 11) % vocab for j in range(length))
-        pieces.append(Piece(lease=table.admit(first + length), position=first, tokens=tokens))
-    given = table.pack(pieces) | {"accepted": np.zeros(work.sequences, np.int32)}
-    width = -(-work.context // plan.page_size)
-    missing = width - given["page_table"].shape[1]
-    given["page_table"] = np.pad(given["page_table"], ((0, 0), (0, max(missing, 0))))
-    given["logit_rows"] = (given["offsets"][1:] - 1).astype(np.int32)
-    wanted = plan.programs[work.phase].inputs
-    return {name: given[name] for name in wanted}, limits
 
 
 def shapes(plan: Plan, settings: Settings) -> list[Shape]:
@@ -346,6 +261,23 @@ def _measure(
             del arguments, plain
         step.launch_one(i)
         device.synchronize()
+        _spread(one, step)
+
+
+def _spread(one: Scheduled, step: DeviceStep) -> None:
+    """Send tokens to experts evenly and independently, as the model counts on: after a router.
+
+    Drawn weights alone send them to fewer, for what precedes a router makes tokens alike.
+    """
+    if one.op.name != "norm_router":
+        return
+    ids, starts = (step.tensors[one.buffers[name] or ""] for name in ("ids", "starts"))
+    experts = starts.numel() - 1
+    scores = torch.rand((len(ids), experts), device=ids.device)
+    ids.copy_(scores.argsort(dim=-1)[:, : ids.shape[1]])
+    lists = expert_lists(ids, experts)
+    for name, value in zip(("pairs", "starts"), lists, strict=True):
+        step.tensors[one.buffers[name] or ""].copy_(value)
 
 
 def _plain_weights(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--context", help="Of decode, in tokens (default: those of the buckets).")
 @click.option("--prefill", default="1024,8192,16,64,256,4096", show_default=True, help="Tokens.")
 @click.option("--no-prefill", is_flag=True, help="Decode alone.")
+@click.option("--drafts", help="Also verify and draft, with so many drafted tokens a sequence.")
 @click.option("--every", is_flag=True, help="Also time what has one tactic alone, for the record.")
 @click.option("--again", is_flag=True, help="Also measure what has a row already.")
 @click.option(
@@ -83,6 +84,7 @@ def command(
     context: str | None,
     prefill: str,
     no_prefill: bool,
+    drafts: str | None,
     every: bool,
     again: bool,
     sms: int | None,
@@ -116,6 +118,7 @@ def command(
     with held():
         from lingc import targets
         from lingc.bench import tune
+        from lingc.bench.work import default_work
         from lingc.targets.cuda.binaries import read_compilers, write_compilers
         from lingc.targets.cuda.tactics import read_rows, rows_file
 
@@ -133,11 +136,12 @@ def command(
     settings = tune.Settings(
         target=target,
         cache_dir=into or binaries or cache_dir(),
-        work=tune.default_work(
+        work=default_work(
             plan,
             batches=measuring.sizes(batch, "--batch"),
             contexts=None if context is None else measuring.sizes(context, "--context"),
             prefill=() if no_prefill else measuring.sizes(prefill, "--prefill"),
+            drafts=() if drafts is None else measuring.sizes(drafts, "--drafts"),
         ),
         command=shlex.join(("lingc", *sys.argv[1:])),
         date=datetime.now(UTC).date().isoformat(),
