@@ -64,6 +64,24 @@ class InterpreterBackend:
         Raises:
             StageError: The plan has no such phase, or a step fails.
         """
+        program, values = self.begin(phase, inputs)
+        sizes = open_sizes(program, values)
+        last = self._last_use[phase]
+        for index, step in enumerate(program.steps):
+            results = run_step(step, values, sizes)
+            values.update(zip(step.outputs, results, strict=True))
+            if self.watch is not None:
+                self.watch(step, results)
+            for name in last.get(index, ()):
+                del values[name]
+        return self.end(program, values)
+
+    def begin(self, phase: str, inputs: Mapping[str, Array]) -> tuple[Program, dict[str, Tensor]]:
+        """A phase's program, and what its first step may read: inputs, states and weights by name.
+
+        Raises:
+            StageError: The plan has no such phase.
+        """
         program = self.plan.programs.get(phase)
         if program is None:
             raise StageError(f"the plan has no {phase!r} program")
@@ -74,30 +92,13 @@ class InterpreterBackend:
         }
         values.update((name, self.states[name]) for name in program.states)
         values.update((name, self.weights[name]) for name in program.weights)
-        sizes = _sizes(program, values)
-        last = self._last_use[phase]
-        for index, step in enumerate(program.steps):
-            results = self._step(step, values, sizes)
-            values.update(zip(step.outputs, results, strict=True))
-            if self.watch is not None:
-                self.watch(step, results)
-            for name in last.get(index, ()):
-                del values[name]
+        return program, values
+
+    def end(self, program: Program, values: Mapping[str, Tensor]) -> dict[str, Array]:
+        """Take over the states that a program has made, and give its outputs by role."""
         for state, name in program.updates.items():
             self.states[state] = values[name]
         return {role: _wide_array(values[name]) for role, name in program.outputs.items()}
-
-    def _step(
-        self, step: Step, values: Mapping[str, Tensor], sizes: Mapping[str, int]
-    ) -> tuple[Tensor, ...]:
-        args = [_argument(arg, values, sizes) for arg in step.args]
-        try:
-            result = _callable(step.op)(*args)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise StageError(
-                f"step {step.outputs[0]!r} ({step.op}, {step.source}) failed: {error}"
-            ) from error
-        return result if isinstance(result, tuple) else (result,)
 
     def state(self, name: str) -> Array:
         """A copy of a state tensor, at least f32."""
@@ -150,6 +151,29 @@ def _stored_array(tensor: Tensor) -> Array:
     return values
 
 
+def run_step(
+    step: Step, values: Mapping[str, Tensor], sizes: Mapping[str, int]
+) -> tuple[Tensor, ...]:
+    """The results of a step by its op's reference; nothing that it reads is written to.
+
+    Args:
+        step: The step.
+        values: At least what it reads, by name.
+        sizes: The symbolic axes that it asks for (`open_sizes`).
+
+    Raises:
+        StageError: The reference fails.
+    """
+    args = [_argument(arg, values, sizes) for arg in step.args]
+    try:
+        result = _callable(step.op)(*args)
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise StageError(
+            f"step {step.outputs[0]!r} ({step.op}, {step.source}) failed: {error}"
+        ) from error
+    return result if isinstance(result, tuple) else (result,)
+
+
 def _callable(op: str) -> Callable[..., Any]:
     if op.startswith("lingc."):
         return OPS[op.removeprefix("lingc.")].reference
@@ -169,7 +193,7 @@ def _argument(arg: Arg, values: Mapping[str, Tensor], sizes: Mapping[str, int]) 
     return arg
 
 
-def _sizes(program: Program, values: Mapping[str, Tensor]) -> dict[str, int]:
+def open_sizes(program: Program, values: Mapping[str, Tensor]) -> dict[str, int]:
     """The value of every symbolic axis that an input or a state names."""
     sizes: dict[str, int] = {}
     for name in (*program.inputs, *program.states):
