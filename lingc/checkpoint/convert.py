@@ -13,9 +13,12 @@ from lingc.checkpoint.source import Source
 from lingc.quantize.formats import (
     F32,
     Weight,
+    blocks,
     dequantize_fp8_block,
+    dequantize_fp8_tensor,
     dequantize_int4_group,
     quantize_fp8_block,
+    quantize_fp8_tensor,
     quantize_int4_group,
     round_bf16,
     widen_bf16,
@@ -33,6 +36,8 @@ def to_dense(source: Source, name: str) -> F32:
     codes, scales, group = source.quantized(name)
     if kind == "fp8_block":
         return dequantize_fp8_block(codes, scales)
+    if kind == "fp8_tensor":
+        return dequantize_fp8_tensor(codes, scales)
     return dequantize_int4_group(codes, scales, group, source.shape(name)[1])
 
 
@@ -46,16 +51,35 @@ def to_plain(source: Source, name: str, dtype: str) -> Array:
 
 def to_quantized(source: Source, name: str, kind: str, group: int) -> tuple[Array, Array]:
     """Codes and scales of a matrix in the format `kind`; `group` is that of `int4_group`."""
-    if source.kind(name) == kind:
-        codes, scales, stored_group = source.quantized(name)
-        # Any two groups that span the whole width are the same group.
-        one_group = min(stored_group, group) >= source.shape(name)[1]
-        if kind == "fp8_block" or stored_group == group or one_group:
+    if is_stored_as(source, name, kind, group):
+        codes, scales, _ = source.quantized(name)
+        if source.kind(name) == kind:
             return codes, scales
+        grid = tuple(blocks(size) for size in codes.shape)
+        return codes, np.broadcast_to(scales.reshape(()), grid)
     weight = _weight(source, name)
     if kind == "fp8_block":
         return quantize_fp8_block(weight)
+    if kind == "fp8_tensor":
+        return quantize_fp8_tensor(weight)
     return quantize_int4_group(weight, group)
+
+
+def is_stored_as(source: Source, name: str, kind: str, group: int) -> bool:
+    """Whether a tensor's stored codes are what `to_quantized` gives; nothing is rounded then.
+
+    One scale for a whole matrix is also one for each of its blocks.
+    """
+    stored = source.kind(name)
+    if stored == "fp8_tensor":
+        return kind in (stored, "fp8_block")
+    if stored != kind or kind == "plain":
+        return False
+    if kind == "fp8_block":
+        return True
+    stored_group = source.quantized(name)[2]
+    # Any two groups that span the whole width are the same group.
+    return stored_group == group or min(stored_group, group) >= source.shape(name)[1]
 
 
 def _weight(source: Source, name: str) -> Weight:

@@ -1,10 +1,12 @@
-"""From stored tensors to logical ones: three release layouts, mixed as they come.
+"""From stored tensors to logical ones: the release layouts and their kin, mixed as they come.
 
     kind         stored for `<module>.weight`
     plain        `.weight` BF16 or F32
-    fp8_block    `.weight` F8_E4M3, `.weight_scale_inv` F32
+    fp8_block    `.weight` F8_E4M3, `.weight_scale_inv` F32 a block
+    fp8_tensor   `.weight` F8_E4M3, `.weight_scale` F32 [1]; `.input_scale` F32 [1] of the module
     int4_group   `.weight_packed` I32, `.weight_scale` BF16, `.weight_shape` I64 [2]
 
+The scales of FP8 blocks may also be called `.weight_scale`, as compressed-tensors does.
 The tensors themselves say which; of `quantization_config` only the group size is read, and may be
 absent where it divides the width.
 """
@@ -23,11 +25,14 @@ from lingc.quantize.formats import FP8_BLOCK, NIBBLES, blocks
 
 SCALE_INV = "_scale_inv"
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"
+INPUT_SCALE = ".input_scale"
+"""Behind a module's name: what one FP8 code of its inputs stands for, times the code."""
 
 PLAIN_DTYPES: Mapping[str, str] = {"BF16": "bf16", "F32": "f32"}
 """What a plain tensor may be stored as -> its name in plans."""
 
 _FP8 = ("", SCALE_INV)
+_FP8_SCALE = ("", SCALE)
 _INT4 = (PACKED, SCALE, SHAPE)
 
 
@@ -36,7 +41,7 @@ class Entry:
     """A logical tensor.
 
     Attributes:
-        kind: `plain`, `fp8_block` or `int4_group`.
+        kind: `plain`, `fp8_block`, `fp8_tensor` or `int4_group`.
         shape: As in an unquantized checkpoint.
         parts: Where its pieces are: the values, codes and scales, or packed, scales and shape.
         group: Columns that share a scale in `int4_group`, 128 in `fp8_block`, else 0.
@@ -54,7 +59,7 @@ def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[st
     expected = expected_tensors(config)
     stored: dict[str, dict[str, Stored]] = defaultdict(dict)
     for full_name, tensor in scan.tensors.items():
-        if not is_ignored(full_name):
+        if not is_ignored(full_name) and not is_input_scale(full_name, expected):
             name, suffix = _split(full_name)
             stored[name][suffix] = tensor
     lost = {_split(name)[0] for name in scan.lost}
@@ -73,6 +78,12 @@ def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[st
         if not faults:
             entries[name] = _entry(name, stored[name], expected[name], groups)
     return entries, problems
+
+
+def is_input_scale(name: str, expected: Mapping[str, Shape]) -> bool:
+    """Whether a stored name is the scale of the inputs of a module with a matrix."""
+    weight = name.removesuffix(INPUT_SCALE) + ".weight"
+    return name.endswith(INPUT_SCALE) and len(expected.get(weight, ())) == 2
 
 
 def _split(full_name: str) -> tuple[str, str]:
@@ -123,7 +134,7 @@ def _faults(parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) 
         yield f"is F8_E4M3 and has no {'weight' + SCALE_INV!r} beside it"
     elif have == {""}:
         yield from _unlike(parts[""], shape, tuple(PLAIN_DTYPES))
-    elif have not in (set(_FP8), set(_INT4)):
+    elif have not in (set(_FP8), set(_FP8_SCALE), set(_INT4)):
         given = ", ".join(sorted("weight" + suffix for suffix in have))
         yield f"has {given} beside each other, which is no layout"
     elif len(shape) != 2:
@@ -132,6 +143,11 @@ def _faults(parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) 
         yield from _unlike(parts[""], shape, ("F8_E4M3",))
         scales = (blocks(shape[0]), blocks(shape[1]))
         yield from _unlike(parts[SCALE_INV], scales, ("F32",), SCALE_INV)
+    elif have == set(_FP8_SCALE):
+        yield from _unlike(parts[""], shape, ("F8_E4M3",))
+        scales = (blocks(shape[0]), blocks(shape[1]))
+        due = parts[SCALE].shape if _is_one(parts[SCALE]) else scales
+        yield from _unlike(parts[SCALE], due, ("F32",), SCALE)
     else:
         packed = (shape[0], -(-shape[1] // NIBBLES))
         yield from _unlike(parts[PACKED], packed, ("I32",), PACKED)
@@ -139,13 +155,17 @@ def _faults(parts: Mapping[str, Stored], shape: Shape, groups: tuple[int, ...]) 
         scale = parts[SCALE]
         columns = scale.shape[1] if len(scale.shape) == 2 else 0
         fits = _group(shape[1], columns, groups) is not None
-        due = -(-shape[1] // groups[0]) if groups else max(columns, 1)
-        yield from _unlike(scale, (shape[0], columns if fits else due), ("BF16",), SCALE)
+        wanted = -(-shape[1] // groups[0]) if groups else max(columns, 1)
+        yield from _unlike(scale, (shape[0], columns if fits else wanted), ("BF16",), SCALE)
         if not fits and not groups:
             yield (
                 f"has {columns} scales a row, which do not divide its {shape[1]} columns; "
                 "quantization_config must then name the group_size"
             )
+
+
+def _is_one(scale: Stored) -> bool:
+    return scale.shape in ((), (1,))
 
 
 def _unlike(
@@ -164,7 +184,8 @@ def _entry(name: str, parts: Mapping[str, Stored], shape: Shape, groups: tuple[i
         assert group is not None, f"{name!r} was found to be sound"
         pieces = tuple(parts[suffix] for suffix in _INT4)
         return Entry(name=name, kind="int4_group", shape=shape, parts=pieces, group=group)
-    if SCALE_INV in parts:
-        pieces = tuple(parts[suffix] for suffix in _FP8)
-        return Entry(name=name, kind="fp8_block", shape=shape, parts=pieces, group=FP8_BLOCK)
+    if len(parts) == 2:
+        (scale,) = (part for suffix, part in parts.items() if suffix)
+        kind, group = ("fp8_tensor", 0) if _is_one(scale) else ("fp8_block", FP8_BLOCK)
+        return Entry(name=name, kind=kind, shape=shape, parts=(parts[""], scale), group=group)
     return Entry(name=name, kind="plain", shape=shape, parts=(parts[""],))

@@ -63,7 +63,7 @@ class Checkpoint:
         return any(name.startswith(prefix) for name in self._entries)
 
     def kind(self, name: str) -> str:
-        """How a tensor is stored: `plain`, `fp8_block` or `int4_group`."""
+        """How a tensor is stored: `plain`, `fp8_block`, `fp8_tensor` or `int4_group`."""
         return self._entry(name).kind
 
     def shape(self, name: str) -> tuple[int, ...]:

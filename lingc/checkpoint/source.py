@@ -33,7 +33,7 @@ class Source(Protocol):
         ...
 
     def kind(self, name: str) -> str:
-        """`plain`, `fp8_block` or `int4_group`."""
+        """`plain`, `fp8_block`, `fp8_tensor` or `int4_group`."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -51,7 +51,8 @@ class Source(Protocol):
     def quantized(self, name: str) -> tuple[NDArray[Any], NDArray[Any], int]:
         """Codes, scales and group of a quantized tensor as stored, read-only.
 
-        `fp8_block`: E4M3 codes, f32 scales, 128. `int4_group`: packed int32, BF16 scales, group.
+        `fp8_block`: E4M3 codes, f32 scales, 128. `fp8_tensor`: the same with one scale, 0.
+        `int4_group`: packed int32, BF16 scales, group.
         """
         ...
 

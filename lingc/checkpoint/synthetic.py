@@ -28,6 +28,7 @@ from lingc.quantize.formats import (
     FP8_BLOCK,
     U16,
     quantize_fp8_block,
+    quantize_fp8_tensor,
     quantize_int4_group,
     round_bf16,
     widen_bf16,
@@ -69,7 +70,7 @@ class SyntheticCheckpoint:
         return self._config.has_mtp
 
     def kind(self, name: str) -> str:
-        """`plain`, `fp8_block` or `int4_group`."""
+        """`plain`, `fp8_block`, `fp8_tensor` or `int4_group`."""
         return self._format(name).kind
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -97,6 +98,8 @@ class SyntheticCheckpoint:
         assert chosen.kind != "plain", f"{name!r} is stored plain"
         if chosen.kind == "fp8_block":
             return *quantize_fp8_block(self._bits(name)), FP8_BLOCK
+        if chosen.kind == "fp8_tensor":
+            return *quantize_fp8_tensor(self._bits(name)), 0
         return *quantize_int4_group(self._bits(name), chosen.group), chosen.group
 
     def identity(self) -> str:

@@ -25,7 +25,7 @@ def _faults(entry: Entry, maps: Maps) -> Iterator[str]:
         if len(entry.shape) == 1 and not np.isfinite(_wide(entry, maps)).all():
             yield "has a value that is NaN or infinite"
         return
-    if entry.kind == "fp8_block":
+    if entry.kind in ("fp8_block", "fp8_tensor"):
         scales: F32 = maps.read(entry.parts[1])
         if not (np.isfinite(scales) & (scales > 0)).all():
             yield from _bad_scale(scales)

@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lingc.checkpoint import Source
+from lingc.checkpoint.convert import is_stored_as
 from lingc.errors import StageError
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan, WeightSpec
@@ -74,10 +75,8 @@ class RoundedWeights:
             return values
         if stored.kind == "plain":
             return widen_bf16(round_bf16(values))
-        if self._source.kind(name) == stored.kind:
-            group = self._source.quantized(name)[2]
-            if stored.kind == "fp8_block" or group == stored.group:
-                return values
+        if is_stored_as(self._source, name, stored.kind, stored.group):
+            return values
         if stored.kind == "fp8_block":
             return dequantize_fp8_block(*quantize_fp8_block(values))
         packed, scales = quantize_int4_group(values, stored.group)

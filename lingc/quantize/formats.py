@@ -4,6 +4,7 @@ BF16 is held as uint16 bits, E4M3 as uint8 codes. Every conversion rounds to nea
 
     fp8_block   w = e4m3(code) * scale, one f32 scale for each 128 x 128 block; edge blocks are
                 partial. scale = amax / 448, or 1 where a block is all zero.
+    fp8_tensor  the same with one f32 scale for the whole matrix.
     int4_group  w = (nibble - 8) * scale, one bf16 scale for each row and `group` columns; the last
                 group may be short. scale = bf16(amax / 7.5), or 1 where a group is all zero.
                 Eight nibbles stand in an int32 along the input axis, the lowest first; a row whose
@@ -150,6 +151,38 @@ def dequantize_fp8_block(codes: U8, scales: F32) -> F32:
             tile = decode_e4m3(codes[top : top + FP8_BLOCK, left:right])
             np.multiply(tile, across[left:right], out=values[top : top + FP8_BLOCK, left:right])
     return values
+
+
+# ------------------------------------------------------------------------------------ fp8_tensor
+
+
+def quantize_fp8_tensor(weight: Weight) -> tuple[U8, F32]:
+    """Quantize a matrix by one scale.
+
+    Args:
+        weight: [N, D], BF16 bits or f32.
+
+    Returns:
+        Codes [N, D] and the scale [1].
+
+    Raises:
+        InputError: A value is NaN or infinite.
+    """
+    step = max(1, _TILE // max(weight.shape[1], 1))
+    spans = tuple(_spans(weight.shape[0], step))
+    tops = [
+        _from_magnitude(_magnitude(weight[a:b]).reshape(-1).max(keepdims=True)) for a, b in spans
+    ]
+    scale = _scale(np.max(tops, axis=0), E4M3_MAX, 0, 0)
+    codes = np.empty(weight.shape, np.uint8)
+    for top, bottom in spans:
+        codes[top:bottom] = encode_e4m3(_f32(weight[top:bottom]) / scale)
+    return codes, scale
+
+
+def dequantize_fp8_tensor(codes: U8, scale: F32) -> F32:
+    """The values of `fp8_tensor` codes [N, D] and their scale [1], f32 [N, D]."""
+    return np.multiply(decode_e4m3(codes), scale, dtype=np.float32)
 
 
 # ------------------------------------------------------------------------------------ int4_group

@@ -3,7 +3,7 @@
     {
       "name": "int4",
       "summary": "one line",
-      "activations": "plain" | "fp8",
+      "activations": "plain" | "fp8" | "fp8_static",
       "rules": [
         {"modules": ["model.layers.*.mlp.experts.*"], "format": "int4_group", "group": 32,
          "optional": true}
@@ -14,9 +14,13 @@ The first rule with a pattern that matches a module's name decides; a module tha
 `plain`. Patterns are shell patterns (`*` also matches dots) over the names of the checkpoint's
 tensors without `.weight`. A pattern that matches nothing is an error, unless its rule is marked
 optional: what the architecture may lack by config (experts, linear layers, the MTP layer).
+
+Activations are those that FP8 weights are multiplied with: quantized on the fly, per token and 128
+channels, in `fp8`; by one calibrated scale a module in `fp8_static`.
 """
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,8 +32,8 @@ from typing import Any
 from lingc.errors import RecipeError, UnknownPrecisionError
 from lingc.quantize.formats import NIBBLES
 
-KINDS = ("plain", "fp8_block", "int4_group")
-ACTIVATIONS = ("plain", "fp8")
+KINDS = ("plain", "fp8_block", "fp8_tensor", "int4_group")
+ACTIVATIONS = ("plain", "fp8", "fp8_static")
 
 MAX_GROUP = 1 << 20
 """Wider than any matrix; a group that spans a whole row may name any larger number."""
@@ -83,8 +87,9 @@ class Recipe:
     """A precision: formats by module.
 
     Attributes:
-        activations: `fp8` where inputs of `fp8_block` weights are quantized on the fly, per token
-            and 128 channels, on targets that can; else `plain`.
+        activations: `fp8` where inputs of FP8 weights are quantized on the fly, per token and 128
+            channels, on targets that can; `fp8_static` where they have one calibrated scale a
+            module; else `plain`.
     """
 
     name: str
@@ -100,6 +105,29 @@ class Recipe:
         """
         rule = next((rule for rule in self.rules if rule.matches(module)), None)
         return PLAIN if rule is None else rule.format
+
+    def document(self) -> dict[str, Any]:
+        """The recipe as a recipe file has it; `parse_recipe` gives it back."""
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "activations": self.activations,
+            "rules": [
+                {
+                    "modules": list(rule.modules),
+                    "format": rule.format.kind,
+                    **({"group": rule.format.group} if rule.format.group else {}),
+                    **({"optional": True} if rule.optional else {}),
+                }
+                for rule in self.rules
+            ],
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of what the recipe does; name and summary do not count."""
+        said = self.document()
+        text = json.dumps([said["activations"], said["rules"]], sort_keys=True)
+        return hashlib.sha256(f"lingc recipe 1\n{text}".encode()).hexdigest()
 
     def check_matches(self, modules: Iterable[str]) -> None:
         """Refuse patterns that say nothing about a model.
