@@ -162,6 +162,9 @@ def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: Cud
     assert two.tokens_per_s == pytest.approx(2 / (1e-3 * two.launches))
     assert one.profiled == pytest.approx(one.step.p50)  # every launch takes the same here
     assert sum(kind.steps for kind in one.profile) == one.launches
+    parts = {kind.op: [part["kind"] for part in kind.parts] for kind in one.profile}
+    assert len(parts["mla_latent_attention"]) == 3
+    assert all(parts.values())
     assert [made.batch for made in report.generations] == [1, 2]
     assert all(made.tokens_per_s > 0 for made in report.generations)
     (prompt,) = report.prefills

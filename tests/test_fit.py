@@ -123,3 +123,33 @@ def test_the_shipped_model_is_within_its_bar_where_it_was_fitted() -> None:
     assert told["error"]["median"] < 0.2
     assert told["device"]
     assert told["date"]
+
+
+def a_profile(**changes: object) -> dict[str, object]:
+    one = {"op": "fused_linear", "tactic": "a", "steps": 28, "measured": 5.0,
+           "parts": [a_launch("gemv.gemv.fp8", 1e6)], **changes}  # fmt: skip
+    other = {"op": "rms_norm", "tactic": "b", "steps": 1, "measured": -0.1,
+             "parts": [a_launch("rms_norm.rms_norm", 1e3)] * 2}  # fmt: skip
+    step = {"batch": 1, "context": 4096, "step": {"p50": 150e-6}, "profile": [one, other]}
+    bare = {"batch": 2, "context": 4096, "step": {"p50": 150e-6}, "profile": []}
+    device = {"name": "NVIDIA H200", "sms": 132}
+    return {"kind": "bench-engine", "device": device, "decode": [step, bare]}
+
+
+def test_a_profile_tells_of_its_ops_and_of_the_whole_step() -> None:
+    record = a_profile()
+
+    (op,) = read_record(record)
+    assert op.seconds == pytest.approx(5e-6)
+    assert len(op.launches) == 1
+    (step,) = fit.read_steps(record)
+    assert (step.seconds, len(step.launches)) == (150e-6, 28 + 2)
+    assert step.launches[-1]["kind"] == "rms_norm.rms_norm"
+
+
+def test_a_step_with_a_launch_that_nothing_is_known_of_is_no_measurement() -> None:
+    record = a_profile(parts=[])
+
+    assert fit.read_steps(record) == []
+    assert read_record(record) == []
+    assert fit.read_steps({"kind": "tune"}) == []

@@ -38,6 +38,8 @@ class Profiled:
         measured: Microseconds that such a step adds to those before it.
         predicted: What the engine was built to expect.
         origin: What that goes back to.
+        parts: What the model of time knows of each launch, as `tactics.features` gives it; none
+            where this version has no such tactic.
     """
 
     op: str
@@ -48,6 +50,7 @@ class Profiled:
     predicted: float
     moved_bytes: float
     origin: str
+    parts: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +248,27 @@ def profile(backend: CudaBackend, bound: BoundBucket, seconds: float) -> Iterato
             predicted=tactic.microseconds,
             moved_bytes=tactic.moved_bytes,
             origin=tactic.origin,
+            parts=_parts(backend, bound, steps[places[0]][0], tactic),
         )
+
+
+def _parts(
+    backend: CudaBackend, bound: BoundBucket, step: TableStep, tactic: TableTactic
+) -> tuple[Mapping[str, Any], ...]:
+    """What the model of time knows of a step's launches: they are made again from the plan."""
+    from lingc import targets  # noqa: PLC0415
+    from lingc.plugins.table import OPS  # noqa: PLC0415 (imports torch)
+    from lingc.targets.cuda.schedule import arguments_of  # noqa: PLC0415
+    from lingc.targets.cuda.tactics import features  # noqa: PLC0415
+
+    plan, limits = backend.plan, backend.limits
+    program = plan.programs[bound.bucket.phase]
+    (planned,) = [one for one in program.steps if one.outputs[0] == step.name]
+    sizes = {**bound.sizes, "S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
+    arguments = arguments_of(program, planned, sizes)
+    some = OPS[step.op].tactics(targets.get(plan.target), *arguments)
+    found = [one for one in some if one.name == tactic.tactic]
+    return tuple(features(launch) for one in found for launch in one.launches)
 
 
 def _added(

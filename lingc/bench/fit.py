@@ -94,19 +94,56 @@ def target_of(device: Mapping[str, Any]) -> Target:
 
 
 def read_record(record: Mapping[str, Any]) -> list[Measured]:
-    """The measurements of a record of `lingc tune`, or of `lingc bench-ops`.
+    """The measurements of a record of `lingc tune` or `lingc bench-ops`, or of an engine's profile.
 
     Raises:
         InputError: It is no such record, or of an unknown device.
     """
-    readers = {"tune": _of_tune, "bench-ops": _of_bench_ops}
+    readers = {"tune": _of_tune, "bench-ops": _of_bench_ops, "bench-engine": _of_profile}
     reader = readers.get(str(record.get("kind")))
     if reader is None or "device" not in record:
         raise InputError(
-            "this is no record of `lingc tune` or `lingc bench-ops`",
+            "this is no record of `lingc tune`, of `lingc bench-ops` or of an engine",
             hint="write one with --record, or with -o",
         )
     return list(reader(record, target_of(record["device"])))
+
+
+def read_steps(record: Mapping[str, Any]) -> list[Measured]:
+    """Whole steps of an engine that was profiled; none of any other record."""
+    if record.get("kind") != "bench-engine":
+        return []
+    target = target_of(record["device"])
+    return [
+        Measured(
+            label=f"decode, batch {step['batch']}, context {step['context']}",
+            target=target,
+            launches=tuple(part for one in step["profile"] for part in one["parts"] * one["steps"]),
+            seconds=step["step"]["p50"],
+        )
+        for step in _profiled(record)
+    ]
+
+
+def _profiled(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Decode steps of which every launch is known."""
+    return [
+        step
+        for step in record["decode"]
+        if step["profile"] and all(one.get("parts") for one in step["profile"])
+    ]
+
+
+def _of_profile(record: Mapping[str, Any], target: Target) -> Iterator[Measured]:
+    for step in _profiled(record):
+        for one in step["profile"]:
+            if one["measured"] > 0:  # a difference of two programs may be less than its noise
+                yield Measured(
+                    label=f"{one['op']}, batch {step['batch']}, {one['tactic']}",
+                    target=target,
+                    launches=tuple(one["parts"]),
+                    seconds=1e-6 * one["measured"],
+                )
 
 
 def _of_tune(record: Mapping[str, Any], target: Target) -> Iterator[Measured]:

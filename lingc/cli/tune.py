@@ -187,33 +187,42 @@ def _fit(
         "records": [_named(records[file]) for file in fitted],
     }
     told = fit.document(some, reaches, about)
-    rows = []
-    for file, role in [*((f, "fitted") for f in fitted), *((f, "tested") for f in tested)]:
-        found = fit.error(fit.read_record(records[file]), reaches)
-        device = records[file]["device"]
-        rows.append(
-            (
-                role,
-                device["name"],
-                device["sms"],
-                found.count,
-                f"{100 * found.median:.1f} %",
-                f"{100 * found.p90:.1f} %",
-                f"{100 * found.bias:+.1f} %",
-            )
+    known = [
+        (role, records[file]["device"], what, fit.error(measured, reaches))
+        for role, files in (("fitted", fitted), ("tested", tested))
+        for file in files
+        for what, measured in (
+            ("ops", fit.read_record(records[file])),
+            ("steps", fit.read_steps(records[file])),
         )
+        if measured
+    ]
+    rows = [
+        (
+            role,
+            what,
+            device["name"],
+            device["sms"],
+            found.count,
+            f"{100 * found.median:.1f} %",
+            f"{100 * found.p90:.1f} %",
+            f"{100 * found.bias:+.1f} %",
+        )
+        for role, device, what, found in known
+    ]
     place = path or model_file()
     write_whole(place, json.dumps(told, indent=1) + "\n")
     if out.as_json:
         out.emit(told)
         return
-    out.table(("", "device", "SMs", "times", "off, median", "90th percentile", "bias"), rows)
+    out.table(("", "of", "device", "SMs", "times", "off, median", "90th percentile", "bias"), rows)
     out.line(f"model: {place}")
 
 
 def _named(record: "dict[str, Any]") -> str:
     """What a record is, without the place where it lay."""
-    what = (record["kind"], record["target"], record.get("precision"), record.get("commit"))
+    of = {**record, **record.get("engine", {})}
+    what = (of["kind"], of.get("target"), of.get("precision"), of.get("commit"))
     return ", ".join(str(one) for one in what if one)
 
 
