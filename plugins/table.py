@@ -7,6 +7,7 @@ and most through an ONNX function.
 
 from lingc.op import OPS
 from lingc.plugins import (
+    accept,
     add_rms_norm,
     add_rms_norm_fp8,
     decode_mixer,
@@ -22,6 +23,7 @@ from lingc.plugins import (
     group_norm_gate,
     int4_experts,
     int4_linear,
+    judge,
     lightning_decode,
     lightning_decode_qkv,
     lightning_prefill,
@@ -46,6 +48,7 @@ from lingc.plugins import (
     sample,
     silu_mul,
     silu_mul_fp8,
+    verify_inputs,
     verify_mixer,
 )
 
@@ -90,6 +93,9 @@ MODULES = (
     expert_down,
     gather_rows,
     sample,
+    verify_inputs,
+    judge,
+    accept,
 )
 """The files of ops, in the order in which a step meets them."""
 

@@ -110,15 +110,16 @@ def uniform(settings: Sampling, *, request: int, position: int, purpose: int) ->
     return float(np.random.Generator(bits).random())
 
 
-def draws(rows: Sequence[tuple[Sampling, int, int]]) -> Draws:
+def draws(rows: Sequence[tuple[Sampling, int, int]], purpose: int = DRAW) -> Draws:
     """What the op `sample` takes beside logits, a row for each (settings, request, position).
 
-    Its tokens are then those of `choose`, but for rounding.
+    Its tokens are then those of `choose`, or of `propose` with the purpose `DRAFT`, but for
+    rounding.
     """
     words = np.zeros((len(rows), 6), np.uint32)
     for row, (settings, request, position) in zip(words, rows, strict=True):
         seed = settings.seed
-        row[:] = (seed & _WORD, seed >> 32, request & _WORD, request >> 32, position, DRAW)
+        row[:] = (seed & _WORD, seed >> 32, request & _WORD, request >> 32, position, purpose)
     every = [settings for settings, _, _ in rows]
     return {
         "temperature": np.array([one.temperature for one in every], np.float32),
@@ -133,6 +134,40 @@ def choose(logits: Row, settings: Sampling, *, request: int, position: int) -> i
     if settings.is_greedy:
         return argmax(logits)
     drawn = uniform(settings, request=request, position=position, purpose=DRAW)
+    return pick(probabilities(logits, settings), drawn)
+
+
+def judge(
+    logits: Row, draft: int, drafted: Row, settings: Sampling, *, request: int, position: int
+) -> int:
+    """The draft, or the token that takes its place.
+
+    Greedily that is the likeliest token. With the draft drawn from q, keep it with probability
+    min(1, p/q), else draw from what p has above q. The outcome is distributed as p (Leviathan et
+    al., 2023, theorem 3.5). A replacement is never the draft itself, as there p is below q.
+
+    Args:
+        logits: Of the model.
+        drafted: Logits of the draft layer, which the draft was drawn from.
+        position: Of the token.
+    """
+    if settings.is_greedy:
+        return argmax(logits)
+    wanted, given = probabilities(logits, settings), probabilities(drafted, settings)
+    drawn = uniform(settings, request=request, position=position, purpose=ACCEPT)
+    if drawn * given[draft] < wanted[draft]:
+        return draft
+    rest = np.maximum(wanted - given, 0.0)
+    rest = rest if rest.any() else wanted  # equal but for rounding
+    again = uniform(settings, request=request, position=position, purpose=DRAW)
+    return pick(rest, again)
+
+
+def propose(logits: Row, settings: Sampling, *, request: int, position: int) -> int:
+    """A draft for `position`, from the draft layer's logits."""
+    if settings.is_greedy:
+        return argmax(logits)
+    drawn = uniform(settings, request=request, position=position, purpose=DRAFT)
     return pick(probabilities(logits, settings), drawn)
 
 

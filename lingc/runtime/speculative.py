@@ -24,7 +24,7 @@ from lingc.errors import UsageError
 from lingc.plan import Plan
 from lingc.runtime import sampling
 from lingc.runtime.backend import Array
-from lingc.runtime.sampling import Probabilities, Row
+from lingc.runtime.sampling import Row
 from lingc.runtime.sequence import Lead
 from lingc.runtime.sequence import Sequence as Running
 from lingc.runtime.slots import Piece
@@ -36,10 +36,10 @@ ForceReject = Callable[[int, int], bool]
 
 @dataclass(slots=True, kw_only=True)
 class Proposal:
-    """Drafted tokens; when sampling, with the distribution that each was drawn from."""
+    """Drafted tokens, with the logits that each was drawn from."""
 
     tokens: list[int] = field(default_factory=list)
-    weights: list[Probabilities] = field(default_factory=list)
+    logits: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,7 @@ class Speculator:
         for place in range(1, self._drafts + 1):
             for s, proposal, lead in zip(sequences, proposals, leads, strict=True):
                 assert lead is not None, "feed comes before run"
-                propose(s, proposal, lead.logits)
+                _propose(s, proposal, lead.logits)
             if place == self._drafts:
                 break
             pieces = [
@@ -158,45 +158,22 @@ class Speculator:
             if self._force_reject is not None and self._force_reject(s.index, position):
                 # Decided without looking at the draft, so the draft tells nothing about the token.
                 return [*kept, _choose(s, row, position)]
-            if s.request.sampling.is_greedy:
-                token = sampling.argmax(row)
-            else:
-                token = judge(s, draft, proposal.weights[place], row, position=position)
+            token = sampling.judge(
+                row, draft, proposal.logits[place], s.request.sampling, request=s.index,
+                position=position,
+            )  # fmt: skip
             kept.append(token)
             if token != draft:
                 return kept
         return [*kept, _choose(s, logits[len(kept)], s.fed + len(kept) + 1)]
 
 
-def propose(s: Running, proposal: Proposal, logits: Row) -> None:
+def _propose(s: Running, proposal: Proposal, logits: Row) -> None:
     """Draw the next draft from the draft layer's logits."""
-    settings = s.request.sampling
-    if settings.is_greedy:
-        proposal.tokens.append(sampling.argmax(logits))
-        return
-    weights = sampling.probabilities(logits, settings)
     position = s.fed + len(proposal.tokens) + 1
-    drawn = sampling.uniform(settings, request=s.index, position=position, purpose=sampling.DRAFT)
-    proposal.tokens.append(sampling.pick(weights, drawn))
-    proposal.weights.append(weights)
-
-
-def judge(s: Running, draft: int, drafted: Probabilities, logits: Row, *, position: int) -> int:
-    """The draft, or the token that takes its place.
-
-    With the draft drawn from q, keep it with probability min(1, p/q), else draw from what p has
-    above q. The outcome is distributed as p (Leviathan et al., 2023, theorem 3.5). A replacement
-    is never the draft itself, as there p is below q.
-    """
-    settings = s.request.sampling
-    wanted = sampling.probabilities(logits, settings)
-    drawn = sampling.uniform(settings, request=s.index, position=position, purpose=sampling.ACCEPT)
-    if drawn * drafted[draft] < wanted[draft]:
-        return draft
-    rest = np.maximum(wanted - drafted, 0.0)
-    rest = rest if rest.any() else wanted  # equal but for rounding
-    again = sampling.uniform(settings, request=s.index, position=position, purpose=sampling.DRAW)
-    return sampling.pick(rest, again)
+    token = sampling.propose(logits, s.request.sampling, request=s.index, position=position)
+    proposal.tokens.append(token)
+    proposal.logits.append(logits)
 
 
 def _choose(s: Running, logits: Row, position: int) -> int:

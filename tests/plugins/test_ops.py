@@ -41,6 +41,16 @@ SYMBOLIC = {
 }
 """Argument -> what its first axis counts, where that is not fixed by the config."""
 
+BY_PLACE = {
+    **dict.fromkeys(("drafts", "ahead_positions", "ahead_rows", "draws"), "W"),
+    **dict.fromkeys(("tokens", "draft_logits", "cache_rows"), "T"),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "rooms", "forced"), "B"),
+}
+"""The same for `ROUNDS`, where it is another."""
+
+ROUNDS = ("verify_inputs", "judge", "accept")
+"""Ops of a speculative round: what they make of a step depends on where a sequence stands in it."""
+
 MECHANISMS: dict[str, Mechanism] = {
     "qk_norm_rope": "rope",
     "mla_query_rope": "rope",
@@ -108,6 +118,8 @@ def axis_of(op: Op, name: str, value: Any) -> str | None:
     is_weight = (name == "scales" and op.name.startswith("int4")) or (
         name in {"gate", "gate_up"} and value.ndim > 2
     )
+    if op.name in ROUNDS and name in BY_PLACE:
+        return BY_PLACE[name]
     return None if is_weight else SYMBOLIC.get(name)
 
 
