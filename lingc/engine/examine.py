@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from lingc.engine import tree
 from lingc.engine.bound import judge_bound
 from lingc.engine.checks import CHECKS, Check, Report, failed, not_run, passed
+from lingc.engine.choosing import choose
 from lingc.engine.contents import judge_agreement, judge_plan, judge_variant, judge_weights
 from lingc.engine.layout import LIMITS, MANIFEST, PLAN, VARIANT_INFO
 from lingc.engine.machine import Machine, judge_machine, this_machine
@@ -43,6 +44,7 @@ class Examined:
 
     Attributes:
         stamps: Path -> what the file looked like when its digest was taken.
+        target: Of the variant that was asked about; None where there is no manifest.
     """
 
     root: Path
@@ -50,6 +52,7 @@ class Examined:
     manifest: Manifest | None
     plan: Plan | None
     stamps: Mapping[str, tree.Stamp]
+    target: str | None = None
 
 
 def verify(
@@ -58,6 +61,7 @@ def verify(
     level: Level = "full",
     cache_dir: Path | None = None,
     machine: Machine | None = None,
+    target: str | None = None,
 ) -> Report:
     """Check a package.
 
@@ -66,12 +70,14 @@ def verify(
         level: How far to look.
         cache_dir: Where weights are bound; those of this package are checked too, if there.
         machine: The one that shall run it; this one where None.
+        target: Of the variant that shall run; the one for the machine's GPU where None.
 
     Raises:
         InputError: There is no package at `path`.
         ResourceError: It cannot be read.
+        UsageError: It has no code for that target.
     """
-    return examine(path, level=level, cache_dir=cache_dir, machine=machine).report
+    return examine(path, level=level, cache_dir=cache_dir, machine=machine, target=target).report
 
 
 def examine(
@@ -80,6 +86,7 @@ def examine(
     level: Level = "full",
     cache_dir: Path | None = None,
     machine: Machine | None = None,
+    target: str | None = None,
 ) -> Examined:
     """`verify`, with what it read."""
     root = package_root(path)
@@ -97,9 +104,10 @@ def examine(
             checks += _judge_digests(root, manifest, stamps)
             plan, rows = _judge_content(root, manifest, stamps, cache_dir)
             checks += rows
-        if level == "full":
-            variant = manifest.variants[manifest.target]
-            checks += judge_machine(variant, machine or this_machine())
+        machine = (machine or this_machine()) if level == "full" else None
+        target = choose(manifest, machine, target)
+        if machine is not None:
+            checks += judge_machine(manifest.variants[target], machine)
         else:
             checks += not_run(_MACHINE, f"the level is {level}")
     report = Report(
@@ -108,7 +116,10 @@ def examine(
         bundle_id=None if manifest is None else manifest.bundle_id,
         checks=tuple(checks),
     )
-    return Examined(root=root, report=report, manifest=manifest, plan=plan, stamps=stamps)
+    return Examined(
+        root=root, report=report, manifest=manifest, plan=plan, stamps=stamps,
+        target=None if manifest is None else target,
+    )  # fmt: skip
 
 
 def _judge_tree(root: Path, manifest: Manifest) -> list[Check]:

@@ -39,12 +39,14 @@ class Gpu:
         capability: Compute capability, `9.0`.
         driver: The newest CUDA that the driver speaks, `13.0`.
         memory_bytes: In all, whoever holds it.
+        sms: Multiprocessors; 0 where the driver does not say.
     """
 
     name: str
     capability: str
     driver: str
     memory_bytes: int
+    sms: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +210,7 @@ def _judge_gpu(needs: Mapping[str, Any], variant: Variant, machine: Machine) -> 
     return rows
 
 
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS = 75, 76, 16
 """Of `CUdevice_attribute` in cuda.h."""
 
 
@@ -231,7 +233,7 @@ def _first_gpu() -> Gpu | str:
     for call, *arguments in calls:
         if (code := call(*arguments)) != 0:
             return f"the NVIDIA driver shows no device (error {code})"
-    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _MULTIPROCESSORS):
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         facts.append(value.value)
     return Gpu(
@@ -239,4 +241,5 @@ def _first_gpu() -> Gpu | str:
         capability=f"{facts[0]}.{facts[1]}",
         driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
         memory_bytes=memory.value,
+        sms=facts[2],
     )

@@ -41,6 +41,7 @@ class Package:
 
     Attributes:
         weights: Those bound from a checkpoint; None where they are inside, or not bound yet.
+        target: Of the variant that runs; the one that the plan was made for where None.
     """
 
     root: Path
@@ -49,6 +50,7 @@ class Package:
     report: Report
     stamps: Mapping[str, tree.Stamp]
     weights: BoundWeights | None = None
+    target: str | None = None
 
     def read(self, path: str) -> bytes:
         """The bytes of a file, by its path in the package."""
@@ -79,12 +81,12 @@ class Package:
         return self.read(path) if path in self.manifest.files else None
 
     def code(self, target: str | None = None) -> Code:
-        """The code for a target; for the one that the plan was made for where None.
+        """The code for a target; for the one that was chosen when it was opened where None.
 
         Raises:
             UsageError: There is none for that target.
         """
-        wanted = self.manifest.target if target is None else target
+        wanted = target or self.target or self.manifest.target
         variant = self.manifest.variants.get(wanted)
         if variant is None:
             raise UsageError(
@@ -148,14 +150,16 @@ class Package:
 
 
 def open_package(
-    path: str | Path, *, level: Level = "full", machine: Machine | None = None
-) -> Package:
+    path: str | Path, *, level: Level = "full", machine: Machine | None = None,
+    target: str | None = None,
+) -> Package:  # fmt: skip
     """Check a package and give access to it.
 
     Args:
         path: Its directory.
         level: `integrity` opens a package whose code shall not run on this machine.
         machine: The one that shall run it; this one where None.
+        target: Of the variant that shall run; the one for the machine's GPU where None.
 
     Raises:
         InputError: There is no package at `path`.
@@ -164,7 +168,7 @@ def open_package(
     """
     if level == "structure":
         raise UsageError("a package is opened after its bytes were checked, not before")
-    return package_of(examine(path, level=level, machine=machine))
+    return package_of(examine(path, level=level, machine=machine, target=target))
 
 
 def package_of(found: Examined) -> Package:
@@ -183,4 +187,5 @@ def package_of(found: Examined) -> Package:
         plan=found.plan,
         report=found.report,
         stamps=MappingProxyType(dict(found.stamps)),
+        target=found.target,
     )

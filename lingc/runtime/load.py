@@ -127,6 +127,7 @@ def open_engine(
     *,
     checkpoint: Path | None = None,
     cache_dir: Path | None = None,
+    target: str | None = None,
     progress: Progress | None = None,
 ) -> OpenedEngine:
     """Verify a package, and find its weights where they are outside.
@@ -136,6 +137,7 @@ def open_engine(
         checkpoint: Whose weights to run with, for a package without weights; packed into
             `cache_dir` on first use.
         cache_dir: Where packed weights lie.
+        target: Of the variant that shall run; the one for this machine's GPU where None.
         progress: Of packing.
 
     Raises:
@@ -144,7 +146,7 @@ def open_engine(
         IncompatibleError: This version or machine cannot run it.
         UsageError: It has weights of its own and a checkpoint was given, or no cache was.
     """
-    package = open_package(path)
+    package = open_package(path, target=target)
     if cache_dir is not None:
         package = with_weights(
             package, cache_dir=cache_dir, checkpoint=checkpoint, progress=progress
