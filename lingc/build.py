@@ -8,8 +8,8 @@ on the checkpoint and the arguments alone.
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ from lingc.compile import (
     silent,
 )
 from lingc.engine import Contents, Manifest, PackageWriter
-from lingc.errors import CheckpointError, ConfigError
+from lingc.errors import CheckpointError, ConfigError, UsageError
 from lingc.model.config import ARCHITECTURE, ModelConfig
 from lingc.pipeline import Report
 from lingc.plan import Plan, dumps
 from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.runtime.stopping import stop_ids
 from lingc.runtime.tokenizer import FILES, Tokenizer
-from lingc.targets.spec import Target
+from lingc.targets.spec import EngineKind, Target
 from lingc.weights import write_weights
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """A package that was written."""
+    """A package that was written.
+
+    Attributes:
+        compiled: For the first target.
+        code: For the first target.
+    """
 
     path: Path
     manifest: Manifest
@@ -58,6 +63,7 @@ def build(
     output: Path,
     request: Request,
     *,
+    also: Sequence[str] = (),
     overwrite: bool = False,
     stage: Stage = silent,
     capturer: Capturer | None = None,
@@ -69,6 +75,7 @@ def build(
         source: A checkpoint, or a directory or file with the config.
         output: The package; must not exist unless `overwrite`.
         request: What to build.
+        also: Further targets that the package shall have code for, beside the request's.
         overwrite: Replace a package that is there.
         stage: How progress is shown.
         capturer: As for `compile_plan`.
@@ -78,9 +85,7 @@ def build(
     Raises:
         LingcError: Anything that is in the way, by its class; nothing is left at `output`.
     """
-    target = targets.get(request.target)
-    kind = engine_kind(target, request.engine)
-    code.refuse(kind, request)
+    kind, wanted = _asked(request, also)
     recipe = None if request.precision is None else load_recipe(request.precision)
     with stage("read checkpoint"):
         config, checkpoint = read_config(source)
@@ -93,29 +98,67 @@ def build(
     recipe = recipe or load_recipe(default_precision(checkpoint, config))
     has_mtp = checkpoint.has_mtp if checkpoint is not None else config.has_mtp
     with PackageWriter(output, overwrite=overwrite) as writer:
-        compiled = _compiled(
-            config,
-            recipe,
-            target,
-            request,
-            has_mtp=has_mtp,
-            stage=stage,
-            capturer=capturer,
-            cache_dir=cache_dir,
-        )
-        made = code.make(compiled, kind, request, cache_dir=cache_dir, stage=stage)
+        made: list[tuple[Compiled, Code]] = []
+        for target in wanted:
+            compiled = _compiled(
+                config, recipe, target, replace(request, target=target.name), has_mtp=has_mtp,
+                stage=stage, capturer=capturer, cache_dir=cache_dir,
+            )  # fmt: skip
+            code_of = code.make(compiled, kind, request, cache_dir=cache_dir, stage=stage)
+            made.append((compiled, code_of))
+            _refuse_other_plan(made[0][1].plan, code_of.plan)
+        compiled, first = made[0]
         shards: list[Path] | None = None
         tests: Mapping[str, bytes] = {}
         if request.weights == "embed":
             assert checkpoint is not None
-            shards = _pack(made.plan, checkpoint, writer.weights_dir, stage)
-            tests = recording.record(made.plan, shards, stage)
-        parts = _Parts(compiled=compiled, code=made, texts=texts, shards=shards, tests=tests)
+            shards = _pack(first.plan, checkpoint, writer.weights_dir, stage)
+            tests = recording.record(first.plan, shards, stage)
+        parts = _Parts(
+            compiled=compiled, codes=[one for _, one in made], texts=texts, shards=shards,
+            tests=tests,
+        )  # fmt: skip
         contents = _contents(parts, checkpoint, request)
         with stage("write package"):
             manifest = writer.commit(contents)
     log.info("wrote %s", output)
-    return Built(path=output, manifest=manifest, compiled=compiled, code=made)
+    return Built(path=output, manifest=manifest, compiled=compiled, code=first)
+
+
+def _asked(request: Request, also: Sequence[str]) -> tuple[EngineKind, list[Target]]:
+    """The kind of engine and the targets, which must go together.
+
+    Raises:
+        UnknownTargetError: One of them is no target.
+        UsageError: One is named twice, or they have engines of several kinds.
+    """
+    names = (request.target, *also)
+    wanted = [targets.get(name) for name in names]
+    if len(set(names)) < len(names):
+        raise UsageError(f"a target is named twice: {', '.join(names)}")
+    kinds = {one.name: engine_kind(one, request.engine) for one in wanted}
+    if len({*kinds.values()}) > 1:
+        listed = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise UsageError(
+            f"one package cannot hold engines of several kinds: {listed}",
+            hint="choose one with --engine, or build a package for each",
+        )
+    kind = kinds[request.target]
+    code.refuse(kind, request)
+    return kind, wanted
+
+
+def _refuse_other_plan(plan: Plan, other: Plan) -> None:
+    """Variants of a package share its plan and its weights.
+
+    Raises:
+        UsageError: Another target computes something else, or wants weights in other layouts.
+    """
+    if dumps(replace(other, target=plan.target)) != dumps(plan):
+        raise UsageError(
+            f"{plan.target} and {other.target} need different plans and cannot share a package",
+            hint="build a package for each",
+        )
 
 
 def _compiled(
@@ -144,7 +187,7 @@ class _Parts:
     """What a package is made of, before it is written."""
 
     compiled: Compiled
-    code: Code
+    codes: Sequence[Code]
     texts: Mapping[str, bytes]
     shards: list[Path] | None
     tests: Mapping[str, bytes]
@@ -166,13 +209,15 @@ def _pack(plan: Plan, checkpoint: Checkpoint, directory: Path, stage: Stage) -> 
 
 
 def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) -> Contents:
-    plan, compiled, made = parts.code.plan, parts.compiled, parts.code
+    made, compiled = parts.codes[0], parts.compiled
+    plan = made.plan
+    codes = {one.plan.target: one for one in parts.codes}
     config = json.dumps(plan.config, indent=2, sort_keys=True, ensure_ascii=True) + "\n"
     return Contents(
         plan=dumps(plan),
         model_files={"config.json": config.encode(), **parts.texts},
-        variants={plan.target: made.files},
-        variant_info={plan.target: {"engine": made.kind, **made.info}},
+        variants={name: one.files for name, one in codes.items()},
+        variant_info={name: {"engine": one.kind, **one.info} for name, one in codes.items()},
         weights=parts.shards,
         architecture=ARCHITECTURE,
         checkpoint=None
@@ -200,7 +245,7 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
             else "",
         },
         producer={**{name: version(name) for name in ("torch", "numpy")}, **made.producer},
-        kernels=made.kernels,
+        kernels={name: data for one in parts.codes for name, data in one.kernels.items()},
         tests=parts.tests,
     )
 

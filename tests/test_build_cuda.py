@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lingc.compile import Request
 from lingc.device import Binary
 from lingc.engine import Package, open_package, verify
 from lingc.engine.machine import Gpu, Machine
-from lingc.errors import IncompatibleError, UsageError
+from lingc.errors import IncompatibleError, LingcError, UsageError
 from lingc.interpret import InterpreterBackend
 from lingc.plan import Plan
 from lingc.runtime import vectors
@@ -62,8 +63,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make(cache: Path) -> Callable[..., Path]:
     def made(path: Path, source: Path = TINY, **changes: Any) -> Path:
+        also = changes.pop("also", ())
         asked = {"precision": "fp8", "target": "h200-sxm", "weights": "external", **changes}
-        build(source, path, Request(**asked), cache_dir=cache)
+        build(source, path, Request(**asked), also=also, cache_dir=cache)
         return path
 
     return made
@@ -151,13 +153,43 @@ def test_the_same_build_elsewhere_gives_the_same_package_and_no_damaged_plan_is_
     assert again.manifest.bundle_id == package.manifest.bundle_id
 
 
-def test_targets_of_one_architecture_share_kernels(
+# ------------------------------------------------------------------------------- several targets
+
+
+def test_a_package_for_several_targets_has_the_code_of_each_and_shares_kernels(
     package: Package, make: Callable[..., Path], tmp_path: Path
 ) -> None:
-    other = open_package(make(tmp_path / "h20.ling", target="h20"), level="integrity")
+    path = make(tmp_path / "both.ling", also=("h20",))
 
-    shared = {*package.names("kernel")} & {*other.names("kernel")}
-    assert len(shared) > len(package.names("kernel")) / 2
+    both = open_package(path, machine=machine(replace(H200, sms=132)))
+    small = open_package(path, machine=machine(replace(H200, sms=78)))
+
+    assert [*both.manifest.variants] == ["h20", "h200-sxm"]
+    assert (both.code().target, small.code().target) == ("h200-sxm", "h20")
+    assert table_of(both) == table_of(package)
+    alone = open_package(make(tmp_path / "h20.ling", target="h20"), level="integrity")
+    assert table_of(small) == table_of(alone)
+    own, others = {*package.names("kernel")}, {*alone.names("kernel")}
+    assert {*both.names("kernel")} == own | others
+    assert len(own & others) > len(own) / 2
+    assert both.manifest.weights_sha256 == alone.manifest.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("also", "said"),
+    [
+        (("h200-sxm",), "a target is named twice: h200-sxm, h200-sxm"),
+        (("cpu",), "engines of several kinds: h200-sxm cuda, cpu onnx"),
+        (("h201",), "no target is called 'h201'"),
+    ],
+)
+def test_targets_that_do_not_go_together_are_refused(
+    also: tuple[str, ...], said: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(LingcError, match=said):
+        make(tmp_path / "x.ling", also=also)
+
+    assert not [*tmp_path.iterdir()]
 
 
 # -------------------------------------------------------------------------------------- machines
