@@ -221,6 +221,44 @@ def assert_close(
         raise AssertionError(str(found))
 
 
+NEAR = 5e-5
+"""Scores this near may change places: f32 logits in another order, through a sigmoid."""
+
+
+def routing_problem(
+    scores: Tensor, bias: Tensor, groups: int, kept: int, scale: float, normalize: bool,  # noqa: FBT001
+    got: Sequence[Tensor], want: Tensor,
+) -> str | None:  # fmt: skip
+    """Why experts and their weights are wrong, or None; experts may differ where scores nearly tie.
+
+    Args:
+        scores: f64 [T, E], before the bias.
+        got: Ids and weights [T, k].
+        want: Ids that are right.
+    """
+    ids, weights = got[:2]
+    biased, chosen = scores + bias.double(), ids.long()
+    if bool(((chosen < 0) | (chosen >= bias.numel())).any()):
+        return "an id is of no expert"
+    best = biased.unflatten(1, (groups, -1))
+    worth = best.topk(min(2, best.shape[-1])).values.sum(-1)
+    order = worth.sort(-1, descending=True).values
+    tied = (
+        order[:, kept - 1] - order[:, kept] < NEAR if kept < groups else order[:, 0] != order[:, 0]
+    )
+    apart = (biased.gather(1, chosen) - biased.gather(1, want.long())).abs().amax(-1)
+    wrong = (apart > NEAR) & ~tied
+    if bool(wrong.any()):
+        t = int(wrong.nonzero()[0])
+        return f"token {t} goes to {ids[t].tolist()}, not to {want[t].tolist()}"
+    if bool((chosen.sort(-1).values.diff(dim=-1) == 0).any()):
+        return "a token goes to one expert twice"
+    own = scores.gather(1, chosen)
+    whole = own.sum(-1, keepdim=True) + 1e-20 if normalize else 1.0
+    found = close(weights, scale * own / whole, dtype="f32", mechanism="router")
+    return None if found.ok else f"weights: {found}"
+
+
 def judge_codes(
     _arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]
 ) -> str | None:

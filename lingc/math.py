@@ -127,6 +127,21 @@ def qk_norm_rope(
     )
 
 
+def near_ties(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> Tensor:
+    """Channels [T, H, K] of k that f32 may round either way: near the middle of two numbers."""
+    _, exact = qk_norm_rope(qkv.double(), q_weight, k_weight, cos, sin, heads, eps)
+    below, above = ((exact * (1 + side)).to(qkv.dtype) for side in (-1e-6, 1e-6))
+    return below != above
+
+
 def group_norm_gate(o: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """Norm of each group of channels, then the gate; `plugins/group_norm_gate.py` has the maths."""
     rows = o.reshape(gate.shape).unflatten(1, (groups, -1))

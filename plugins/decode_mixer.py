@@ -14,13 +14,21 @@ Source: `qk_norm_rope`, `lightning_decode` and `group_norm_gate`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from lingc.compare import close
+from lingc.kernel import Tactic
+from lingc.kernels import portable
 from lingc.math import (
     Held,
     elements,
     group_norm_gate,
     lightning_decode,
+    near_ties,
     number,
     qk_norm_rope,
     stored_bytes,
@@ -28,6 +36,7 @@ from lingc.math import (
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -69,6 +78,64 @@ def cost(
         flops=elements(y) * (4.0 * number(q_weight.shape[0]) + 21.0),
         moved_bytes=stored_bytes(qkvg, y, cos, sin, norm_weight) + 2 * stored_bytes(live),
     )
+
+
+def refusal(
+    _target: Target, qkvg: TensorType, q_weight: TensorType, k_weight: TensorType,
+    cos: TensorType, sin: TensorType, decay: TensorType, norm_weight: TensorType,
+    state: TensorType, *_: Any,
+) -> str | None:  # fmt: skip
+    return portable.mixer_refusal(qkvg, state, norm_weight)
+
+
+def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, *args) is not None:
+        return ()
+    qkvg, q_weight, _, cos, _, _, _, _, pending, _, slots, *_, heads, groups, eps = args
+    return portable.mixer_tactics(
+        qkvg, q_weight, cos, pending, slots, heads,
+        groups=groups, eps=eps, verify=False, needs=cost(*args),
+    )  # fmt: skip
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], _want: object) -> str | None:
+    """Compare with FP64 on q, k and o that are rounded as the op rounds them.
+
+    Where k lies so near the middle of two neighbours that f32 may round it either way, the row of
+    the state that it is added to is compared as what it is, a sum of bf16 products.
+    """
+    qkvg, q_weight, k_weight, cos, sin, decay, norm_weight, state = arguments[:8]
+    pending_k, pending_v, slots, accepted, positions, heads, groups, eps = arguments[8:]
+    held = Held(
+        decay=decay,
+        state=state,
+        pending_k=pending_k,
+        pending_v=pending_v,
+        slots=slots,
+        accepted=accepted,
+    )
+    q, k = qk_norm_rope(qkvg, q_weight, k_weight, cos, sin, heads, eps)
+    _, _, v, gate = qkvg.double().chunk(4, 1)
+    o, after = lightning_decode(
+        q.double(), k.double(), v.unflatten(1, (heads, -1)), held, positions
+    )  # fmt: skip
+    y = group_norm_gate(o.to(qkvg.dtype).double(), gate, norm_weight, groups, eps)
+    live, rows = slots >= 0, slots[slots >= 0].long()
+    tied = near_ties(qkvg, q_weight, k_weight, cos, sin, heads, eps)[live]  # [live, H, K]
+    made, want = got[1][rows], after[rows]
+    idle = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    idle[rows] = False
+    for name, one, other, dtype in (
+        ("y", got[0], y, "bf16"),
+        ("state", made[~tied], want[~tied], "f32"),
+        ("state", made[tied], want[tied], "bf16"),
+    ):
+        found = close(one, other, dtype=dtype, mechanism="lightning")
+        if not found.ok:
+            return f"{name}: {found}"
+    if not got[1][idle].equal(state[idle]):
+        return "a state that is not of the step changed"
+    return None
 
 
 def inputs(
@@ -113,5 +180,9 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
-    cases=((1, 1, 4, 1, 1, 1), (4, 3, 10, 2, 3, 4), (2, 2, 128, 32, 2, 2)),
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="lightning",
+    judge=judge,
+    cases=((1, 1, 4, 1, 1, 1), (4, 3, 10, 2, 3, 4), (2, 2, 128, 32, 2, 2), (3, 2, 32, 8, 2, 4)),
 )

@@ -14,12 +14,18 @@ over experts and base is kept in f32 (f64 for f64 x) and rounded once.
 Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv:2002.05202, eq. 6, for one expert.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import elements, expert_bytes, expert_sum, matmul, stored_bytes, swiglu
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -59,6 +65,35 @@ def cost(
     )
 
 
+def refusal(_target: Target, x: TensorType, *_: Any) -> str | None:
+    return products.Form(stored="bf16").refusal(x.dtype)
+
+
+def tactics(
+    target: Target,
+    x: TensorType,
+    ids: TensorType,
+    weights: TensorType,
+    gate_up: TensorType,
+    down: TensorType,
+    base: TensorType | None,
+) -> Sequence[Tactic]:
+    if refusal(target, x) is not None:
+        return ()
+    (tokens, top_k), (experts, width, inner) = ids.bind({}), down.bind({})
+    return products.expert_tactics(
+        products.Experts(
+            tokens=tokens,
+            top_k=top_k,
+            experts=experts,
+            inner=inner,
+            width=width,
+            form=products.Form(stored="bf16"),
+            adds=base is not None,
+        )
+    )
+
+
 def inputs(
     tokens: int,
     top_k: int,
@@ -87,5 +122,13 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
-    cases=((1, 1, 2, 4, 8, 0), (7, 3, 5, 10, 12, 1), (20, 2, 3, 16, 32, 1)),
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="experts",
+    cases=(
+        (1, 1, 2, 4, 8, 0),
+        (7, 3, 5, 10, 12, 1),
+        (20, 2, 3, 16, 32, 1),
+        (40, 4, 4, 128, 256, 1),
+    ),
 )

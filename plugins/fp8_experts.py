@@ -19,8 +19,14 @@ Source: `experts` and `fp8_linear`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from lingc.compare import close
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import (
     accumulator,
     dequantize_blocks,
@@ -37,6 +43,7 @@ from lingc.math import (
 from lingc.op import TORCH_DTYPE, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def _inner(rows: Tensor, gate_up: Tensor, scale: Tensor) -> Tensor:
@@ -114,6 +121,58 @@ def cost_weight(
     return _cost(ids, down, (gate_up, gate_up_scale, down_scale), x, weights, base, x)
 
 
+def refusal(_target: Target, *args: Any) -> str | None:
+    return products.Form(stored="fp8").refusal(args[-1])
+
+
+def refusal_weight(_target: Target, x: TensorType, *_: Any) -> str | None:
+    return products.Form(stored="fp8").refusal(x.dtype)
+
+
+def _tactics(
+    ids: TensorType, down: TensorType, base: TensorType | None, act: int, x: str
+) -> Sequence[Tactic]:
+    (tokens, top_k), (experts, width, inner) = ids.bind({}), down.bind({})
+    return products.expert_tactics(
+        products.Experts(
+            tokens=tokens,
+            top_k=top_k,
+            experts=experts,
+            inner=inner,
+            width=width,
+            form=products.Form(stored="fp8", act=act),
+            adds=base is not None,
+            x=x,
+            scales="scales" if act == products.CODED else None,
+        )
+    )
+
+
+def tactics(
+    target: Target, codes: TensorType, scales: TensorType, ids: TensorType, weights: TensorType,
+    gate_up: TensorType, gate_up_scale: TensorType, down: TensorType, down_scale: TensorType,
+    base: TensorType | None, dtype: str,
+) -> Sequence[Tactic]:  # fmt: skip
+    if refusal(target, dtype) is not None:
+        return ()
+    return _tactics(ids, down, base, products.CODED, "codes")
+
+
+def tactics_weight(
+    target: Target, x: TensorType, ids: TensorType, weights: TensorType, gate_up: TensorType,
+    gate_up_scale: TensorType, down: TensorType, down_scale: TensorType, base: TensorType | None,
+) -> Sequence[Tactic]:  # fmt: skip
+    if refusal_weight(target, x) is not None:
+        return ()
+    return _tactics(ids, down, base, products.PLAIN, "x")
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], _want: object) -> str | None:
+    """Compare with the reference in the op's own dtype, to which it rounds before it quantizes."""
+    found = close(got[0], reference(*arguments), dtype=arguments[-1], mechanism="experts")
+    return None if found.ok else str(found)
+
+
 def inputs(
     tokens: int, top_k: int, experts: int, inner: int, width: int, shared: int,
     *, dtype: str, device: str,
@@ -152,6 +211,10 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="fp8_gemm",
+    judge=judge,
     cases=CASES,
 )
 OP_WEIGHT = define(
@@ -161,5 +224,8 @@ OP_WEIGHT = define(
     types=types_weight,
     cost=cost_weight,
     inputs=inputs_weight,
+    refusal=refusal_weight,
+    tactics=tactics_weight,
+    mechanism="fp8_gemm",
     cases=CASES,
 )

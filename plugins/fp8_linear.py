@@ -16,9 +16,14 @@ rounded once, to `dtype` or to x's dtype, or not.
 Source: DeepSeek-V3 technical report, 2024, arXiv:2412.19437, section 3.3.2.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import (
     accumulator,
     dequantize_blocks,
@@ -32,6 +37,7 @@ from lingc.math import (
 from lingc.op import TORCH_DTYPE, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def _product(
@@ -114,6 +120,68 @@ def cost_weight_f32(x: TensorType, weight: TensorType, weight_scale: TensorType)
     return _cost(types_weight_f32(x, weight, weight_scale), weight, weight_scale, x)
 
 
+def refusal(_target: Target, *args: Any) -> str | None:
+    return products.Form(stored="fp8").refusal(args[-1])
+
+
+def refusal_f32(_target: Target, *_: Any) -> str | None:
+    """Codes are codes, whatever they were made of."""
+    return None
+
+
+def refusal_weight(_target: Target, x: TensorType, *_: Any) -> str | None:
+    return products.Form(stored="fp8").refusal(x.dtype)
+
+
+def _tactics(x: TensorType, weight: TensorType, *, coded: bool, wide: bool) -> Sequence[Tactic]:
+    (tokens, width), (rows, _) = x.bind({}), weight.bind({})
+    act = products.CODED if coded else products.PLAIN
+    return products.linear_tactics(
+        products.Form(stored="fp8", act=act), tokens, rows, width,
+        x="codes" if coded else "x", scales="scales" if coded else None, weight="weight",
+        scale="weight_scale", wide=wide,
+    )  # fmt: skip
+
+
+def tactics(
+    target: Target,
+    codes: TensorType,
+    scales: TensorType,
+    weight: TensorType,
+    weight_scale: TensorType,
+    dtype: str,
+) -> Sequence[Tactic]:
+    if refusal(target, dtype) is not None:
+        return ()
+    return _tactics(codes, weight, coded=True, wide=False)
+
+
+def tactics_f32(
+    target: Target,
+    codes: TensorType,
+    scales: TensorType,
+    weight: TensorType,
+    weight_scale: TensorType,
+) -> Sequence[Tactic]:
+    return _tactics(codes, weight, coded=True, wide=True)
+
+
+def tactics_weight(
+    target: Target, x: TensorType, weight: TensorType, weight_scale: TensorType
+) -> Sequence[Tactic]:
+    if refusal_weight(target, x) is not None:
+        return ()
+    return _tactics(x, weight, coded=False, wide=False)
+
+
+def tactics_weight_f32(
+    target: Target, x: TensorType, weight: TensorType, weight_scale: TensorType
+) -> Sequence[Tactic]:
+    if refusal_weight(target, x) is not None:
+        return ()
+    return _tactics(x, weight, coded=False, wide=True)
+
+
 def inputs(
     tokens: int, outputs: int, width: int, *, dtype: str, device: str
 ) -> tuple[Tensor | str, ...]:
@@ -143,6 +211,9 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="fp8_gemm",
     cases=CASES,
 )
 OP_F32 = define(
@@ -151,6 +222,9 @@ OP_F32 = define(
     types=types_f32,
     cost=cost_f32,
     inputs=inputs_f32,
+    refusal=refusal_f32,
+    tactics=tactics_f32,
+    mechanism="fp8_gemm",
     cases=CASES,
 )
 OP_WEIGHT = define(
@@ -159,6 +233,9 @@ OP_WEIGHT = define(
     types=types_weight,
     cost=cost_weight,
     inputs=inputs_weight,
+    refusal=refusal_weight,
+    tactics=tactics_weight,
+    mechanism="fp8_gemm",
     cases=CASES,
 )
 OP_WEIGHT_F32 = define(
@@ -167,5 +244,8 @@ OP_WEIGHT_F32 = define(
     types=types_weight_f32,
     cost=cost_weight_f32,
     inputs=inputs_weight,
+    refusal=refusal_weight,
+    tactics=tactics_weight_f32,
+    mechanism="fp8_gemm",
     cases=CASES,
 )

@@ -16,8 +16,13 @@ Source: `experts` and `int4_weight_linear`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import (
     accumulator,
     dequantize_int4,
@@ -32,6 +37,7 @@ from lingc.math import (
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -66,6 +72,31 @@ def cost(
     )
 
 
+def refusal(_target: Target, x: TensorType, *args: Any) -> str | None:
+    return products.Form(stored="int4", group=args[-1]).refusal(x.dtype)
+
+
+def tactics(
+    target: Target, x: TensorType, ids: TensorType, weights: TensorType, gate_up: TensorType,
+    gate_up_scale: TensorType, down: TensorType, down_scale: TensorType,
+    base: TensorType | None, group: int,
+) -> Sequence[Tactic]:  # fmt: skip
+    if refusal(target, x, group) is not None:
+        return ()
+    (tokens, top_k), (experts, width, _) = ids.bind({}), down.bind({})
+    return products.expert_tactics(
+        products.Experts(
+            tokens=tokens,
+            top_k=top_k,
+            experts=experts,
+            inner=number(gate_up.shape[1]) // 2,
+            width=width,
+            form=products.Form(stored="int4", group=group),
+            adds=base is not None,
+        )
+    )
+
+
 def inputs(
     tokens: int, top_k: int, experts: int, inner: int, width: int, group: int, shared: int,
     *, dtype: str, device: str,
@@ -88,9 +119,13 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="experts",
     cases=(
         (1, 1, 2, 4, 8, 4, 0),
         (7, 3, 5, 20, 36, 32, 1),
         (20, 2, 3, 64, 128, 32, 1),
+        (40, 4, 4, 128, 256, 128, 1),
     ),
 )

@@ -13,12 +13,17 @@ to x's dtype, or not.
 Source: the compressed-tensors package, compressed_tensors/compressors/pack_quantized/helpers.py.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import accumulator, dequantize_int4, elements, matmul, stored_bytes, wide_name
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(x: Tensor, packed: Tensor, scales: Tensor, group: int) -> Tensor:
@@ -50,6 +55,36 @@ def _cost(x: TensorType, packed: TensorType, scales: TensorType, y: TensorType) 
     return Cost(flops=flops, moved_bytes=stored_bytes(x, packed, scales, y))
 
 
+def refusal(
+    _target: Target, x: TensorType, packed: TensorType, scales: TensorType, group: int
+) -> str | None:
+    return products.Form(stored="int4", group=group).refusal(x.dtype)
+
+
+def tactics(
+    target: Target, x: TensorType, packed: TensorType, scales: TensorType, group: int
+) -> Sequence[Tactic]:
+    return _tactics(target, x, packed, scales, group, wide=False)
+
+
+def tactics_f32(
+    target: Target, x: TensorType, packed: TensorType, scales: TensorType, group: int
+) -> Sequence[Tactic]:
+    return _tactics(target, x, packed, scales, group, wide=True)
+
+
+def _tactics(
+    target: Target, x: TensorType, packed: TensorType, scales: TensorType, group: int, *, wide: bool
+) -> Sequence[Tactic]:
+    if refusal(target, x, packed, scales, group) is not None:
+        return ()
+    (tokens, width), (rows, _) = x.bind({}), packed.bind({})
+    return products.linear_tactics(
+        products.Form(stored="int4", group=group), tokens, rows, width,
+        x="x", scales=None, weight="packed", scale="scales", wide=wide,
+    )  # fmt: skip
+
+
 def inputs(
     tokens: int, outputs: int, width: int, group: int, *, dtype: str, device: str
 ) -> tuple[Tensor | int, ...]:
@@ -66,6 +101,9 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="gemm",
     cases=CASES,
 )
 OP_F32 = define(
@@ -74,5 +112,8 @@ OP_F32 = define(
     types=types_f32,
     cost=cost_f32,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics_f32,
+    mechanism="gemm",
     cases=CASES,
 )

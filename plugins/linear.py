@@ -11,12 +11,17 @@ Source: inclusionAI/Ling-V2.5:models/modeling_bailing_moe_v2_5.py; that of Ling-
 is announced to keep f32 logits.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import products
 from lingc.math import elements, matmul, stored_bytes, wide_name
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,6 +54,21 @@ def _cost(x: TensorType, weight: TensorType, y: TensorType) -> Cost:
     )
 
 
+def refusal(_target: Target, x: TensorType, weight: TensorType) -> str | None:
+    return products.Form(stored=weight.dtype).refusal(x.dtype)
+
+
+def tactics_f32(target: Target, x: TensorType, weight: TensorType) -> Sequence[Tactic]:
+    """Of the head alone: a library multiplies BF16 by BF16 as well, and rounds to BF16."""
+    if refusal(target, x, weight) is not None:
+        return ()
+    (tokens, width), (rows, _) = x.bind({}), weight.bind({})
+    return products.linear_tactics(
+        products.Form(stored="bf16"), tokens, rows, width,
+        x="x", scales=None, weight="weight", scale=None, wide=True,
+    )  # fmt: skip
+
+
 def inputs(
     tokens: int, outputs: int, width: int, *, dtype: str, device: str
 ) -> tuple[Tensor, Tensor]:
@@ -72,5 +92,8 @@ OP_F32 = define(
     types=types_f32,
     cost=cost_f32,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics_f32,
+    mechanism="gemm",
     cases=CASES,
 )

@@ -20,12 +20,19 @@ Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2 and appendix C.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import mla, portable
+from lingc.kernels.rows import power
 from lingc.math import absorbed_attention, elements, number, stored_bytes, wide
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -62,6 +69,46 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target, q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, w_k: TensorType, w_v: TensorType, page_size: int, scale: float,
+) -> str | None:  # fmt: skip
+    if {q.dtype, cache.dtype, w_k.dtype, w_v.dtype} != {"bf16"}:
+        return "queries, cache and weights are not all bf16"
+    _, nope, latent = (number(size) for size in w_k.shape)
+    rope = number(cache.shape[1]) - latent
+    return mla.size_refusal(nope, rope, number(w_v.shape[1]), latent)
+
+
+def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, *args) is not None:
+        return ()
+    sizes = _sizes(*args)
+    splits = min(32, -(-sizes.room // 256), 2 * (target.sms or 64) // sizes.tokens)
+    return portable.absorbed_tactics(sizes, power(max(1, splits)))
+
+
+def _sizes(
+    q: TensorType, cache: TensorType, page_table: TensorType, offsets: TensorType,
+    positions: TensorType, w_k: TensorType, w_v: TensorType, page_size: int, scale: float,
+) -> mla.Sizes:  # fmt: skip
+    (tokens, heads, _), (sequences, pages) = q.bind({}), page_table.bind({})
+    (_, nope, latent), (_, value, _) = w_k.bind({}), w_v.bind({})
+    return mla.Sizes(
+        tokens=tokens,
+        sequences=sequences,
+        pages=pages,
+        page_size=page_size,
+        heads=heads,
+        nope=nope,
+        rope=number(cache.shape[1]) - latent,
+        value=value,
+        latent=latent,
+        head_pitch=nope,
+        scale=scale,
+    )
+
+
 def inputs(
     lengths: tuple[int, ...], heads: int, nope: int, pairs: int, value: int, latent: int,
     page_size: int, *, dtype: str, device: str,
@@ -90,9 +137,14 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="attention",
     cases=(
         ((1,), 1, 2, 1, 2, 4, 4),
         ((1, 1, 1), 3, 10, 2, 6, 12, 4),
         ((3, 0, 3), 2, 16, 4, 12, 20, 2),
+        ((1, 3), 3, 16, 8, 32, 64, 4),
+        ((2,), 2, 128, 32, 128, 512, 64),
     ),
 )

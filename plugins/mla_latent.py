@@ -18,12 +18,18 @@ Rounding: in f32 (f64 for f64 a); cq is rounded once to the dtype of a, the row 
 Source: DeepSeek-V2, 2024, arXiv:2405.04434, section 2.1.2-2.1.3.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
+from lingc.kernel import Tactic
+from lingc.kernels import portable, rows
 from lingc.math import elements, latent_rows, rms, stored, stored_bytes
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -73,6 +79,20 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target, a: TensorType, q_weight: TensorType, kv_weight: TensorType,
+    cos: TensorType, sin: TensorType, cache: TensorType, *_: TensorType | float,
+) -> str | None:  # fmt: skip
+    return rows.dtype_refusal(a=a, q_weight=q_weight, kv_weight=kv_weight, cache=cache)
+
+
+def tactics(target: Target, a: TensorType, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, a, *args) is not None:
+        return ()
+    q_weight, kv_weight, cos, *_, eps = args
+    return portable.latent_tactics(a, q_weight, kv_weight, cos, eps)
+
+
 def inputs(
     tokens: int, rank: int, latent: int, pairs: int, *, dtype: str, device: str
 ) -> tuple[Tensor | float, ...]:
@@ -97,5 +117,8 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="rope",
     cases=((1, 4, 4, 1), (7, 24, 10, 3), (3, 128, 512, 32)),
 )

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lingc.compare import close
+from lingc.compare import routing_problem
 from lingc.kernel import Tactic
 from lingc.kernels import router
 from lingc.math import (
@@ -104,6 +104,18 @@ def tactics(
     return router.tactics(_shape(x, weight, *numbers), dependent=dependent)
 
 
+def pinned(
+    target: Target, x: TensorType, norm_weight: TensorType, weight: TensorType, bias: TensorType,
+    groups: int, topk_groups: int, top_k: int, scale: float, normalize: bool, eps: float,  # noqa: FBT001
+) -> Sequence[Tactic]:  # fmt: skip
+    """One kernel for few tokens, and one way for many."""
+    numbers = (groups, topk_groups, top_k, scale, normalize, eps)
+    if refusal(target, x, norm_weight, weight, bias, *numbers) is not None:
+        return ()
+    dependent = (target.compute_capability or (0, 0)) >= (9, 0)
+    return router.pinned(_shape(x, weight, *numbers), dependent=dependent)
+
+
 def _shape(
     x: TensorType, weight: TensorType, groups: int, topk_groups: int, top_k: int, scale: float,
     normalize: bool, eps: float,  # noqa: FBT001
@@ -115,40 +127,16 @@ def _shape(
     )  # fmt: skip
 
 
-NEAR = 5e-5
-"""Scores this near may change places: f32 logits in another order, through a sigmoid."""
-
-
 def judge(arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
     """Experts may differ where scores nearly tie; weights and lists follow from the experts."""
     x, norm_weight, weight, bias, groups, kept, _, scale, normalize, eps = arguments
-    ids, weights, pairs, starts = got
     n = rms(x[:, : norm_weight.numel()].double(), norm_weight, eps)
-    scores = torch.sigmoid(matmul(n, weight))  # [T, E]
-    biased = scores + bias.double()
-    lists = expert_lists(ids, bias.numel())
-    chosen = ids.long()
-    if bool(((chosen < 0) | (chosen >= bias.numel())).any()):
-        return "an id is of no expert"
-    best = biased.unflatten(1, (groups, -1))
-    worth = best.topk(min(2, best.shape[-1])).values.sum(-1)
-    order = worth.sort(-1, descending=True).values
-    tied = (
-        order[:, kept - 1] - order[:, kept] < NEAR if kept < groups else order[:, 0] != order[:, 0]
-    )
-    apart = (biased.gather(1, chosen) - biased.gather(1, want[0].long())).abs().amax(-1)
-    wrong = (apart > NEAR) & ~tied
-    if bool(wrong.any()):
-        t = int(wrong.nonzero()[0])
-        return f"token {t} goes to {ids[t].tolist()}, not to {want[0][t].tolist()}"
-    if bool((chosen.sort(-1).values.diff(dim=-1) == 0).any()):
-        return "a token goes to one expert twice"
-    own = scores.gather(1, chosen)
-    whole = own.sum(-1, keepdim=True) + 1e-20 if normalize else 1.0
-    found = close(weights, scale * own / whole, dtype="f32", mechanism="router")
-    if not found.ok:
-        return f"weights: {found}"
-    if not (torch.equal(pairs, lists[0]) and torch.equal(starts, lists[1])):
+    scores = torch.sigmoid(matmul(n, weight))
+    problem = routing_problem(scores, bias, groups, kept, scale, normalize, got, want[0])
+    if problem is not None:
+        return problem
+    lists = expert_lists(got[0], bias.numel())
+    if not (torch.equal(got[2], lists[0]) and torch.equal(got[3], lists[1])):
         return "the lists are not those of the ids"
     return None
 
@@ -181,6 +169,7 @@ OP = define(
     inputs=inputs,
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     judge=judge,
     mechanism="router",
     # The kernels run those of 128 channels and more.

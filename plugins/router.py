@@ -17,12 +17,20 @@ tokens to other experts.
 Source: DeepSeek-V3 technical report, 2024, arXiv:2412.19437, eq. 12-16 and section 2.1.2.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from lingc.math import elements, route, stored_bytes, wide_name
+from lingc.compare import routing_problem
+from lingc.kernel import Tactic
+from lingc.kernels import products, rows
+from lingc.math import elements, matmul, route, stored_bytes, wide_name
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -70,6 +78,27 @@ def cost(
     )
 
 
+def refusal(_target: Target, x: TensorType, weight: TensorType, *_: Any) -> str | None:
+    return rows.dtype_refusal(x=x, weight=weight)
+
+
+def tactics(target: Target, x: TensorType, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, x, *args) is not None:
+        return ()
+    _, bias, groups, kept, top, scale, normalize = args
+    (tokens, width), (experts,) = x.bind({}), bias.bind({})
+    return products.router_tactics(
+        tokens, width, experts, groups, kept, top, scale, normalize=normalize
+    )
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
+    """Experts may differ where scores nearly tie; weights follow from the experts."""
+    x, weight, bias, groups, kept, _, scale, normalize = arguments
+    scores = torch.sigmoid(matmul(x.double(), weight))
+    return routing_problem(scores, bias, groups, kept, scale, normalize, got, want[0])
+
+
 def inputs(
     tokens: int,
     width: int,
@@ -94,6 +123,10 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="router",
+    judge=judge,
     cases=(
         (1, 8, 4, 2, 1, 2),
         (7, 20, 12, 3, 2, 5),

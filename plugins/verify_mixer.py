@@ -14,8 +14,15 @@ Source: `qk_norm_rope`, `lightning_verify` and `group_norm_gate`.
 """
 # ruff: noqa: PLR0913, PLR0917 (as many as the schema has)
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from lingc.compare import close
+from lingc.kernel import Tactic
+from lingc.kernels import portable
 from lingc.math import (
     Held,
     elements,
@@ -28,6 +35,7 @@ from lingc.math import (
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
+from lingc.targets.spec import Target
 
 
 def reference(
@@ -72,6 +80,65 @@ def cost(
     )
 
 
+def refusal(
+    _target: Target, qkvg: TensorType, q_weight: TensorType, k_weight: TensorType,
+    cos: TensorType, sin: TensorType, decay: TensorType, norm_weight: TensorType,
+    state: TensorType, *_: Any,
+) -> str | None:  # fmt: skip
+    return portable.mixer_refusal(qkvg, state, norm_weight)
+
+
+def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
+    if refusal(target, *args) is not None:
+        return ()
+    qkvg, q_weight, _, cos, _, _, _, _, pending, _, slots, *_, heads, groups, eps = args
+    return portable.mixer_tactics(
+        qkvg, q_weight, cos, pending, slots, heads,
+        groups=groups, eps=eps, verify=True, needs=cost(*args),
+    )  # fmt: skip
+
+
+def judge(arguments: Sequence[Any], got: Sequence[Tensor], _want: object) -> str | None:
+    """Compare with FP64 on q, k and o that are rounded as the op rounds them.
+
+    What is no business of the step is to be the same, NaN included.
+    """
+    qkvg, q_weight, k_weight, cos, sin, decay, norm_weight, state = arguments[:8]
+    pending_k, pending_v, slots, accepted, offsets, positions, heads, groups, eps = arguments[8:]
+    held = Held(
+        decay=decay,
+        state=state,
+        pending_k=pending_k.double(),
+        pending_v=pending_v.double(),
+        slots=slots,
+        accepted=accepted,
+    )
+    q, k = qk_norm_rope(qkvg, q_weight, k_weight, cos, sin, heads, eps)
+    _, _, v, gate = qkvg.double().chunk(4, 1)
+    o, *after = lightning_verify(
+        q.double(), k.double(), v.unflatten(1, (heads, -1)), held, offsets, positions
+    )
+    y = group_norm_gate(o.to(qkvg.dtype).double(), gate, norm_weight, groups, eps)
+    live = slots[slots >= 0].long()
+    for name, one, other, dtype in (
+        ("y", got[0], y, "bf16"),
+        ("state", got[1][live], after[0][live], "f32"),
+        ("pending_k", got[2][live], after[1][live], "bf16"),
+        ("pending_v", got[3][live], after[2][live], "bf16"),
+    ):
+        found = close(one, other, dtype=dtype, mechanism="lightning")
+        if not found.ok:
+            return f"{name}: {found}"
+    idle = torch.ones(state.shape[0], dtype=torch.bool, device=state.device)
+    idle[live] = False
+    for name, one, before in zip(
+        ("state", "pending_k", "pending_v"), got[1:], (state, pending_k, pending_v), strict=True
+    ):
+        if not one[idle].equal(before[idle]):
+            return f"{name} of a slot that is not of the step changed"
+    return None
+
+
 def inputs(
     sequences: int, draft: int, heads: int, key: int, pairs: int, groups: int, pending: int,
     *, dtype: str, device: str,
@@ -108,5 +175,14 @@ OP = define(
     types=types,
     cost=cost,
     inputs=inputs,
-    cases=((1, 1, 1, 4, 1, 1, 1), (3, 2, 3, 10, 2, 3, 4), (2, 4, 2, 16, 4, 2, 4)),
+    refusal=refusal,
+    tactics=tactics,
+    mechanism="lightning",
+    judge=judge,
+    cases=(
+        (1, 1, 1, 4, 1, 1, 1),
+        (3, 2, 3, 10, 2, 3, 4),
+        (2, 4, 2, 16, 4, 2, 4),
+        (2, 3, 2, 128, 32, 2, 4),
+    ),
 )
