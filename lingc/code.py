@@ -58,7 +58,7 @@ def make(
         stage: How progress is shown.
     """
     if kind == "cuda":
-        return _cuda(compiled, cache_dir, stage)
+        return _cuda(compiled, request, cache_dir, stage)
     return _onnx(compiled, request, stage)
 
 
@@ -72,6 +72,11 @@ def refuse(kind: EngineKind, request: Request) -> None:
         raise UsageError(
             f"--widen {request.widen} is for CPU engines: a GPU multiplies weights as stored",
             hint="leave --widen out",
+        )
+    if kind != "cuda" and request.batch_invariant:
+        raise UsageError(
+            f"--batch-invariant is for engines of the kind 'cuda', not {kind!r}",
+            hint="leave it out, or build for a GPU: `lingc targets` lists them",
         )
 
 
@@ -102,16 +107,16 @@ def _onnx(compiled: Compiled, request: Request, stage: Stage) -> Code:
     )
 
 
-def _cuda(compiled: Compiled, cache_dir: Path | None, stage: Stage) -> Code:
+def _cuda(compiled: Compiled, request: Request, cache_dir: Path | None, stage: Stage) -> Code:
     from lingc.targets.cuda import binaries  # noqa: PLC0415
     from lingc.targets.cuda.buckets import buckets  # noqa: PLC0415
     from lingc.targets.cuda.lower import compressed, schedule_all, with_kernels  # noqa: PLC0415
 
-    plan, target = compiled.plan, compiled.target
+    plan, target, invariant = compiled.plan, compiled.target, request.batch_invariant
     compilers = binaries.installed()
-    sizes = buckets(plan)
+    sizes = buckets(plan, invariant=invariant)
     with stage("choose tactics", total=len(sizes), unit="buckets") as advance:
-        scheduled = schedule_all(plan, target, sizes=sizes, advance=advance)
+        scheduled = schedule_all(plan, target, sizes=sizes, advance=advance, invariant=invariant)
     wanted = scheduled.wanted
     place = nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory(prefix="lingc-")
     with place as folder, stage("compile kernels", total=len(wanted), unit="kernels") as advance:
@@ -137,8 +142,9 @@ def _cuda(compiled: Compiled, cache_dir: Path | None, stage: Stage) -> Code:
                 },
             },
             "table": TABLE,
+            "batch_invariant": invariant,
         },
-        request={},
+        request={"batch_invariant": invariant},
         producer={"nvidia-cuda-nvrtc": compilers.nvrtc, "triton": compilers.triton},
         kernels=engine.kernels,
     )

@@ -51,6 +51,7 @@ class Request:
         engine: An engine kind, or `auto` for the target's default.
         weights: `embed`, or `external` for a package that is bound to a checkpoint later.
         widen: When a CPU engine widens weights: `load`, `step` or `auto`.
+        batch_invariant: Whether a GPU engine gives a request the same bits in any batch.
         waive: Rules that may fire less often than they must.
         check: Check the program after every rule.
         dump_dir: Where to write the program after each stage.
@@ -61,6 +62,7 @@ class Request:
     engine: str = "auto"
     weights: str = "embed"
     widen: str = "auto"
+    batch_invariant: bool = False
     sizes: Sizes = field(default_factory=Sizes)
     waive: tuple[str, ...] = ()
     check: bool = False

@@ -94,6 +94,7 @@ class Launch:
         flops: Multiplications and additions that the units really do, padding included.
         rate: Whose rate that is.
         blocks_per_sm: How many blocks fit on a multiprocessor, by shared memory and registers.
+        tokens: How many there are, where the kernel is compiled for more; for the cost model.
     """
 
     kernel: Kernel
@@ -105,6 +106,7 @@ class Launch:
     flops: float = 0.0
     rate: Rate = "f32"
     blocks_per_sm: int = 1
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if len(self.operands) != len(self.kernel.arguments):
@@ -135,12 +137,23 @@ class Tactic:
         name: Unique among the tactics for the same arguments, the same for every size that it
             serves, e.g. `gemv.ks8.tiles1.ring32`.
         config: The same in numbers, for records.
+        sums: What the bits of a row follow from, beside its data: its kernels alone where empty,
+            whatever the grid and the other sizes are, or this and no more where a text. None where
+            sizes decide too, such as into how many parts a sum is split.
     """
 
     name: str
     launches: tuple[Launch, ...]
     workspaces: tuple[Workspace, ...] = ()
     config: Mapping[str, int | str] = field(default_factory=dict)
+    sums: str | None = ""
+
+    @property
+    def arithmetic(self) -> tuple[object, ...] | None:
+        """Equal for two tactics that give a row the same bits, in whatever sizes; else None."""
+        if self.sums is None:
+            return None
+        return (self.sums,) if self.sums else (*dict.fromkeys(one.kernel for one in self.launches),)
 
 
 def align(size: int, to: int = 256) -> int:

@@ -91,6 +91,9 @@ class Op:
             included.
         tactics: Ways to run it with the target's own kernels, from the same arguments as `types`
             with every size a number; best guess first. Empty where `refusal` gives a reason.
+        pinned: What a batch-invariant engine chooses from, the same arguments as `tactics`: there
+            must be one whose `arithmetic` is offered for every size. The same as `tactics` where an
+            op says nothing.
         layouts: Layouts of `lingc.quantize.layouts` that those kernels want weights in, by name of
             the argument, from the same arguments as `types`; plain where none is named. The same
             for every tactic and every target that has some.
@@ -112,6 +115,7 @@ class Op:
     inputs: Callable[..., tuple[Any, ...]]
     cases: tuple[tuple[Any, ...], ...]
     tactics: Callable[..., Sequence[Tactic]]
+    pinned: Callable[..., Sequence[Tactic]]
     layouts: Callable[..., Mapping[str, str]]
     mechanism: Mechanism
     benchmarks: tuple[Benchmark, ...]
@@ -152,6 +156,7 @@ def define(  # noqa: PLR0913 (an op is what it is)
     cases: tuple[tuple[Any, ...], ...],
     refusal: Callable[..., str | None] = no_refusal,
     tactics: Callable[..., Sequence[Tactic]] = no_tactics,
+    pinned: Callable[..., Sequence[Tactic]] | None = None,
     layouts: Mapping[str, str] | Callable[..., Mapping[str, str]] = MappingProxyType({}),
     mechanism: Mechanism = "elementwise",
     benchmarks: tuple[Benchmark, ...] = (),
@@ -183,6 +188,7 @@ def define(  # noqa: PLR0913 (an op is what it is)
         inputs=inputs,
         cases=cases,
         tactics=tactics,
+        pinned=tactics if pinned is None else pinned,
         layouts=layouts if callable(layouts) else _always(layouts),
         mechanism=mechanism,
         benchmarks=benchmarks,

@@ -20,6 +20,7 @@ Source: `experts`.
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,6 +150,18 @@ def tactics(
     return expert_down_one.tactics(target, shape) or experts.down_tactics(target, shape)
 
 
+def pinned(
+    target: Target, a: TensorType, ids: TensorType, weights: TensorType, pairs: TensorType | None,
+    starts: TensorType | None, down: TensorType, scale: TensorType | None, residual: TensorType,
+    format: str, group: int, shared: int,
+) -> Sequence[Tactic]:  # fmt: skip
+    """The kernels of 64 tokens for fewer, too."""
+    shape = _shape(a, ids, down, format, group, shared)
+    if shape.tokens > experts.MOST_TOKENS:
+        return gemm.expert_down_tactics(target, shape)
+    return experts.down_tactics(target, replace(shape, most=experts.MOST_TOKENS))
+
+
 def _benchmark(name: str, format: str, group: int, tokens: tuple[int, ...]) -> Benchmark:
     def vary(arguments: tuple[Any, ...], i: int) -> tuple[Any, ...]:
         ids = arguments[1]
@@ -198,6 +211,7 @@ OP = define(
     ),
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     benchmarks=(
         _benchmark("experts down, FP8", "fp8", 0, (1, 4, 16, 32, 128, 8192)),
         _benchmark("experts down, INT4 group 128", "int4", 128, (1, 16)),

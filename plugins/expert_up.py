@@ -23,6 +23,7 @@ Source: `rms_norm` and `experts`.
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -160,6 +161,18 @@ def tactics(
     return experts.up_tactics(target, shape)
 
 
+def pinned(
+    target: Target, x: TensorType, norm_weight: TensorType, ids: TensorType,
+    pairs: TensorType | None, starts: TensorType | None, gate_up: TensorType,
+    scale: TensorType | None, format: str, group: int, eps: float, shared: int,
+) -> Sequence[Tactic]:  # fmt: skip
+    """The kernels of 64 tokens for fewer, too."""
+    shape = _shape(x, norm_weight, ids, gate_up, format, group, eps, shared)
+    if shape.tokens > experts.MOST_TOKENS:
+        return gemm.expert_up_tactics(target, shape)
+    return experts.up_tactics(target, replace(shape, most=experts.MOST_TOKENS))
+
+
 def _benchmark(name: str, format: str, group: int, tokens: tuple[int, ...]) -> Benchmark:
     def vary(arguments: tuple[Any, ...], i: int) -> tuple[Any, ...]:
         ids = arguments[2]
@@ -207,6 +220,7 @@ OP = define(
     ),
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     benchmarks=(
         _benchmark("experts up, FP8", "fp8", 0, (1, 4, 16, 32, 128, 8192)),
         _benchmark("experts up, INT4 group 128", "int4", 128, (1, 16)),

@@ -26,6 +26,7 @@ Source: `rms_norm`, `group_norm_gate`, `silu_mul` and the linears that it is mad
 # ruff: noqa: A002, PLR0913, PLR0917 (as many as the schema has, and its names)
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,6 +176,16 @@ def tactics(target: Target, x: TensorType, *rest: Any) -> Sequence[Tactic]:
     return (*gemm.tactics(target, shape), *(few if shape.tokens <= 2 * FEW else ()))
 
 
+def pinned(target: Target, x: TensorType, *rest: Any) -> Sequence[Tactic]:
+    """One read of the weights for every few tokens, or tiles of tokens: never both."""
+    shape = _shape(x, *rest)
+    if shape.tokens > MOST_READS * FEW:
+        fits = target.arch == "sm_90a" and gemm.refusal(shape) is None
+        return gemm.pinned(target, shape) if fits else ()
+    some = replace(shape, tokens=min(shape.tokens, gemv.MOST_TOKENS))
+    return () if gemv.refusal(target, some) is not None else gemv.pinned(target, shape)
+
+
 def inputs(
     tokens: int, outputs: int, width: int, before: str, after: str, format: str, group: int,
     has_residual: int, groups: int = 2, columns: int = 0, result: str = "", *, dtype: str,
@@ -217,6 +228,9 @@ def _benchmark(
 FEW = 16
 """Tokens up to which the kernels that read weights once are alone."""
 
+MOST_READS = 5
+"""Of the weights in a step of a batch-invariant engine: for 64 tokens, and the logits of 65."""
+
 _ONE = (1,)
 _LONG = (1, 8192)
 _MANY = (1, 8, 16, 64, 8192)
@@ -232,6 +246,7 @@ OP = define(
     inputs=inputs,
     layouts=layouts,
     tactics=tactics,
+    pinned=pinned,
     mechanism="fp8_gemm",
     cases=(
         (1, 6, 8, "none", "none", "bf16", 0, 0),

@@ -112,6 +112,17 @@ def tactics(
     )  # fmt: skip
 
 
+def pinned(target: Target, *given: Any) -> Sequence[Tactic]:
+    """One shape for any number of sequences, which verify has as well."""
+    if refusal(target, *given) is not None:
+        return ()
+    qkvg, _, _, cos, _, _, state, pending_k, *_ = given
+    return lightning_step.tactics(
+        lightning_step.PINNED, qkvg, cos, state, pending_k,
+        eps=given[-1], draft=None, needs=cost(*given),
+    )  # fmt: skip
+
+
 def judge(arguments: Sequence[Any], got: Sequence[Tensor], _want: object) -> str | None:
     """Compare with FP64 on q and k that are rounded as the op rounds them.
 
@@ -194,6 +205,7 @@ OP = define(
     inputs=inputs,
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     mechanism="lightning",
     judge=judge,
     # The last four have the kernel's width.

@@ -122,6 +122,17 @@ def tactics(
     )  # fmt: skip
 
 
+def pinned(target: Target, *given: Any) -> Sequence[Tactic]:
+    """The shape of decode, token by token, for any number of sequences and drafts."""
+    if refusal(target, *given) is not None:
+        return ()
+    qkvg, _, _, cos, _, _, state, pending_k, _, slots, *_ = given
+    return lightning_step.tactics(
+        lightning_step.PINNED, qkvg, cos, state, pending_k,
+        eps=given[-1], draft=number(qkvg.shape[0]) // number(slots.shape[0]), needs=cost(*given),
+    )  # fmt: skip
+
+
 def judge(arguments: Sequence[Any], got: Sequence[Tensor], _want: object) -> str | None:
     """Compare with FP64 on q and k that are rounded as the op rounds them.
 
@@ -214,6 +225,7 @@ OP = define(
     inputs=inputs,
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     mechanism="lightning",
     judge=judge,
     # The last five have the kernel's width.

@@ -176,6 +176,15 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
     return mla.absorbed_tactics(shape.sizes, shape.rows, power(max(1, splits)))
 
 
+def pinned(target: Target, *args: Any) -> Sequence[Tactic]:
+    """Runs of one length, on Hopper; else there is none."""
+    shape = shape_of(*args)
+    fits = target.arch == "sm_90a" and shape.has_own_kernels and shape.tokens <= MOST_ABSORBED
+    if refusal(target, *args) is not None or not fits:
+        return ()
+    return mla_few.pinned(target, shape)
+
+
 def _benchmark(name: str, new: int, context: int, tokens: tuple[int, ...]) -> Benchmark:
     """`new` tokens of each sequence, the last at the end of `context`."""
     return Benchmark(
@@ -210,6 +219,7 @@ OP = define(
     ),
     refusal=refusal,
     tactics=tactics,
+    pinned=pinned,
     mechanism="attention",
     benchmarks=(
         _benchmark("absorbed MLA", 1, 512, (1, 8, 64)),

@@ -67,6 +67,11 @@ from lingc.cli.output import Output, bytes_text, seconds_text
     type=click.Path(path_type=Path, file_okay=False),
     help="Write the program after each stage here.",
 )
+@click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="GPU only. Give a request the same bits whatever runs beside it; slower.",
+)
 @click.option("--check", is_flag=True, help="Check the program after every pass.")
 @click.option("--overwrite", is_flag=True, help="Replace a package that is there.")
 @output.options
@@ -84,6 +89,7 @@ def command(
     waive: tuple[str, ...],
     dump_ir: Path | None,
     *,
+    batch_invariant: bool,
     check: bool,
     overwrite: bool,
 ) -> None:
@@ -113,6 +119,7 @@ def command(
         engine=engine,
         weights=weights,
         widen=widen,
+        batch_invariant=batch_invariant,
         sizes=Sizes(page_size=page_size, max_draft=max_draft),
         waive=tuple(name.strip() for names in waive for name in names.split(",")),
         check=check,

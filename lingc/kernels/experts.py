@@ -37,6 +37,7 @@ class Shape:
         shared: 1 where one more serves every token.
         group: Of INT4 along K.
         pitch: Columns of x.
+        most: Tokens that kernels are to be compiled for; the next of `_BUCKETS` where 0.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Shape:
     group: int
     pitch: int
     eps: float = 0.0
+    most: int = 0
 
     @property
     def slots(self) -> int:
@@ -57,7 +59,7 @@ class Shape:
     @property
     def bucket(self) -> int:
         """Tokens that a kernel is compiled for."""
-        return next(n for n in _BUCKETS if n >= self.tokens)
+        return self.most or next(n for n in _BUCKETS if n >= self.tokens)
 
     @property
     def x_bytes(self) -> int:
@@ -268,6 +270,7 @@ def up_tactic(shape: Shape, config: Config, sms: int) -> Tactic:
         flops=2.0 * shape.hit * 2 * shape.inner * shape.width * columns,
         rate="bf16",
         blocks_per_sm=config.blocks,
+        tokens=shape.tokens if shape.most else 0,
     )  # fmt: skip
     if not prepared:
         return Tactic(name=config.name("up"), launches=(launch,), config=_config(config))
@@ -315,6 +318,7 @@ def down_tactic(shape: Shape, config: Config) -> Tactic:
         flops=2.0 * shape.hit * shape.inner * shape.width * columns,
         rate="bf16",
         blocks_per_sm=config.blocks,
+        tokens=shape.tokens if shape.most else 0,
     )  # fmt: skip
     if not prepared:
         return Tactic(name=config.name("down"), launches=(launch,), config=_config(config))
@@ -416,9 +420,9 @@ def refusal(target: Target, shape: Shape, *, lists: bool) -> str | None:
 
 def up_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     """Of `expert_up` for up to 64 tokens, best guess first."""
-    one = shape.tokens == 1
-    chosen = _PREPARED if shape.tokens >= _PREPARE_FROM else _UP[shape.format, one]
-    if 4 < shape.tokens < _PREPARE_FROM:
+    tokens = shape.most or shape.tokens
+    chosen = _PREPARED if tokens >= _PREPARE_FROM else _UP[shape.format, tokens == 1]
+    if 4 < tokens < _PREPARE_FROM:
         chosen = (*chosen, *_PREPARED[1:])
     return tuple(
         up_tactic(shape, config, target.sms or 1)
@@ -432,7 +436,8 @@ def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
 
     Where none does, those that fit at all.
     """
-    prepared = shape.format == "fp8" and shape.tokens >= _PREPARE_DOWN_FROM
+    tokens = shape.most or shape.tokens
+    prepared = shape.format == "fp8" and tokens >= _PREPARE_DOWN_FROM
     chosen = tuple(replace(config, prepared=prepared) for config in _DOWN[shape.format])
     fitting = list(_fitting(shape, chosen, shape.inner))
     most = target.smem_per_block_bytes or 0

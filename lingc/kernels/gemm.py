@@ -115,6 +115,12 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     return tuple(_dense(target.sms or 1, shape, c) for c in chosen if _runs(c, shape.format))
 
 
+def pinned(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
+    """Of a fused linear, what suits most tokens: for batch-invariant engines."""
+    config = SWAPPED if shape.format == "int4" else LARGE
+    return (_dense(target.sms or 1, shape, config),) if _runs(config, shape.format) else ()
+
+
 def _runs(config: Config, format: str) -> bool:  # noqa: A002 (as the ops name it)
     """INT4 becomes F16 in registers, where only a tile's rows may be."""
     return format != "int4" or config.swap

@@ -47,6 +47,7 @@ class Shape:
         x_pitch: Columns of x.
         gate_pitch: Columns of the gate's tensor; 0 where there is none.
         wide: Whether y is f32.
+        most: Tokens that the kernel is to be compiled for; the next of `BUCKETS` where 0.
     """
 
     tokens: int
@@ -62,6 +63,7 @@ class Shape:
     x_pitch: int
     gate_pitch: int
     eps: float
+    most: int = 0
 
     @property
     def pieces(self) -> int:
@@ -89,7 +91,7 @@ class Shape:
     @property
     def bucket(self) -> int:
         """Tokens that the kernel is compiled for."""
-        return next(n for n in BUCKETS if n >= self.tokens)
+        return self.most or next(n for n in BUCKETS if n >= self.tokens)
 
     @property
     def norms(self) -> int:
@@ -337,6 +339,20 @@ def tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     return tuple(tactic(shape, config, sms, room, most) for config in best[:MOST_TACTICS])
 
 
+def pinned(target: Target, shape: Shape) -> tuple[Tactic, ...]:
+    """The kernels of most tokens, whatever the number of tokens: for batch-invariant engines."""
+    room, whole = target.smem_per_block_bytes or _SMALL_SHARED, replace(shape, tokens=BUCKETS[-1])
+    fits = {
+        config: _at_once(whole, config, room) for config in (*_candidates(target, whole), *_small())
+    }
+    most = max(fits.values())
+    best = [config for config, tokens in fits.items() if tokens == most > 0]
+    some = replace(shape, most=most)
+    return tuple(
+        tactic(some, config, target.sms or 1, room, most) for config in best[:MOST_TACTICS]
+    )
+
+
 def tactic(shape: Shape, config: Config, sms: int, room: int, at_once: int) -> Tactic:
     """One launch for every `at_once` tokens."""
     launches = []
@@ -473,4 +489,5 @@ def _launch(shape: Shape, kernel: Kernel, blocks: int, fit: int) -> Launch:
         flops=2.0 * shape.rows * shape.width * -(-shape.tokens // 8) * 8,
         rate="bf16",
         blocks_per_sm=fit,
+        tokens=shape.tokens if shape.most else 0,
     )  # fmt: skip

@@ -107,6 +107,7 @@ def _tactic(program: str, span: int, given: Sequences) -> Tactic:
         launches=tuple(launches),
         workspaces=tuple(spaces),
         config={"span": span if split else 0, "chunk": CHUNK},
+        sums=f"{program}, segments of {span}" if split else "",
     )
 
 

@@ -9,8 +9,12 @@
 // they change once a step, and a step begins with a launch that is not dependent.
 //
 // Macros: COLUMNS (of a warp), SPLIT, WARPS, PAIRS (that rope turns), PENDING (tokens that may wait for a commit); TOKENS
-// (of a sequence) for verify.
+// (of a sequence) for verify, and SEQUENTIAL: whether verify takes them one by one, to the bits that decode makes.
 #include "device.cuh"
+
+#ifndef SEQUENTIAL
+#define SEQUENTIAL 0
+#endif
 
 constexpr int WIDTH = 128;                               // channels of a head, rows and columns of its state
 constexpr int LANES = COLUMNS / 4;                       // lanes side by side on a row
@@ -158,6 +162,23 @@ struct State {
       }
     }
   }
+  // One token: the update, and this thread's part of the read. `q4s` and `k4s` from the thread's first row on.
+  DEVICE void step(const float* q4s, const float* k4s, float4 v, float decay_less_1, float* sums) {
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 4) {
+      const float4 q4 = *(const float4*)(q4s + j), k4 = *(const float4*)(k4s + j);
+      const float q[4] = {q4.x, q4.y, q4.z, q4.w}, k[4] = {k4.x, k4.y, k4.z, k4.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float4& r = at[j + i];
+        add_row(r, k[i], v, decay_less_1);
+        sums[0] = fmaf(q[i], r.x, sums[0]), sums[1] = fmaf(q[i], r.y, sums[1]);
+        sums[2] = fmaf(q[i], r.z, sums[2]), sums[3] = fmaf(q[i], r.w, sums[3]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums[i] *= SCALE;
+  }
 };
 
 // Adds `values` over the lanes one below another. Each of them ends with its own share, the `count` values from
@@ -277,21 +298,7 @@ lightning_decode(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   __syncthreads();
 
   float sums[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int j = 0; j < ROWS; j += 4) {
-    const float4 q4 = *(const float4*)(normed[0] + at.row + j);
-    const float4 k4 = *(const float4*)(normed[1] + at.row + j);
-    const float q[4] = {q4.x, q4.y, q4.z, q4.w}, k[4] = {k4.x, k4.y, k4.z, k4.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float4& r = s.at[j + i];
-      add_row(r, k[i], v, decay_less_1);
-      sums[0] = fmaf(q[i], r.x, sums[0]), sums[1] = fmaf(q[i], r.y, sums[1]);
-      sums[2] = fmaf(q[i], r.z, sums[2]), sums[3] = fmaf(q[i], r.w, sums[3]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) sums[i] *= SCALE;
+  s.step(normed[0] + at.row, normed[1] + at.row, v, decay_less_1, sums);
   write_outputs<1>(sums, at, o + b * width + head * WIDTH, (int)width, [&] {
     if (slot >= 0) s.store(mine);
   });
@@ -302,8 +309,9 @@ lightning_decode(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
 
 // Block form: with S the state at the start of the step, committed,
 //   o[i] = exp(-s (i + 1)) q[i] S + sum_{j <= i} exp(-s (i - j)) (q[i] . k[j]) v[j].
+// SEQUENTIAL: as in decode, token after token in registers, of which memory gets none.
 // The blocks of a head are a cluster: the first may write pending_k only when all have read it.
-static_assert(TOKENS <= 8 && STRIPES >= 4);
+static_assert(TOKENS <= 8 && STRIPES >= 4 && (!SEQUENTIAL || STRIPES >= TOKENS));
 
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -317,7 +325,11 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   launch_dependents();
   __shared__ alignas(16) float wide_q[TOKENS][WIDTH];             // scaled and decayed since the start of the step
   __shared__ alignas(16) bf16 rounded[2][TOKENS][BF16_PITCH];     // q, k
+#if SEQUENTIAL
+  __shared__ alignas(16) float wide_k[TOKENS][WIDTH];
+#else
   __shared__ alignas(16) float scores[WARPS][8][8];               // [j][i]
+#endif
   __shared__ alignas(16) Waiting waiting;
   const Place at;
   const int head = blockIdx.y, heads = gridDim.y, b = blockIdx.z, first = b * TOKENS;
@@ -327,20 +339,23 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   const i64 owner = (i64)slot * heads + head;
   float* mine = state + owner * (WIDTH * WIDTH) + at.row * WIDTH + at.column;
   const i64 token = ((i64)slot * PENDING * heads + head) * WIDTH, width = (i64)heads * WIDTH;
-  // A warp makes every WARPS-th of the vectors q[0], k[0], q[1], …, and a stripe adds every STRIPES-th token's v.
-  constexpr int TURNS = (2 * TOKENS + WARPS - 1) / WARPS, OWN = (TOKENS + STRIPES - 1) / STRIPES;
+  // A warp makes every WARPS-th of the vectors q[0], k[0], q[1], …, and a stripe adds every STRIPES-th token's v, or all.
+  constexpr int TURNS = (2 * TOKENS + WARPS - 1) / WARPS, APART = SEQUENTIAL ? 1 : STRIPES;
+  constexpr int OWN = (TOKENS + APART - 1) / APART;
+  const int own = SEQUENTIAL ? 0 : at.stripe;  // the first of them
   const bf16* row = qkvg + (i64)first * pitch + head * WIDTH;
   Vector vectors[TURNS];
   float factors[TURNS];  // of q
 #pragma unroll
   for (int i = 0; i < TURNS; i++) {
     const int which = at.warp + i * WARPS, t = which / 2, half = which % 2;
-    factors[i] = SCALE * expf(-rate * (t + 1)), pin(factors[i]);
+    factors[i] = SEQUENTIAL ? 1.0f : SCALE * expf(-rate * (t + 1)), pin(factors[i]);
     if (which < 2 * TOKENS)
       vectors[i].prepare(row + (i64)t * pitch + half * width, half ? k_weight : q_weight, cos, sin, first + t, at.lane);
   }
-  const bf16* values = row + (i64)at.stripe * pitch + 2 * width + at.column;
+  const bf16* values = row + (i64)own * pitch + 2 * width + at.column;
   pin(values), pin(mine);
+#if !SEQUENTIAL
   const int g = at.lane / 4, t = at.lane % 4;
   float weights[2];  // of the scores of q[g] with k[2 t] and k[2 t + 1]
 #pragma unroll
@@ -348,6 +363,7 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
     const int lag = g - 2 * t - i;
     weights[i] = lag >= 0 ? SCALE * expf(-rate * lag) : 0.0f, pin(weights[i]);
   }
+#endif
   State s;
   bool changed = slot >= 0 && position == 0;
   if (slot >= 0 && position != 0) {
@@ -372,7 +388,7 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
   uint2 v[OWN];
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
-    if (at.stripe + i * STRIPES < TOKENS) v[i] = load_fresh((const uint2*)(values + (i64)i * STRIPES * pitch));
+    if (own + i * APART < TOKENS) v[i] = load_fresh((const uint2*)(values + (i64)i * APART * pitch));
   }
   if (changed) s.store(mine);
 #pragma unroll
@@ -386,10 +402,24 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
         const float f = factors[i];
         *(float4*)(wide_q[t] + 4 * at.lane) = {q.x * f, q.y * f, q.z * f, q.w * f};
       }
+#if SEQUENTIAL
+      else
+        *(float4*)(wide_k[t] + 4 * at.lane) = as_values(made);
+#endif
     }
   }
   __syncthreads();
 
+  float sums[4 * TOKENS];
+#pragma unroll
+  for (int i = 0; i < 4 * TOKENS; i++) sums[i] = 0.0f;
+#if SEQUENTIAL
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) {
+    s.step(wide_q[i] + at.row, wide_k[i] + at.row, as_values(v[i]), decay_less_1, sums + 4 * i);
+    if (slot >= 0 && at.stripe == i) *(uint2*)(pending_v + token + i * width + at.column) = v[i];
+  }
+#else
   // Every warp makes the scores for itself, under way while it reads the state.
   float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
   {
@@ -402,9 +432,6 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
       mma_bf16(odd, a.z, 0, a.w, 0, e.z, e.w);
     }
   }
-  float sums[4 * TOKENS];
-#pragma unroll
-  for (int i = 0; i < 4 * TOKENS; i++) sums[i] = 0.0f;
 #pragma unroll
   for (int r = 0; r < ROWS; r += 4) {
 #pragma unroll
@@ -437,6 +464,7 @@ lightning_verify(const bf16* qkvg, const bf16* q_weight, const bf16* k_weight, c
       if (slot >= 0) *(uint2*)(pending_v + token + j * width + at.column) = v[i];
     }
   }
+#endif
   write_outputs<TOKENS>(sums, at, o + first * width + head * WIDTH, (int)width, [] {});
   cluster_wait();
   if (blockIdx.x == 0 && slot >= 0) {

@@ -67,6 +67,10 @@ Shapes = Sequence[tuple[int, int, int]]
 """Columns a warp, warps that share a column's rows, warps a block."""
 
 
+PINNED: Shapes = ((64, 8, 8),)
+"""Of batch-invariant engines, decode and verify alike: few blocks, and room for 8 drafts."""
+
+
 def choice(target: Target, state: TensorType, sequences: int, few: Shapes, many: Shapes) -> Shapes:
     """`few` as long as blocks of 32 columns find room at once, two on a multiprocessor."""
     blocks = sequences * number(state.shape[1]) * (WIDTH // 32)
@@ -84,11 +88,12 @@ def tactics(
     draft: int | None,
     needs: Cost,
 ) -> list[Tactic]:
-    """One launch each.
+    """One launch each. With `PINNED` verify makes the bits that decode makes.
 
     Args:
         draft: Tokens of a sequence in verify; None for decode.
     """
+    sequential = shapes == PINNED
     tokens, pitch = qkvg.bind({})
     heads = number(state.shape[1])
     found = []
@@ -103,6 +108,8 @@ def tactics(
         }
         if draft is not None:
             constants["TOKENS"] = draft
+            if sequential:
+                constants["SEQUENTIAL"] = 1
         kernel = Kernel(
             language="cuda",
             source="kernels/lightning_step.cu",
@@ -127,5 +134,6 @@ def tactics(
         )
         config = {"columns": columns, "split": split, "warps": warps}
         name = f"step.c{columns}.s{split}.w{warps}"
-        found.append(Tactic(name=name, launches=(launch,), config=config))
+        sums = f"one by one, {name}" if sequential else ""
+        found.append(Tactic(name=name, launches=(launch,), config=config, sums=sums))
     return found

@@ -154,6 +154,7 @@ def attention_tactics(
             launches=_attention(sizes, w_k, w_v, "q", y, tile),
             workspaces=_expanded(sizes),
             config=_config(tile),
+            sums=tile.name,
         )
         for tile in tiles
     ]
@@ -296,6 +297,7 @@ def absorbed_tactics(sizes: Sizes, rows: Rows, splits: int) -> list[Tactic]:
                 Workspace(name="stats", bytes=8 * splits * columns),
             ),
             config={"splits": splits, "keys": keys, "warps": warps},
+            sums=None,
         )
         for keys, warps in ((32, 8), (16, 4))
     ]

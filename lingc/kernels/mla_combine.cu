@@ -5,7 +5,13 @@
 // with o_s, m_s, l_s what `mla_attend` left for split s. Two blocks are a cluster for half the rows of a head's w_v, and
 // 8 tokens at a time: each adds up 256 channels, gives them to the other, and multiplies by 32 rows. Two, because they
 // find a place on any device beside the blocks of `mla_attend`, one on a multiprocessor; four do not.
+//
+// EVEN: a token's splits are added up by one warp, one after another, however many tokens there are.
 #include "mla_few.cuh"
+
+#ifndef EVEN
+#define EVEN 0
+#endif
 
 #define LATENT 512
 #define VALUE 128
@@ -109,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
   for (int run = hidden((int)blockIdx.y - (int)gridDim.y); run < runs; run += gridDim.y) {
     bool real = run >= 0;
     int first = real ? run * RUN : 0, count = min(RUN, tokens - first);
-    int warps = count == 1 ? 8 : count == 2 ? 4 : count <= 4 ? 2 : 1;  // a token
+    int warps = EVEN ? 1 : count == 1 ? 8 : count == 2 ? 4 : count <= 4 ? 2 : 1;  // a token
     int token = warp / warps, sub = warp % warps;
     // Whoever writes to a neighbour's memory knows that the neighbour runs, and is done with the run before.
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

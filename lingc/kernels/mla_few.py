@@ -108,16 +108,19 @@ class Config:
         early: Tiles that are announced to L2, beyond those that shared memory takes, before the
             launches before have ended.
         smallest: Rows below which a run is not split.
+        even: Whether runs are of `smallest` rows each, however many there are, and a token's are
+            added up in one order, however many tokens there are.
     """
 
     paired: int = 0
     splits: int
     early: int = 0
     smallest: int = TILE
+    even: bool = False
 
     @property
     def name(self) -> str:
-        kind = "paired" if self.paired else "single"
+        kind = "even" if self.even else "paired" if self.paired else "single"
         return f"{kind}.splits{self.splits}.rows{self.smallest}.early{self.early}"
 
 
@@ -142,6 +145,16 @@ def tactics(target: Target, shape: Shape) -> list[Tactic]:
     """Best guess first."""
     short = [short_tactic(shape, config) for config in short_configs(shape)]
     return [*short, *(tactic(target, shape, config) for config in configs(target, shape))]
+
+
+RUN = 512
+"""Rows of a run in batch-invariant engines: as few as leave the longest contexts' sums small."""
+
+
+def pinned(target: Target, shape: Shape) -> list[Tactic]:
+    """Runs of as many rows whatever the batch and the context: for batch-invariant engines."""
+    splits = max(1, -(-shape.context // RUN))
+    return [tactic(target, shape, Config(splits=splits, smallest=RUN, even=True))]
 
 
 def configs(target: Target, shape: Shape) -> list[Config]:
@@ -214,6 +227,7 @@ def short_tactic(shape: Shape, config: Short) -> Tactic:
         name=config.name,
         launches=(launch,),
         config={"tile": tile, "buffers": config.buffers},
+        sums=None,
     )
 
 
@@ -229,6 +243,7 @@ def tactic(target: Target, shape: Shape, config: Config) -> Tactic:
             Workspace(name="stats", bytes=config.splits * columns * 8),
         ),
         config={"splits": config.splits, "paired": config.paired, "early": config.early},
+        sums=f"runs of {config.smallest}" if config.even else None,
     )
 
 
@@ -321,6 +336,7 @@ def _combine(target: Target, shape: Shape, config: Config) -> Launch:
             ),
             constants=(
                 ("COLUMNS", shape.columns), ("HEADS", shape.heads), ("SPLITS", config.splits),
+                *((("EVEN", 1),) if config.even else ()),
             ),
             warps=8,
             features=("bulk",),

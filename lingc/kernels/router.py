@@ -106,6 +106,15 @@ def tactics(shape: Shape, *, dependent: bool) -> list[Tactic]:
     return found[::-1] if shape.tokens == 1 else found
 
 
+def pinned(shape: Shape, *, dependent: bool) -> list[Tactic]:
+    """One kernel for up to 64 tokens, and one for more: for batch-invariant engines."""
+    if shape.tokens <= 2 * BLOCK:
+        return [tiles(shape, 1, dependent=dependent, most=2 * BLOCK)]
+    if _fits_a_warp(shape):
+        return [many(shape, promoted=False, dependent=dependent)]
+    return [tiles(shape, 1, dependent=dependent, most=FEW)]
+
+
 def whole_rows(shape: Shape, rows: int, *, dependent: bool) -> Tactic:
     """Blocks with `rows` rows of the weight."""
     constants = (("TOKENS", shape.tokens), ("ROWS", rows))
@@ -113,9 +122,13 @@ def whole_rows(shape: Shape, rows: int, *, dependent: bool) -> Tactic:
     return _few(shape, f"rows{rows}", constants, (shape.tokens, 1, blocks), dependent=dependent)
 
 
-def tiles(shape: Shape, depth: int, *, dependent: bool) -> Tactic:
-    """Blocks with 16 experts and `depth` units of channels a warp."""
-    most = next(n for n in (8, 16, 32, 64, 128, 256, 512) if n >= shape.tokens)
+def tiles(shape: Shape, depth: int, *, dependent: bool, most: int = 0) -> Tactic:
+    """Blocks with 16 experts and `depth` units of channels a warp.
+
+    Args:
+        most: Tokens that the kernel is compiled for; as few as hold them where 0.
+    """
+    most = most or next(n for n in (8, 16, 32, 64, 128, 256, 512) if n >= shape.tokens)
     at_once = min(most // 8, 8)
     slices = -(-shape.width // (UNIT * _WARPS * depth))
     blocks = -(-shape.experts // _BANDS) * slices

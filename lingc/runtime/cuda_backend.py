@@ -35,6 +35,7 @@ from lingc.runtime.cuda_inputs import (
     too_large,
 )
 from lingc.runtime.cuda_memory import DeviceMemory, Held
+from lingc.runtime.cuda_rounds import CudaRounds
 from lingc.runtime.cuda_weights import upload_weights
 from lingc.weights import Progress
 
@@ -114,6 +115,7 @@ class CudaBackend:
         self._pinned: list[Pinned] = []
         self._turns: list[_Turn] = []
         self._drawn_programs: dict[str, Program] = {}
+        self._rounds: CudaRounds | None = None
         self._drawn: Held | None = None
         """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
@@ -141,6 +143,10 @@ class CudaBackend:
     def prefill_tokens(self) -> int:
         """The most tokens of a prefill step."""
         return max(bucket.sizes["T"] for bucket in self._buckets["prefill"])
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self._code.batch_invariant
 
     def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one phase; see `lingc.runtime.backend.Backend`.
@@ -192,6 +198,21 @@ class CudaBackend:
         ticket.turn.queued = None
         found: Array = ticket.turn.fetched.array.view(np.int32)[: ticket.rows].copy()
         return found
+
+    def rounds(self, drafts: int) -> CudaRounds:
+        self._drawn = None  # rounds have the arena
+        if self._rounds is None or self._rounds.drafts != drafts:
+            self._end_rounds()
+            self._rounds = CudaRounds(
+                self.device, self._code, self._memory, self._limits, self._kernel, self._buckets,
+                drafts,
+            )  # fmt: skip
+        return self._rounds
+
+    def _end_rounds(self) -> None:
+        if self._rounds is not None:
+            self._rounds.close()
+            self._rounds = None
 
     def state(self, name: str) -> Array:
         """A copy of a state tensor, scratch included; bf16 widened."""
@@ -255,6 +276,7 @@ class CudaBackend:
             if turn.queued is not None:
                 self.take(turn.queued)
         self._turns.clear()
+        self._end_rounds()
         self.device.synchronize()
         for bound in self._bound.values():
             bound.close()

@@ -41,12 +41,14 @@ class CudaCode:
         kernel: The file of a kernel, by the digest in the table.
         driver: CUDA versions of drivers that can load the kernels, such as `>=13.0`; empty where
             that is not known.
+        batch_invariant: Whether a row's bits are the same in every bucket.
     """
 
     plan: Plan
     table: LaunchTable
     kernel: Callable[[str], bytes]
     driver: str = ""
+    batch_invariant: bool = False
 
 
 def read_code(package: Package) -> CudaCode:
@@ -70,6 +72,7 @@ def read_code(package: Package) -> CudaCode:
         table=from_value(value),
         kernel=lambda digest: package.read(f"kernels/{digest}.xz"),
         driver=code.info["runs_on"].get("gpu", {}).get("driver", ""),
+        batch_invariant=bool(code.info.get("batch_invariant", False)),
     )
 
 

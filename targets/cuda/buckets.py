@@ -39,14 +39,24 @@ class Sizes:
     axes: Mapping[str, int]
 
 
-def buckets(plan: Plan) -> tuple[Sizes, ...]:
-    """Every bucket of a plan, by phase, small to large."""
+INVARIANT_FROM = 256
+"""Tokens of the smallest prefill bucket of a batch-invariant engine: all its buckets are of many
+tokens, since kernels of few add up in another order."""
+
+
+def buckets(plan: Plan, *, invariant: bool = False) -> tuple[Sizes, ...]:
+    """Every bucket of a plan, by phase, small to large.
+
+    Args:
+        invariant: Whether a row's bits must not depend on which one is used.
+    """
     makers = {"prefill": _prefill, "decode": _decode, "verify": _verify, "draft": _draft}
     return tuple(
         Sizes(phase=phase, axes=_axes(plan, phase, axes))
         for phase in PHASES
         if phase in plan.programs
         for axes in makers[phase](plan)
+        if not (invariant and phase == "prefill" and axes["T"] < INVARIANT_FROM)
     )
 
 

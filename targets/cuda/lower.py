@@ -7,7 +7,8 @@ an integer that grows in proportion, and nothing but an operand.
 
 import hashlib
 import lzma
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -31,9 +32,10 @@ from lingc.plan import Plan, Program, Ref, Step, TensorType
 from lingc.targets.cuda.binaries import compile_all
 from lingc.targets.cuda.buckets import Sizes, buckets
 from lingc.targets.cuda.memory import Lifetime, place
+from lingc.targets.cuda.pins import Kind, Pins, kind_of
 from lingc.targets.cuda.sampling import sample_of
 from lingc.targets.cuda.schedule import OPEN, Call, arguments_of, calls
-from lingc.targets.cuda.tactics import choose, key
+from lingc.targets.cuda.tactics import Choice, choose, key
 from lingc.targets.spec import Target
 
 Advance = Callable[[int], None]
@@ -67,7 +69,7 @@ class Scheduled:
 
 def schedule_all(
     plan: Plan, target: Target, *, sizes: Sequence[Sizes] | None = None,
-    advance: Advance = lambda _done: None,
+    advance: Advance = lambda _done: None, invariant: bool = False,
 ) -> Scheduled:  # fmt: skip
     """Choose tactics and places for every bucket.
 
@@ -76,15 +78,20 @@ def schedule_all(
         target: With `cuda` engines.
         sizes: The buckets; all that a plan should have where None.
         advance: Called after each bucket.
+        invariant: Whether a row's bits must not depend on the bucket (`lingc.targets.cuda.pins`).
 
     Raises:
-        InputError: An op has no kernel for a bucket's sizes.
+        InputError: An op has no kernel for a bucket's sizes, or none that suits all.
         StageError: A launch depends on the state's size in a way that no table can say.
     """
     phases = {name: _Phase(plan, name, target) for name in plan.programs}
-    chosen = _Tactics(plan, target)
+    every = buckets(plan, invariant=invariant) if sizes is None else sizes
+    chosen = _Tactics(plan, target, pins=Pins(target) if invariant else None)
+    if invariant:
+        for one in every:
+            chosen.see(phases[one.phase], one)
     made = []
-    for one in buckets(plan) if sizes is None else sizes:
+    for one in every:
         made.append(_bucket(phases[one.phase], one, chosen))
         advance(1)
     counters = (sum(align(size) for _, size in one.counters) for one in chosen.table)
@@ -191,13 +198,8 @@ def _typed(step: Step, program: Program) -> tuple[Any, ...]:
 def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
     found: dict[int, int] = {}
     for index in dict.fromkeys(phase.kinds):
-        try:
+        with _named(phase, one):
             found[index] = chosen.index(phase, phase.calls[index], one.axes)
-        except InputError as error:
-            sizes = ", ".join(f"{axis} {size}" for axis, size in one.axes.items())
-            raise InputError(
-                f"{phase.name} with {sizes}: {error.problem}", hint=_NARROWER
-            ) from error
     tactics = tuple(found[kind] for kind in phase.kinds)
     types = phase.program.types
     lifetimes = [Lifetime(types[name].bytes(one.axes), *phase.lives[name]) for name in phase.arena]
@@ -216,6 +218,16 @@ def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
     )
 
 
+@contextmanager
+def _named(phase: _Phase, one: Sizes) -> Iterator[None]:
+    """Say of which bucket it is that an op has no kernel."""
+    try:
+        yield
+    except InputError as error:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in one.axes.items())
+        raise InputError(f"{phase.name} with {sizes}: {error.problem}", hint=_NARROWER) from error
+
+
 # ---------------------------------------------------------------------------------------- tactics
 
 
@@ -225,33 +237,55 @@ class _Tactics:
 
     plan: Plan
     target: Target
+    pins: Pins | None = None
     table: list[TableTactic] = field(default_factory=list)
     kernels: dict[Kernel, int] = field(default_factory=dict)
-    _known: dict[tuple[str, str], int] = field(default_factory=dict)
+    _known: dict[tuple[str, str, Kind | None], int] = field(default_factory=dict)
+
+    def see(self, phase: _Phase, one: Sizes) -> None:
+        """Have the pins know the calls of a bucket."""
+        for index in dict.fromkeys(phase.kinds):
+            call = phase.calls[index]
+            kind = self._pinned(phase, call)
+            if kind is not None and self.pins is not None:
+                with _named(phase, one):
+                    given = arguments_of(phase.program, call.step, self._sizes(one.axes, _BASE))
+                    self.pins.see(kind, call.op, given)
 
     def index(self, phase: _Phase, call: Call, axes: Mapping[str, int]) -> int:
         """The tactic of a call, by its place in the table."""
         step, program = call.step, phase.program
         named = arguments_of(program, step, self._sizes(axes, _BASE), OPEN)
         text = key(named)
-        if (call.op.name, text) not in self._known:
-            self._known[call.op.name, text] = len(self.table)
+        kind = self._pinned(phase, call)
+        if (call.op.name, text, kind) not in self._known:
+            self._known[call.op.name, text, kind] = len(self.table)
             shapes = [one.shape for one in named if isinstance(one, TensorType)]
             is_open = any(isinstance(dim, str) for shape in shapes for dim in shape)
             rooms = (_BASE, *_OTHERS) if is_open else (_BASE,)
             given = [arguments_of(program, step, self._sizes(axes, room)) for room in rooms]
-            self.table.append(self._made(call, given, named, text))
-        return self._known[call.op.name, text]
+            if kind is None or self.pins is None:
+                choices = [choose(call.op, self.target, one, known_as=named) for one in given]
+            else:
+                for one in given:
+                    self.pins.see(kind, call.op, one)
+                choices = [self.pins.choose(kind, one) for one in given]
+            self.table.append(self._made(call, given[0], choices, text))
+        return self._known[call.op.name, text, kind]
+
+    def _pinned(self, phase: _Phase, call: Call) -> Kind | None:
+        if self.pins is None:
+            return None
+        return kind_of(phase.name, call.op, call.step, phase.program)
 
     def _sizes(self, axes: Mapping[str, int], room: tuple[int, int]) -> dict[str, int]:
         slots, pages = room
         return {**axes, "S": slots + 1, "R": pages * self.plan.page_size + 1}
 
     def _made(
-        self, call: Call, given: Sequence[Sequence[Any]], named: Sequence[Any], text: str
+        self, call: Call, given: Sequence[Any], choices: Sequence[Choice], text: str
     ) -> TableTactic:
-        choices = [choose(call.op, self.target, one, known_as=named) for one in given]
-        cost = call.op.cost(*given[0])
+        cost = call.op.cost(*given)
         choice = choices[0]
         tactic = choice.tactic
         launches = zip(*(one.tactic.launches for one in choices), strict=True)

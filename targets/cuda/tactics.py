@@ -160,7 +160,7 @@ def features(launch: Launch) -> Mapping[str, Any]:
         "flops": launch.flops,
         "rate": launch.rate,
         "dependent": launch.dependent,
-        "tokens": int(dict(launch.kernel.constants).get("TOKENS", 1)),
+        "tokens": launch.tokens or int(dict(launch.kernel.constants).get("TOKENS", 1)),
     }
 
 
@@ -246,13 +246,7 @@ def choose(
     Raises:
         InputError: The op has no kernel for them, with its reason.
     """
-    reason = op.refusal(target, *arguments)
-    tactics = op.tactics(target, *arguments) if reason is None else ()
-    if not tactics:
-        raise InputError(
-            f"{op.name} has no kernel for {key(arguments)}: {reason or 'none is written yet'}",
-            hint="`lingc targets` lists what else can be built",
-        )
+    tactics = offered(op, target, arguments)
     named = {tactic.name: tactic for tactic in tactics}
     name = key(arguments if known_as is None else known_as)
     rows = measured(target)
@@ -263,6 +257,28 @@ def choose(
     return (
         near(rows, op.name, name, ranked) or near(kin(target), op.name, name, ranked) or ranked[0]
     )
+
+
+def offered(
+    op: Op, target: Target, arguments: Sequence[TensorType | Any], *, invariant: bool = False
+) -> Sequence[Tactic]:
+    """Tactics for arguments of known sizes; at least one.
+
+    Args:
+        invariant: Whether for an engine whose bits do not depend on the batch.
+
+    Raises:
+        InputError: The op has no kernel for them, with its reason.
+    """
+    reason = op.refusal(target, *arguments)
+    made = op.pinned if invariant else op.tactics
+    tactics = made(target, *arguments) if reason is None else ()
+    if not tactics:
+        raise InputError(
+            f"{op.name} has no kernel for {key(arguments)}: {reason or 'none is written yet'}",
+            hint="`lingc targets` lists what else can be built",
+        )
+    return tactics
 
 
 def near(
