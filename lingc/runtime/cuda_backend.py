@@ -35,7 +35,6 @@ from lingc.runtime.cuda_inputs import (
     too_large,
 )
 from lingc.runtime.cuda_memory import DeviceMemory, Held
-from lingc.runtime.cuda_rounds import CudaRounds
 from lingc.runtime.cuda_weights import upload_weights
 from lingc.weights import Progress
 
@@ -115,7 +114,6 @@ class CudaBackend:
         self._pinned: list[Pinned] = []
         self._turns: list[_Turn] = []
         self._drawn_programs: dict[str, Program] = {}
-        self._rounds: CudaRounds | None = None
         self._drawn: Held | None = None
         """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
@@ -199,21 +197,6 @@ class CudaBackend:
         found: Array = ticket.turn.fetched.array.view(np.int32)[: ticket.rows].copy()
         return found
 
-    def rounds(self, drafts: int) -> CudaRounds:
-        self._drawn = None  # rounds have the arena
-        if self._rounds is None or self._rounds.drafts != drafts:
-            self._end_rounds()
-            self._rounds = CudaRounds(
-                self.device, self._code, self._memory, self._limits, self._kernel, self._buckets,
-                drafts,
-            )  # fmt: skip
-        return self._rounds
-
-    def _end_rounds(self) -> None:
-        if self._rounds is not None:
-            self._rounds.close()
-            self._rounds = None
-
     def state(self, name: str) -> Array:
         """A copy of a state tensor, scratch included; bf16 widened."""
         found = self._fetch(self._state(name))
@@ -276,7 +259,6 @@ class CudaBackend:
             if turn.queued is not None:
                 self.take(turn.queued)
         self._turns.clear()
-        self._end_rounds()
         self.device.synchronize()
         for bound in self._bound.values():
             bound.close()
