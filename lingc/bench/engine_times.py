@@ -14,6 +14,7 @@ from lingc.plan import Ref
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_bucket import BoundBucket
 from lingc.runtime.generate import Generator
+from lingc.runtime.sampling import Sampling, draws
 from lingc.runtime.sequence import Request
 
 WARM = 3
@@ -97,7 +98,7 @@ class Prefill:
     """One prompt, in chunks of what the engine takes at once.
 
     Attributes:
-        run: Seconds until the logits of its last token.
+        run: Seconds until the token behind it is chosen, as generation has it.
         predicted: Seconds of its steps, as the engine was built to expect.
     """
 
@@ -289,8 +290,9 @@ def _added(
 
 
 def prefill(backend: CudaBackend, length: int) -> Prefill:
-    """A prompt, chunk by chunk, until its last logits are there."""
+    """A prompt, chunk by chunk, until the token behind it is chosen."""
     chunks = prefill_inputs(backend, length)
+    chosen = draws([(Sampling(), 0, length)])
     predicted = 0.0
     for chunk in chunks:
         bound = backend.prepare("prefill", chunk)
@@ -299,7 +301,7 @@ def prefill(backend: CudaBackend, length: int) -> Prefill:
     while len(waits) < 2 or (len(waits) <= PREFILLS and sum(waits) < PREFILLS_S):
         started = time.perf_counter()
         for chunk in chunks:
-            backend.run("prefill", chunk)
+            backend.draw("prefill", chunk, chosen)
         waits.append(time.perf_counter() - started)
     return Prefill(
         tokens=length, chunks=len(chunks), run=spread(waits[1:]), predicted=1e-6 * predicted
