@@ -42,16 +42,24 @@ class RouterWatch:
             if name in self._inputs:
                 self._values[name] = value
         if step.op in ROUTERS:
+            known = {**self._backend.weights, **self._values}
             self._found[step.layer] = Choice(
-                ids=results[0].cpu().numpy(), biased=self._biased(step).cpu().numpy()
+                ids=results[0].cpu().numpy(), biased=router_scores(step, known).cpu().numpy()
             )
 
-    def _biased(self, step: Step) -> Tensor:
-        read, *norm, weight, bias = (arg.name for arg in step.args if isinstance(arg, Ref))
-        weights, x = self._backend.weights, self._values[read].float()
-        for name in norm:
-            eps = step.args[-1]
-            assert isinstance(eps, float), "the norm's eps stands last"
-            x = rms(x, weights[name], eps)
-        logits = x @ weights[weight].float().T
-        return torch.sigmoid(logits) + weights[bias].float()
+
+def router_scores(step: Step, values: Mapping[str, Tensor]) -> Tensor:
+    """What a router's step chooses by, [T, E]: the sigmoid of its logits, and the bias.
+
+    Args:
+        step: Of an op in `lingc.parity.engine.ROUTERS`.
+        values: What it reads, by name.
+    """
+    read, *norm, weight, bias = (arg.name for arg in step.args if isinstance(arg, Ref))
+    x = values[read].float()
+    for name in norm:
+        eps = step.args[-1]
+        assert isinstance(eps, float), "the norm's eps stands last"
+        x = rms(x, values[name], eps)
+    logits = x @ values[weight].float().T
+    return torch.sigmoid(logits) + values[bias].float()

@@ -48,7 +48,7 @@ def write(result: Result, path: Path) -> None:
     write_whole(path, render(result))
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under its name when all of it is on the disk.
 
     Raises:
@@ -57,7 +57,7 @@ def write_whole(path: Path, text: str) -> None:
     staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
         with writing(path):
-            staged.write_text(text, encoding="utf-8")
+            staged.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(staged)
             staged.replace(path)
     finally:

@@ -142,7 +142,7 @@ def run(settings: Settings, advance: Advance = lambda _: None) -> Result:
     pair = open_pair(
         settings.a, settings.b, cache_dir=settings.cache_dir, checkpoint=settings.checkpoint
     )
-    reference, other = _ordered(*pair)
+    reference, other = ordered(*pair)
     if settings.weights == "engine" and reference.kind == "eager" and other.plan is not None:
         refuse_other_weights(reference, other)
     budget = budget or load_budget(default_budget(reference, other, settings.weights))
@@ -228,7 +228,8 @@ def default_budget(reference: Subject, other: Subject, weights: Weights) -> str:
     return "engine-vs-eager" if is_same and not is_rounded else "quantized"
 
 
-def _ordered(a: Subject, b: Subject) -> tuple[Subject, Subject]:
+def ordered(a: Subject, b: Subject) -> tuple[Subject, Subject]:
+    """The reference, and the side that is held against it."""
     return (b, a) if b.kind == "eager" and a.kind != "eager" else (a, b)
 
 

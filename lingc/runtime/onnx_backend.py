@@ -75,7 +75,7 @@ class OnnxBackend:
         progress: Progress | None = None,
         taps: Sequence[str] = (),
     ) -> None:
-        given = package if isinstance(package, OnnxModels) else _models(package)
+        given = models_of(package)
         self._plan = given.plan
         self._limits = limits
         self._threads = threads
@@ -95,6 +95,8 @@ class OnnxBackend:
         }
         self._runners: dict[str, Runner] = {}
         self._bound_slots: dict[str, range] = {}
+        self.ran = ""
+        """Name of the model that the last run was of."""
 
     @property
     def plan(self) -> Plan:
@@ -125,6 +127,7 @@ class OnnxBackend:
         if settled is not None and self._bound_slots.get(name) != settled:
             runner.bind_states(self._slots_alone(program, settled))
             self._bound_slots[name] = settled
+        self.ran = name
         return runner.run(arrays, sizes)
 
     def state(self, name: str) -> Array:
@@ -205,7 +208,10 @@ class OnnxBackend:
         return [name for name, kind in self._plan.states.items() if kind.shape[0] == "S"]
 
 
-def _models(package: Package) -> OnnxModels:
+def models_of(package: Package | OnnxModels) -> OnnxModels:
+    """The models of a package, read; models as they are."""
+    if isinstance(package, OnnxModels):
+        return package
     code = package.code()
     models = {
         name: package.read(f"variants/{code.target}/{name}.onnx") for name in code.info["phases"]
