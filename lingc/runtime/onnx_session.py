@@ -1,4 +1,8 @@
-"""ONNX Runtime set up for an engine: options, weights that it does not own, extra outputs."""
+"""ONNX Runtime set up for an engine: options, weights that it does not own, extra outputs.
+
+LINGC_ONNX_PROVIDER=cuda runs ONNX engines on the GPU, by the package `onnxruntime-gpu`: somebody
+else's kernels for the same plan, to hold ours to. Nothing there is made for speed.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from lingc.errors import IncompatibleError, MissingExtraError, ResourceError
+from lingc.errors import IncompatibleError, MissingExtraError, ResourceError, UsageError
 from lingc.plan import TensorType
 from lingc.runtime.onnx_weights import WEIGHTS_FILE, Array
 
@@ -53,6 +57,12 @@ _ERRORS_ONLY = 3
 
 SMALL_BYTES = 64 << 10
 
+PROVIDER = "LINGC_ONNX_PROVIDER"
+"""The variable that says what runs ONNX engines: `cpu`, which is the default, or `cuda`."""
+
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+
 _SETTINGS: Mapping[str, str] = {
     # What depends on weights alone is computed once, but no copy of a large weight is made.
     "optimization.constant_folding_max_output_size_in_bytes": str(SMALL_BYTES),
@@ -68,14 +78,19 @@ _SETTINGS: Mapping[str, str] = {
 def make_session(
     model: bytes, weights: Mapping[str, OrtValue], *, threads: int | None, prepack: bool
 ) -> InferenceSession:
-    """A session on the CPU.
+    """A session on the CPU, or where LINGC_ONNX_PROVIDER says.
 
     Args:
         model: The model; its initializers have no data.
         weights: Every initializer. They must live as long as the session.
         threads: Threads of a step; as many as this process may use where None.
         prepack: Whether the session may copy weights into the order its kernels like best.
+
+    Raises:
+        IncompatibleError: ONNX Runtime refuses the model, or has no such provider here.
+        UsageError: There is no provider of that name.
     """
+    on_gpu = _is_on_gpu()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
@@ -86,20 +101,45 @@ def make_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     # Small ones are copied, and may be folded. Large ones stay where they are: all sessions share
     # them, and no optimizer can read them.
-    small = {name: v for name, v in weights.items() if v.tensor_size_in_bytes() <= SMALL_BYTES}
+    # A GPU copies all of them.
+    most = None if on_gpu else SMALL_BYTES
+    small = {
+        name: value
+        for name, value in weights.items()
+        if most is None or value.tensor_size_in_bytes() <= most
+    }
     options.add_external_initializers(list(small), list(small.values()))
     for name in weights.keys() - small.keys():
         options.add_initializer(name, weights[name])
     with _external_data(options):
-        return guarded(
+        session = guarded(
             "the engine's code cannot be loaded",
             lambda: InferenceSession(
                 model,
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=[(_CUDA, {"use_tf32": "0"}), _CPU] if on_gpu else [_CPU],
                 disabled_optimizers=["FuseFp16InitializerToFp32NodeTransformer"],
             ),
         )
+    if on_gpu and session.get_providers()[0] != _CUDA:
+        raise _no_gpu("it cannot be loaded")
+    return session
+
+
+def _is_on_gpu() -> bool:
+    name = os.environ.get(PROVIDER, "cpu")
+    if name not in {"cpu", "cuda"}:
+        raise UsageError(f"{PROVIDER} is {name!r}, it may be cpu or cuda")
+    if name == "cuda" and _CUDA not in onnxruntime.get_available_providers():
+        raise _no_gpu("this ONNX Runtime was built without it")
+    return name == "cuda"
+
+
+def _no_gpu(why: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"ONNX engines shall run by ONNX Runtime's CUDA provider ({PROVIDER}=cuda), but {why}",
+        hint="pip install onnxruntime-gpu in place of onnxruntime, with CUDA's libraries and cuDNN",
+    )
 
 
 @contextmanager

@@ -5,12 +5,15 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+import onnxruntime
 import pytest
 
-from lingc.errors import IncompatibleError, InputError, UsageError
+from lingc.errors import IncompatibleError, InputError, LingcError, UsageError
 from lingc.interpret import InterpreterBackend
+from lingc.runtime import onnx_session
 from lingc.runtime.backend import Backend
 from lingc.runtime.onnx_backend import OnnxBackend, OnnxModels
+from lingc.runtime.onnx_session import PROVIDER
 from lingc.targets.onnx import lower
 from tests.onnx.engines import LIMITS, Array, Batch, accepted, backend, interpreter, packed, weights
 from tests.programs import compiled
@@ -68,6 +71,23 @@ def assert_same_states(got: Backend, want: Backend) -> None:
 def test_every_phase_equals_the_interpreter(
     model: str, precision: str, library: str, widen: str
 ) -> None:
+    assert_equal_phases(model, precision, library, widen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(),
+    reason="onnxruntime-gpu is not installed",
+)
+@pytest.mark.parametrize(("model", "precision", "library", "widen"), VARIANTS)
+def test_every_phase_equals_the_interpreter_on_a_gpu(
+    model: str, precision: str, library: str, widen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROVIDER, "cuda")
+    assert_equal_phases(model, precision, library, widen)
+
+
+def assert_equal_phases(model: str, precision: str, library: str, widen: str) -> None:
     got = backend(model, precision, library=library, widen=widen)
     want: InterpreterBackend = interpreter(model, precision)
 
@@ -195,6 +215,40 @@ def test_broken_code_and_foreign_weights_are_named() -> None:
         OnnxBackend(good, {n: w for n, w in held.items() if n != name}, LIMITS)
     with pytest.raises(InputError, match=rf"'{name}' of shape .* cannot be made of"):
         OnnxBackend(good, held | {name: held[name][:-1]}, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "message"),
+    [
+        ("gpu", UsageError, "LINGC_ONNX_PROVIDER is 'gpu', it may be cpu or cuda"),
+        ("cuda", IncompatibleError, "this ONNX Runtime was built without it"),
+    ],
+)
+def test_a_provider_that_is_not_there_is_named(
+    said: str, kind: type[LingcError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = backend("tiny")
+    monkeypatch.setenv(PROVIDER, said)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+
+    with pytest.raises(kind, match=message):
+        runs.run("prefill", Batch(runs.plan).step("prefill", [(0, 0, 5)]))
+
+
+def test_a_provider_that_does_not_load_is_no_silent_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = backend("tiny")
+    monkeypatch.setenv(PROVIDER, "cuda")
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    make = onnx_session.InferenceSession
+    monkeypatch.setattr(
+        onnx_session,
+        "InferenceSession",
+        lambda *given, **more: make(*given, **more | {"providers": both[1:]}),
+    )
+
+    with pytest.raises(IncompatibleError, match=r"CUDA provider .* cannot be loaded"):
+        runs.run("prefill", Batch(runs.plan).step("prefill", [(0, 0, 5)]))
 
 
 def test_a_closed_backend_holds_nothing() -> None:
