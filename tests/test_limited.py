@@ -85,3 +85,12 @@ def test_a_driver_that_splits_nothing_says_why(driver: Driver) -> None:
 
     with pytest.raises(IncompatibleError, match=r"no part of 78 .*CUDA_ERROR_INVALID_VALUE"):
         LimitedDevice(78)
+
+
+def test_to_wait_is_to_wait_for_the_part_as_well(driver: Driver) -> None:
+    device = LimitedDevice(80)
+    driver.asked.clear()
+
+    device.synchronize()
+
+    assert driver.asked == [("cuCtxSynchronize",), ("cuStreamSynchronize", device.stream)]

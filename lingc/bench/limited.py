@@ -48,6 +48,15 @@ class LimitedDevice(Device):
         self.stream = self._ok(cu.cuGreenCtxStreamCreate(self._green, non_blocking, 0))
         self.name = f"{self.name} ({self.sms} multiprocessors)"
 
+    def synchronize(self) -> None:
+        """Wait for everything on the device, and for this part of it.
+
+        To wait for the primary context does not always wait for a green one: on one H200 results
+        were read while a graph on its stream still ran.
+        """
+        super().synchronize()
+        self._ok(self._driver.cuStreamSynchronize(self.stream))
+
     def _split(self, whole: Any, sms: int) -> tuple[Any, int]:
         """A part of that many, by the finest rule that the driver takes."""
         cu = self._driver
