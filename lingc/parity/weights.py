@@ -13,19 +13,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from lingc.checkpoint import Source
-from lingc.checkpoint.convert import is_stored_as
+from lingc.checkpoint.convert import to_rounded
 from lingc.errors import StageError
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan, WeightSpec
-from lingc.quantize.formats import (
-    F32,
-    dequantize_fp8_block,
-    dequantize_int4_group,
-    quantize_fp8_block,
-    quantize_int4_group,
-    round_bf16,
-    widen_bf16,
-)
+from lingc.quantize.formats import F32
 from lingc.quantize.recipes import Format
 
 
@@ -69,18 +61,10 @@ class RoundedWeights:
 
         What the source holds in the engine's very format is packed as it is, so it stays.
         """
-        values = self._source.dense(name)
         stored = self._formats.get(name)
         if stored is None:
-            return values
-        if stored.kind == "plain":
-            return widen_bf16(round_bf16(values))
-        if is_stored_as(self._source, name, stored.kind, stored.group):
-            return values
-        if stored.kind == "fp8_block":
-            return dequantize_fp8_block(*quantize_fp8_block(values))
-        packed, scales = quantize_int4_group(values, stored.group)
-        return dequantize_int4_group(packed, scales, stored.group, values.shape[1])
+            return self._source.dense(name)
+        return to_rounded(self._source, name, stored.kind, stored.group)
 
     def plain(self, name: str) -> tuple[NDArray[Any], str]:
         return self._source.plain(name)

@@ -98,14 +98,14 @@ class Call:
 
     def state(self) -> Tensor:
         """The linear state with that of the call's slots in its place."""
-        found = self._held("state").clone()
+        found = self._held("state")
         for slot, state in self.told.states[self.step.layer].items():
             found[slot] = state
         return found
 
     def pending(self, which: str) -> Tensor:
         """Keys or values of the call's tokens, where they wait."""
-        found = self._held(f"pending_{which}").clone()
+        found = self._held(f"pending_{which}")
         first = 0
         for slot, length in self.told.lengths.items():
             tokens = self.told.values[f"{self.attention}.{which}"][first : first + length]
@@ -115,15 +115,16 @@ class Call:
 
     def cache(self) -> Tensor:
         """The latent cache with the call's rows in their places."""
-        found = self._held("cache").clone()
+        found = self._held("cache")
         rows = torch.from_numpy(self.inputs["cache_rows"]).long()
-        found[rows] = self.told.values[f"{self.attention}.row"].to(found.dtype)
+        found[rows] = self.told.values[f"{self.attention}.row"]
         return found
 
     def _held(self, name: str) -> Tensor:
+        """A copy of a state that nothing is rounded in when it is filled."""
         found = self.value(name)
         assert found is not None, f"{self.step.op} has no {name!r}"
-        return found
+        return found.to(torch.promote_types(found.dtype, torch.float32), copy=True)
 
 
 def wants(call: Call) -> Wants:
