@@ -13,8 +13,7 @@
 // A run of rows depends on the sequence's length and the grid alone.
 // What other steps wrote is read before the launches before have ended: offsets, positions, page numbers, and the
 // cached rows up to the sequence's first of this step. So the tiles that shared memory has room for are under way
-// while `mla_absorb` runs, and EARLY more are announced to L2. Until it has ended they come a few KiB at a time: a
-// memory that is busy with them would answer it, and launches before it, late.
+// while `mla_absorb` runs, and EARLY more are announced to L2.
 //
 // A partial row holds, in f16, channel (4 k + e / 2) * 64 + w * 16 + e % 2 * 8 + g at k * 256 + (w * 8 + g) * 8 + e.
 #include "mla_few.cuh"
@@ -34,7 +33,6 @@
 #define GROUP 128
 #define OWN (COLUMNS / 2)   // results of a product that a thread holds
 #define MINE (COLUMNS / 4)  // columns that they are of
-#define GENTLE 2            // blocks of channels that are asked for at a time before the wait
 #define GROWTH 8.0f         // powers of two that a share may pass 1 by before the maximum is moved
 
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
@@ -196,8 +194,6 @@ DEVICE void copy_rows(u32 to, const u8* from, u32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Announces tile `i`; each of the four warps two of its eight rows of eight.
 DEVICE void announce(Pages& pages, const u8* cache, const Work& work, int i) {
   int warp = threadIdx.x / 32 % 4;
@@ -214,7 +210,6 @@ DEVICE void announce(Pages& pages, const u8* cache, const Work& work, int i) {
 
 struct Shared {
   u64 full[SLOTS], empty[SLOTS], asked;
-  volatile int waited;  // whether the launches before have ended
   float tops[UNITS][4][COLUMNS];
 };
 
@@ -233,7 +228,6 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
     for (int i = 0; i < SLOTS; i++)
       barrier_init(shared.full + i, GROUP), barrier_init(shared.empty + i, 4 * UNITS);
     barrier_init(&shared.asked, 1);
-    shared.waited = 0;
     barrier_init_fence();
   }
   Work work = find_work(offsets, positions, tokens, sequences, pages);
@@ -255,7 +249,7 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     Pages numbers(page_table + (i64)work.sequence * pages, pages, page_count, work.first);
     Pages later = numbers;
-    bool waited = false, gentle = tiles > 1;
+    bool waited = false;
     // A lane copies 16 bytes of row lane / 8 (and that + 4) of eight, of each block of 128 bytes.
     int r = lane / 8, q = lane % 8;
     u32 to = shared_address(rows) + r * 128 + ((q ^ r) * 16), high = 512 + ((q ^ r ^ 4) - (q ^ r)) * 16;
@@ -273,18 +267,17 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
         const u8* from = cache + (x < work.end ? numbers.row(x) : 0) * ROW_BYTES + r * ROW_BYTES + q * 16;
         u32 at = to + slot * TILE_BYTES + eight * EIGHT;
         u32 low_bytes = x + r < work.end ? 16 : 0, high_bytes = x + r + 4 < work.end ? 16 : 0;
-#pragma unroll 1
+#pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
           copy_rows(at + b * 1024, from + b * 128, low_bytes);
           copy_rows(at + high + b * 1024, from + 4 * ROW_BYTES + b * 128, high_bytes);
-          if (gentle && !waited && b % GENTLE == GENTLE - 1 && !shared.waited) copies_wait();
         }
       }
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(shared.full + slot))
                    : "memory");
     }
     if (!waited) wait_dependencies();
-    copies_wait();
+    asm volatile("cp.async.wait_all;" ::: "memory");
     return;
   }
 
@@ -303,7 +296,6 @@ extern "C" __global__ void __launch_bounds__((UNITS + 1) * GROUP, PAIRED ? 1 : 2
     if (real) {
       wait_dependencies();
       if (threadIdx.x == 0) {
-        shared.waited = 1;
         barrier_expect(&shared.asked, work.units * QUERY_BYTES);
         bulk_load(asked, queries + (i64)work.unit * QUERY_BYTES, work.units * QUERY_BYTES, &shared.asked);
       }

@@ -2,9 +2,9 @@
 //
 // y[t, h] = w_v[h] @ (sum_s 2^(m_s - M) l_s o_s / sum_s 2^(m_s - M) l_s),  M = max_s m_s
 //
-// with o_s, m_s, l_s what `mla_attend` left for split s. Two blocks are a cluster for half the rows of a head's w_v, and
-// 8 tokens at a time: each adds up 256 channels, gives them to the other, and multiplies by 32 rows. Two, because they
-// find a place on any device beside the blocks of `mla_attend`, one on a multiprocessor; four do not.
+// with o_s, m_s, l_s what `mla_attend` left for split s. PARTS blocks, two or four, are a cluster for 8 tokens at a time of
+// a head: each adds up its part of the channels, gives it to the others, and multiplies by 32 rows of w_v. Four read each
+// mean once, two read it twice and meet sooner.
 //
 // EVEN: a token's splits are added up by one warp, one after another, however many tokens there are.
 #include "mla_few.cuh"
@@ -16,12 +16,13 @@
 #define LATENT 512
 #define VALUE 128
 #define WARPS 8
-#define PARTS 2
+#define LANES (LATENT / PARTS / 8)  // that hold a split's part of the channels
+#define ABREAST (32 / LANES)        // splits that a warp adds up at a time
 #define QUARTERS 4  // of the rows of w_v
 #define RUN 8
 #define PADDED ((HEADS + COLUMNS - 1) / COLUMNS * COLUMNS)
 #define PITCH (LATENT + 8)
-#define BATCH (SPLITS < 9 ? SPLITS : 9)  // loads that a lane has in flight
+#define BATCH (SPLITS < 9 * ABREAST ? (SPLITS + ABREAST - 1) / ABREAST : 9)  // loads that a lane has in flight
 
 DEVICE u32 cluster_rank() {
   u32 r;
@@ -35,10 +36,10 @@ DEVICE void store_peer(u32 address, u32 peer, u32 v) {
                : "memory");
 }
 
-// Adds to `sum` what a warp has of one token and head: 8 of 256 channels a lane, every `warps`-th split.
+// Adds to `sum` what LANES of a warp have of one token and head: 8 channels a lane, every (ABREAST * warps)-th split.
 DEVICE void add_splits(float* sum, const u8* partial, const float2* stats, u32 columns, float* share, int sub, int warps,
                        bool real) {
-  int lane = threadIdx.x % 32, first = sub, step = warps;
+  int lane = threadIdx.x % 32, first = ABREAST * sub + lane / LANES, step = ABREAST * warps;
   uint4 o[BATCH];
 #pragma unroll
   for (int i = 0; i < BATCH; i++) {
@@ -80,7 +81,7 @@ DEVICE void add_splits(float* sum, const u8* partial, const float2* stats, u32 c
         sum[2 * k] += f * low, sum[2 * k + 1] += f * high;
       }
     }
-    if (BATCH < SPLITS && from + BATCH * step < SPLITS) {
+    if (BATCH * ABREAST < SPLITS && from + BATCH * step < SPLITS) {
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
         int at = from + (BATCH + i) * step;
@@ -97,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
   __shared__ __align__(16) bf16 whole[RUN * PITCH];
   __shared__ float share[WARPS][SPLITS];
   __shared__ __align__(16) float products[WARPS][32 * RUN];
-  float(*sums)[256] = (float(*)[256])products;  // before the products
+  float(*sums)[LATENT / PARTS] = (float(*)[LATENT / PARTS])products;  // before the products
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   int part = cluster_rank(), h = blockIdx.x / QUARTERS, quarter = blockIdx.x % QUARTERS, runs = (tokens + RUN - 1) / RUN;
   uint4 w[2][2][2];  // tile of 16 rows, row g or g + 8, 32 channels
@@ -124,23 +125,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     float sum[8] = {};
     if (token < count) {
       i64 column = (i64)(first + token) * PADDED + h;
-      add_splits(sum, partial + column * (LATENT * 2) + part * 512 + lane * 16, (const float2*)stats + column,
+      add_splits(sum, partial + column * (LATENT * 2) + (part * LANES + lane % LANES) * 16, (const float2*)stats + column,
                  columns, share[warp], sub, warps, real);
-      float* to = sums[warp] + lane * 8;
+      float* to = sums[ABREAST * warp + lane / LANES] + lane % LANES * 8;
       *(float4*)to = float4{sum[0], sum[1], sum[2], sum[3]}, *(float4*)(to + 4) = float4{sum[4], sum[5], sum[6], sum[7]};
     }
     __syncthreads();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-    // A thread has two neighbouring channels, for one block. What stands at (8 w + g) * 8 + e of the 256 sums is
-    // channel (4 part + e / 2) * 64 + w * 16 + e % 2 * 8 + g (mla_attend).
-    int e = threadIdx.x % 8, two = threadIdx.x / 8 % 4 * 2, wide = threadIdx.x / 32 % 4, at = (wide * 8 + two) * 8 + e;
-    int channel = (4 * part + e / 2) * 64 + wide * 16 + e % 2 * 8 + two;
+    // A thread has two neighbouring channels, for one block. What stands at (8 w + g) * 8 + e of each 256 means is channel
+    // (4 half + e / 2) * 64 + w * 16 + e % 2 * 8 + g (mla_attend).
+    int e = threadIdx.x % 8, two = threadIdx.x / 8 % 4 * 2, at = threadIdx.x / 32 % (8 / PARTS) * 64 + two * 8 + e;
+    int mean = part * (LATENT / PARTS) + at, channel = (mean / 256 * 4 + e / 2) * 64 + mean % 256 / 64 * 16 + e % 2 * 8 + two;
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
       float low = 0, high = 0;
 #pragma unroll 2
-      for (int k = 0; k < warps; k++) low += sums[i * warps + k][at], high += sums[i * warps + k][at + 8];
-      store_peer(shared_address(whole + i * PITCH + channel), threadIdx.x / 128, pack_bf16(low, high));
+      for (int k = 0; k < ABREAST * warps; k++)
+        low += sums[i * ABREAST * warps + k][at], high += sums[i * ABREAST * warps + k][at + 8];
+      store_peer(shared_address(whole + i * PITCH + channel), threadIdx.x / (256 / PARTS), pack_bf16(low, high));
     }
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 

@@ -19,9 +19,8 @@ WIDTH = LATENT + ROPE
 TILE = 64
 """Cached rows that one product takes."""
 
-WHOLE_SM = 200 * KIB
-"""Shared memory that `mla_attend` asks for at least. A multiprocessor then has all of its memory as
-shared memory, and room for a block of the launches before and after."""
+FOURS = 16
+"""Tokens up to which four blocks add up a head's splits, not two."""
 
 LOG2_E = 1.4426950408889634
 
@@ -306,7 +305,7 @@ def _attend(shape: Shape, config: Config) -> Launch:
                 ("PAGE", shape.page_size), ("PAIRED", config.paired), ("SMALLEST", config.smallest),
             ),
             warps=4 * (units + 1),
-            shared_bytes=max(needed, WHOLE_SM),
+            shared_bytes=needed,
             features=("bulk", "wgmma"),
         ),
         grid=(groups, config.splits, 1),
@@ -323,6 +322,7 @@ def _attend(shape: Shape, config: Config) -> Launch:
 
 def _combine(target: Target, shape: Shape, config: Config) -> Launch:
     weights = shape.heads * VALUE * LATENT * 2
+    parts = 4 if shape.tokens <= FOURS and not config.even else 2
     # Blocks that fit at once; each goes on to further tokens.
     lines = max(1, 3 * (target.sms or 1) // (4 * shape.heads))
     return Launch(
@@ -335,14 +335,14 @@ def _combine(target: Target, shape: Shape, config: Config) -> Launch:
                 ("tokens", "i32"),
             ),
             constants=(
-                ("COLUMNS", shape.columns), ("HEADS", shape.heads), ("SPLITS", config.splits),
-                *((("EVEN", 1),) if config.even else ()),
+                ("COLUMNS", shape.columns), ("HEADS", shape.heads), ("PARTS", parts),
+                ("SPLITS", config.splits), *((("EVEN", 1),) if config.even else ()),
             ),
             warps=8,
             features=("bulk",),
         ),
         grid=(4 * shape.heads, min(lines, -(-shape.tokens // 8)), 1),
-        cluster=(2, 1, 1),
+        cluster=(parts, 1, 1),
         operands=(*map(Operand, ("partial", "stats", "w_v", "y")), shape.tokens),
         dependent=True,
         moved_bytes=weights + config.splits * shape.all_columns * LATENT * 2,
