@@ -163,8 +163,13 @@ def folded(table: LaunchTable, bucket: Bucket) -> list[dict[str, Any]]:
 
 
 def memory(table: LaunchTable, plan: Plan, bucket: Bucket) -> list[dict[str, Any]]:
-    """What lies in the arena: where, how large, and from which step to which; by place."""
+    """What lies in the arena: where, how large, and from which step to which; by place.
+
+    Nothing of the ops between the programs of a speculative round, which have memory of their own.
+    """
     phase = table.phases[bucket.phase]
+    if bucket.phase not in plan.programs:
+        return []
     sizes = _sizes(phase, plan, bucket)
     uses: dict[str, list[int]] = {}
     for number, step in enumerate(phase.steps):

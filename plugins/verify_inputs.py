@@ -30,8 +30,8 @@ from lingc.plan import TensorType
 from lingc.samples import Samples
 from lingc.targets.spec import Target
 
-MOST_TOKENS = 1024
-"""A block has them all."""
+MOST_TOKENS = 32
+"""Of a sequence: a warp has them."""
 
 
 def reference(
@@ -77,10 +77,12 @@ def refusal(
     ahead_rows: TensorType,
     slots: TensorType,
 ) -> str | None:
-    if isinstance(token_ids.shape[0], str):
+    tokens, sequences = token_ids.shape[0], slots.shape[0]
+    if isinstance(tokens, str) or isinstance(sequences, str):
         return None  # asked again with sizes
-    (tokens,) = token_ids.bind({})
-    return f"{tokens} tokens are more than {MOST_TOKENS}" if tokens > MOST_TOKENS else None
+    if tokens % sequences or tokens > MOST_TOKENS * sequences:
+        return f"{tokens} tokens are not 1 to {MOST_TOKENS} for each of {sequences} sequences"
+    return None
 
 
 def tactics(
@@ -95,32 +97,22 @@ def tactics(
         return ()
     (tokens,), (sequences,), (places,) = (one.bind({}) for one in (token_ids, slots, drafts))
     each = tokens // sequences
-    warps = -(-tokens // 32)
-    names = (
-        "token_ids",
-        "drafts",
-        "ahead_positions",
-        "ahead_rows",
-        "positions",
-        "cache_rows",
-    )
-    sizes = ("tokens", "each", "pitch")
+    tensors = ("token_ids", "drafts", "ahead_positions", "ahead_rows", "positions", "cache_rows")
     kernel = Kernel(
         language="cuda",
         source="kernels/verify_inputs.cu",
         entry="verify_inputs",
-        arguments=(*((name, "*i32") for name in names), *((name, "i32") for name in sizes)),
-        constants=(("THREADS", 32 * warps),),
-        warps=warps,
+        arguments=(*((name, "*i32") for name in tensors), ("each", "i32"), ("pitch", "i32")),
+        warps=1,
     )
     launch = Launch(
         kernel=kernel,
-        grid=(1, 1, 1),
-        operands=(*map(Operand, names), tokens, each, places // each),
+        grid=(sequences, 1, 1),
+        operands=(*map(Operand, tensors), each, places // each),
         dependent=(target.compute_capability or (0, 0)) >= (9, 0),
         moved_bytes=cost(token_ids, drafts, ahead_positions, ahead_rows, slots).moved_bytes,
     )
-    return (Tactic(name=f"block.warps{warps}", launches=(launch,), config={"warps": warps}),)
+    return (Tactic(name="sequence", launches=(launch,)),)
 
 
 def inputs(sequences: int, each: int, *, dtype: str, device: str) -> tuple[Tensor, ...]:

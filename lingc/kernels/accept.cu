@@ -6,9 +6,9 @@
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    accept(int* token_ids, int* positions, int* cache_rows, bf16* hidden, int* draws, const int* tokens, const int* slots,
-           const int* page_table, const int* rooms, const u32* forced, int* accepted, int* logit_rows,
-           int* ahead_positions, int* ahead_rows, int each, int pitch, int pages, int page_size) {
+    accept_drafts(int* token_ids, int* positions, int* cache_rows, bf16* hidden, int* draws, const int* tokens,
+                  const int* slots, const int* page_table, const int* rooms, const u32* forced, int* accepted,
+                  int* logit_rows, int* ahead_positions, int* ahead_rows, int each, int pitch, int pages, int page_size) {
   __shared__ int shared_last;
   launch_dependents();
   wait_dependencies();
@@ -41,6 +41,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
           fits ? load_fresh(page_table + (i64)b * pages + ahead / page_size) * page_size + ahead % page_size : -1;
       draws[(i64)at * 6 + 4] = place + last + 1;
     }
+    if (mine && b + 1 == (int)gridDim.x)  // what makes the sequences whole fours
+      for (int other = at + 1; other < (i + 1) * pitch; other++) ahead_positions[other] = 0, ahead_rows[other] = -1;
     if (i == 0) {
       shared_last = last;
       accepted[b] = is_padding ? 0 : last + 1;

@@ -148,3 +148,82 @@ class Drawing(Protocol):
     def take(self, ticket: Ticket) -> Array:
         """The tokens of a queued step, i32 [B]; waits until they are there."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStart:
+    """What speculative rounds of B sequences, Q - 1 drafts each, begin from.
+
+    Attributes:
+        tokens: i32 [B], the last of each sequence, which the model was not fed.
+        slots, accepted: i32 [B], as for verify.
+        positions, cache_rows: i32 [B, Q], of `tokens` and of the drafts behind it.
+        drafts: i32 [B], the first of each.
+        logits: f32 [B, vocab], what those were drawn from; None where all is greedy.
+        hidden: bf16 [B, D], what the next ones start from.
+        draws: As `lingc.runtime.sampling.draws` makes them for drafts, Q rows a sequence: for the
+            tokens behind those at `positions`.
+        pages: The most that a sequence will ever have.
+    """
+
+    tokens: Array
+    slots: Array
+    accepted: Array
+    positions: Array
+    cache_rows: Array
+    drafts: Array
+    logits: Array | None
+    hidden: Array
+    draws: Mapping[str, Array]
+    pages: int
+
+
+class DeviceRounds(Protocol):
+    """Speculative rounds that need no host: each goes on from what the one before left.
+
+    What a round keeps is what `lingc.runtime.speculative.Speculator` would keep, but for rounding
+    where tokens are drawn. The backend may run other steps between rounds.
+    """
+
+    def fits(self, sequences: int, pages: int) -> bool:
+        """Whether there is code for rounds of so many sequences of so many pages."""
+        ...
+
+    def begin(self, start: RoundStart) -> None:
+        """Forget the rounds before, all of which were read, and begin anew."""
+        ...
+
+    def queue(self, page_table: Array, rooms: Array, forced: Array) -> Ticket:
+        """Begin a round, and return before it is done; at most two are not read.
+
+        Args:
+            page_table: i32 [B, P], for all that the round and the drafts of the next may be fed.
+            rooms: i32 [B], how many positions there are pages for.
+            forced: i32 [B], as the op `accept` has it.
+        """
+        ...
+
+    def take(self, ticket: Any) -> tuple[Array, Array]:
+        """What a round kept, once and in the order of queueing; waits until it is there.
+
+        Returns:
+            tokens i32 [B, Q] and accepted i32 [B]: so many of each sequence's tokens are new.
+        """
+        ...
+
+    def leads(self) -> tuple[Array, Array]:
+        """What the next drafts would be made of: logits f32 [B, vocab], hidden [B, D]."""
+        ...
+
+
+@runtime_checkable
+class Speculating(Protocol):
+    """A backend that also drafts, verifies and accepts by itself."""
+
+    def rounds(self, drafts: int) -> DeviceRounds:
+        """Rounds of so many drafts; those of another number are given up.
+
+        Raises:
+            ResourceError: The device has no room for them.
+        """
+        ...

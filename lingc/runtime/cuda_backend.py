@@ -30,11 +30,14 @@ from lingc.runtime.cuda_inputs import (
     halves,
     order,
     reachable,
+    runs,
     sizes_of,
     smallest,
     too_large,
+    view_of,
 )
 from lingc.runtime.cuda_memory import DeviceMemory, Held
+from lingc.runtime.cuda_rounds import CudaRounds
 from lingc.runtime.cuda_weights import upload_weights
 from lingc.weights import Progress
 
@@ -114,6 +117,7 @@ class CudaBackend:
         self._pinned: list[Pinned] = []
         self._turns: list[_Turn] = []
         self._drawn_programs: dict[str, Program] = {}
+        self._rounds: CudaRounds | None = None
         self._drawn: Held | None = None
         """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
@@ -197,6 +201,21 @@ class CudaBackend:
         found: Array = ticket.turn.fetched.array.view(np.int32)[: ticket.rows].copy()
         return found
 
+    def rounds(self, drafts: int) -> CudaRounds:
+        self._drawn = None  # rounds have the arena
+        if self._rounds is None or self._rounds.drafts != drafts:
+            self._end_rounds()
+            self._rounds = CudaRounds(
+                self.device, self._code, self._memory, self._limits, self._kernel, self._buckets,
+                drafts,
+            )  # fmt: skip
+        return self._rounds
+
+    def _end_rounds(self) -> None:
+        if self._rounds is not None:
+            self._rounds.close()
+            self._rounds = None
+
     def state(self, name: str) -> Array:
         """A copy of a state tensor, scratch included; bf16 widened."""
         found = self._fetch(self._state(name))
@@ -259,6 +278,7 @@ class CudaBackend:
             if turn.queued is not None:
                 self.take(turn.queued)
         self._turns.clear()
+        self._end_rounds()
         self.device.synchronize()
         for bound in self._bound.values():
             bound.close()
@@ -355,10 +375,10 @@ class CudaBackend:
         places = {name: bound.value(name, program.types[name]) for name in inputs}
         start = min(held.address for held in places.values())
         views = {
-            name: _view(block.array, held, held.address - start) for name, held in places.items()
+            name: view_of(block.array, held, held.address - start) for name, held in places.items()
         }
         fill(bound.bucket.phase, views, inputs, without=() if kept is None else (kept,))
-        for first, last in _runs(places, kept):
+        for first, last in runs(places, kept):
             self.device.upload(first, block.address + first - start, last - first)
 
     def _block(self, bucket: Bucket, program: Program) -> Pinned:
@@ -463,20 +483,6 @@ def _check_slots(buckets: Mapping[str, Sequence[Bucket]], limits: Limits) -> Non
             )
 
 
-def _runs(places: Mapping[str, Held], kept: str | None) -> list[tuple[int, int]]:
-    """Addresses from where to where to copy."""
-    rest = [held for name, held in places.items() if name != kept]
-    groups = [rest]
-    if kept is not None:
-        at = places[kept].address
-        groups = [[x for x in rest if x.address < at], [x for x in rest if x.address > at]]
-    return [
-        (min(x.address for x in group), max(x.address + x.bytes for x in group))
-        for group in groups
-        if group
-    ]
-
-
 def _first_rows(bound: BoundBucket, kind: TensorType, name: str, sizes: Mapping[str, int]) -> Held:
     """The rows of an output that belong to the step itself."""
     whole = bound.value(name, kind)
@@ -484,9 +490,3 @@ def _first_rows(bound: BoundBucket, kind: TensorType, name: str, sizes: Mapping[
     rows = min(sizes[axis], bound.sizes[axis])
     found = TensorType(kind.dtype, (rows, *whole.kind.shape[1:]))
     return Held(kind=found, address=whole.address, bytes=found.bytes())
-
-
-def _view(block: Array, held: Held, start: int) -> Array:
-    """Where a tensor's bytes stand in a block."""
-    raw = block[start : start + held.bytes]
-    return raw.view(NUMPY_DTYPE[held.kind.dtype]).reshape(held.kind.bind({}))

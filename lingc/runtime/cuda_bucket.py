@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from lingc.device import Binary, Device, Graph
@@ -24,7 +25,9 @@ and the drawing of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Launch:
+class BoundLaunch:
+    """A launch with its kernel and the values of its arguments."""
+
     binary: Binary
     values: tuple[Any, ...]
     launch: TableLaunch
@@ -35,6 +38,7 @@ class BoundBucket:
 
     Args:
         kernel: The kernel of a number in the table, read when it is first asked for.
+        elsewhere: Buffers that lie at another address than in the arena, or nowhere in it.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class BoundBucket:
         memory: DeviceMemory,
         limits: Limits,
         kernel: Callable[[int], Binary],
+        *,
+        elsewhere: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.bucket = bucket
         self.sizes = all_sizes(bucket.sizes)
@@ -58,6 +64,7 @@ class BoundBucket:
                 name: memory.arena + offset
                 for name, offset in zip(phase.arena, bucket.offsets, strict=True)
             },
+            **elsewhere,
         }
         self._values_at: dict[str, Held] = {}
         self._graphs: dict[str, Graph] = {}
@@ -74,25 +81,12 @@ class BoundBucket:
     def replay(self, which: str) -> None:
         """Put the bucket, or a part of it, on the stream; recorded when it is first asked for."""
         if which not in self._graphs:
-            steps = self._code.table.phases[self.bucket.phase].steps
-            self._graphs[which] = self.record(self._wanted(steps, which))
+            self._graphs[which] = self.record(self.names(which))
         self._graphs[which].replay()
 
     def record(self, names: Collection[str]) -> Graph:
         """A graph of these steps alone, in the program's order; whoever asks for it closes it."""
-        launches = [*self._launches(names)]
-        for one in launches:
-            self._device.function(one.binary)  # nothing can be loaded while recording
-        with self._device.recording() as graph:
-            for index, one in enumerate(launches):
-                self._device.put(
-                    one.binary,
-                    one.values,
-                    grid=one.launch.grid,
-                    cluster=one.launch.cluster,
-                    dependent=one.launch.dependent and index > 0,
-                )
-        return graph
+        return record(self._device, [[*self.launches(names)]])
 
     @property
     def addresses(self) -> Mapping[str, int]:
@@ -105,7 +99,8 @@ class BoundBucket:
             graph.close()
         self._graphs.clear()
 
-    def _launches(self, wanted: Collection[str]) -> Iterator[_Launch]:
+    def launches(self, wanted: Collection[str]) -> Iterator[BoundLaunch]:
+        """The launches of these steps, in the program's order."""
         table, bucket = self._code.table, self.bucket
         steps = table.phases[bucket.phase].steps
         for step, index, scratch in zip(steps, bucket.tactics, bucket.scratch, strict=True):
@@ -116,9 +111,11 @@ class BoundBucket:
             for launch in tactic.launches:
                 binary = self._kernel(launch.kernel)
                 values = tuple(self._values(binary, launch.operands, addresses))
-                yield _Launch(binary=binary, values=values, launch=launch)
+                yield BoundLaunch(binary=binary, values=values, launch=launch)
 
-    def _wanted(self, steps: Sequence[TableStep], which: str) -> set[str]:
+    def names(self, which: str) -> set[str]:
+        """The steps of the bucket, or of a part of it."""
+        steps = self._code.table.phases[self.bucket.phase].steps
         if which == DRAWN:
             return {step.name for step in steps}
         if which == WHOLE:
@@ -161,6 +158,28 @@ class BoundBucket:
                     yield 0
                 case _:
                     yield operand
+
+
+def record(device: Device, parts: Sequence[Sequence[BoundLaunch]]) -> Graph:
+    """A graph of programs one after another; whoever asks for it closes it.
+
+    Each begins when all before it has ended: kernels read inputs of their program, and what older
+    ones wrote, before the launches ahead of them are complete.
+    """
+    for part in parts:
+        for one in part:
+            device.function(one.binary)  # nothing can be loaded while recording
+    with device.recording() as graph:
+        for part in parts:
+            for index, one in enumerate(part):
+                device.put(
+                    one.binary,
+                    one.values,
+                    grid=one.launch.grid,
+                    cluster=one.launch.cluster,
+                    dependent=one.launch.dependent and index > 0,
+                )
+    return graph
 
 
 def _side_by_side(spaces: Sequence[tuple[str, int]], start: int) -> dict[str, int]:

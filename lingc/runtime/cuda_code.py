@@ -23,6 +23,7 @@ from lingc.launch_table import (
     from_value,
 )
 from lingc.plan import Plan, Program, TensorType
+from lingc.round_memory import ROUND, round_program
 
 TABLE = "table.json.xz"
 
@@ -137,12 +138,16 @@ def _problems(code: CudaCode) -> Iterator[str]:
     table, plan = code.table, code.plan
     for index, tactic in enumerate(table.tactics):
         yield from (f"tactic {index}: {one}" for one in _tactic_problems(tactic, table))
-    if table.phases.keys() != plan.programs.keys():
+    programs = dict(plan.programs)
+    if ROUND in table.phases and {"verify", "draft"} <= programs.keys():
+        programs[ROUND] = round_program(plan)
+    if table.phases.keys() != programs.keys():
         yield f"it has the phases {[*table.phases]}, the plan {[*plan.programs]}"
         return
     sound = True
     for name, phase in table.phases.items():
-        for one in _phase_problems(phase, plan, plan.programs[name]):
+        given = programs[name].inputs if name == ROUND else ()
+        for one in _phase_problems(phase, plan, programs[name], given):
             sound = False
             yield f"{name}: {one}"
         if not any(bucket.phase == name for bucket in table.buckets):
@@ -152,7 +157,7 @@ def _problems(code: CudaCode) -> Iterator[str]:
         if bucket.phase not in table.phases:
             yield f"bucket {index} is of a phase {bucket.phase!r}"
             continue
-        program, phase = plan.programs[bucket.phase], table.phases[bucket.phase]
+        program, phase = programs[bucket.phase], table.phases[bucket.phase]
         found = _bucket_problems(bucket, phase, program, facts)
         yield from (f"bucket {index}: {one}" for one in found)
 
@@ -188,15 +193,19 @@ def _tactic_problems(tactic: TableTactic, table: LaunchTable) -> Iterator[str]:
             yield f"the grid {launch.grid} in clusters of {launch.cluster} cannot be"
 
 
-def _phase_problems(phase: TablePhase, plan: Plan, program: Program) -> Iterator[str]:
-    known = {*phase.arena, *plan.weights, *plan.states}
-    if len(known) != len(phase.arena) + len(plan.weights) + len(plan.states):
+def _phase_problems(
+    phase: TablePhase, plan: Plan, program: Program, elsewhere: Sequence[str]
+) -> Iterator[str]:
+    """`elsewhere` are inputs that do not lie in the arena."""
+    buffers = [*phase.arena, *plan.weights, *plan.states, *elsewhere]
+    known = {*buffers}
+    if len(known) != len(buffers):
         yield "two buffers have one name"
     for step in phase.steps:
         for buffer in {*step.buffers.values()} - known - {None}:
             yield f"step {step.name!r} uses {buffer!r}, which is no buffer"
     for value in (*program.inputs, *program.outputs.values()):
-        if phase.values.get(value) not in phase.arena:
+        if value not in elsewhere and phase.values.get(value) not in phase.arena:
             yield f"{value!r} lies nowhere"
 
 

@@ -16,6 +16,7 @@ from lingc.launch_table import Bucket
 from lingc.plan import Dim, Program, TensorType
 from lingc.quantize.formats import round_bf16
 from lingc.runtime.backend import Array, Limits
+from lingc.runtime.cuda_memory import Held
 
 NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
     "f32": np.float32, "i32": np.int32, "i64": np.int64, "bf16": np.uint16,
@@ -227,3 +228,23 @@ def _fill_offsets(phase: str, into: Array, given: Array, tokens: int) -> None:
         return
     into[: len(given)] = given
     into[len(given) :] = tokens
+
+
+def runs(places: Mapping[str, Held], kept: str | None) -> list[tuple[int, int]]:
+    """Addresses from where to where to copy."""
+    rest = [held for name, held in places.items() if name != kept]
+    groups = [rest]
+    if kept is not None:
+        at = places[kept].address
+        groups = [[x for x in rest if x.address < at], [x for x in rest if x.address > at]]
+    return [
+        (min(x.address for x in group), max(x.address + x.bytes for x in group))
+        for group in groups
+        if group
+    ]
+
+
+def view_of(block: Array, held: Held, start: int) -> Array:
+    """Where a tensor's bytes stand in a block."""
+    raw = block[start : start + held.bytes]
+    return raw.view(NUMPY_DTYPE[held.kind.dtype]).reshape(held.kind.bind({}))

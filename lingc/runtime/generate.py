@@ -16,11 +16,12 @@ from lingc.errors import UsageError
 from lingc.plan import Plan
 from lingc.runtime import sampling
 from lingc.runtime.ahead import Ahead, checked, wanted
-from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits
+from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits, Speculating
+from lingc.runtime.rounds import Rounds
 from lingc.runtime.sequence import Completion, Request, Token, check_prompt, never_started
 from lingc.runtime.sequence import Sequence as Running
 from lingc.runtime.slots import Piece, SlotTable
-from lingc.runtime.speculative import ForceReject, Speculator
+from lingc.runtime.speculative import Forced, Speculator
 from lingc.runtime.steps import Steps
 from lingc.runtime.tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ class Generator:
         prefill_tokens: Most tokens of a prefill step, over all its sequences; what the backend
             does best where None.
         drafts: Tokens drafted a round by the draft layer; 0 decodes plainly.
-        force_reject: For tests of the rollback.
+        force_reject, force_keep: As for `lingc.runtime.speculative.Speculator`.
 
     Raises:
         UsageError: The engine cannot make that many drafts.
@@ -101,15 +102,16 @@ class Generator:
         stop_ids: frozenset[int] = frozenset(),
         prefill_tokens: int | None = None,
         drafts: int = 0,
-        force_reject: ForceReject | None = None,
+        force_reject: Forced | None = None,
+        force_keep: Forced | None = None,
     ) -> None:
         if prefill_tokens is not None and prefill_tokens < 1:
             raise UsageError(f"prefill_tokens is {prefill_tokens}, at least 1 is needed")
         plan = backend.plan
         self.steps = Steps(backend, SlotTable(backend.limits, plan.page_size))
-        self.speculator = (
-            Speculator(self.steps, drafts=drafts, force_reject=force_reject) if drafts else None
-        )
+        forced = {"force_reject": force_reject, "force_keep": force_keep}
+        self.speculator = Speculator(self.steps, drafts=drafts, **forced) if drafts else None
+        self.forced = forced
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.prefill_tokens = _prefill_tokens(backend, prefill_tokens)
@@ -171,6 +173,7 @@ class Run:
         self._waiting = deque(enumerate(requests))
         self._running: list[Running] = []
         self._ahead = _ahead(generator)
+        self._rounds = _rounds(generator)
         self._start = time.perf_counter()
         self.stats = Stats()
 
@@ -199,7 +202,13 @@ class Run:
         if ready:
             started = time.perf_counter()
             speculator = self._generator.speculator
-            if speculator is not None:
+            if self._rounds is not None and (
+                self._rounds.is_under_way or (self._draws(ready) and self._rounds.fits(ready))
+            ):
+                events += self._device_round(self._rounds, ready)
+            elif speculator is not None:
+                if self._rounds is not None:
+                    self._rounds.hand_back()
                 events += self._round(speculator, ready)
             elif self._ahead is not None and (self._ahead.is_under_way or self._draws(ready)):
                 chosen = self._ahead.step(ready, follow=self._draws(ready), disturbed=fed)
@@ -221,8 +230,9 @@ class Run:
 
     def close(self) -> None:
         """Give up what is unfinished."""
-        if self._ahead is not None:
-            self._ahead.drop()
+        for queued in (self._ahead, self._rounds):
+            if queued is not None:
+                queued.drop()
         for s in self._running:
             self._steps.table.release(s.lease)
         self._running.clear()
@@ -318,6 +328,16 @@ class Run:
         self._feed(ready, [result.hidden for result in verified])
         return events
 
+    def _device_round(self, rounds: Rounds, ready: list[Running]) -> list[Event]:
+        events: list[Event] = []
+        for s, tokens in rounds.step(ready, follow=self._draws(ready)):
+            for token in tokens:
+                events.append(self._emit(s, token))
+                if s.finish is not None:
+                    break
+        self.stats.decoded_tokens += len(events)
+        return events
+
     def _feed(self, sequences: list[Running], hidden: list[Array]) -> None:
         speculator = self._generator.speculator
         if speculator is None:
@@ -361,3 +381,11 @@ def _ahead(generator: Generator) -> Ahead | None:
         return None
     both = backend.can_draw("prefill") and backend.can_draw("decode")
     return Ahead(generator.steps, backend) if both else None
+
+
+def _rounds(generator: Generator) -> Rounds | None:
+    """For a backend that drafts and verifies by itself."""
+    steps, drafts = generator.steps, generator.drafts
+    if not drafts or not isinstance(steps.backend, Speculating):
+        return None
+    return Rounds(steps.table, steps.backend.rounds(drafts), drafts, **generator.forced)

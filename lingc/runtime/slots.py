@@ -120,21 +120,26 @@ class SlotTable:
             self.grow(piece.lease, piece.position + len(piece.tokens))
         spans = [np.arange(p.position, p.position + len(p.tokens)) for p in pieces]
         width = max(int(span[-1]) // self.page_size + 1 for span in spans)
-        table = np.zeros((len(pieces), width), np.int32)
-        for row, piece in zip(table, pieces, strict=True):
-            held = piece.lease.pages[:width]
-            row[: len(held)] = held
-        rows = [self._rows(p.lease, span) for p, span in zip(pieces, spans, strict=True)]
+        rows = [self.rows(p.lease, span) for p, span in zip(pieces, spans, strict=True)]
         return {
             "token_ids": np.concatenate([np.asarray(p.tokens, np.int32) for p in pieces]),
             "positions": np.concatenate(spans).astype(np.int32),
             "offsets": np.cumsum([0, *(len(p.tokens) for p in pieces)], dtype=np.int32),
             "slots": np.array([p.lease.slot for p in pieces], np.int32),
             "cache_rows": np.concatenate(rows).astype(np.int32),
-            "page_table": table,
+            "page_table": self.page_table([piece.lease for piece in pieces], width),
         }
 
-    def _rows(self, lease: Lease, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def page_table(self, leases: Sequence[Lease], width: int) -> Array:
+        """The first pages of each, i32; 0 where it has no more."""
+        table = np.zeros((len(leases), width), np.int32)
+        for row, lease in zip(table, leases, strict=True):
+            held = lease.pages[:width]
+            row[: len(held)] = held
+        return table
+
+    def rows(self, lease: Lease, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the cache, `SCRATCH` where the lease has no page."""
         page, within = np.divmod(positions, self.page_size)
         held = np.array([*lease.pages, SCRATCH])
         number = held[np.minimum(page, len(lease.pages))]

@@ -30,8 +30,8 @@ from lingc.runtime.sequence import Sequence as Running
 from lingc.runtime.slots import Piece
 from lingc.runtime.steps import Steps
 
-ForceReject = Callable[[int, int], bool]
-"""For tests: whether to reject the draft of that request at that position, whatever it is."""
+Forced = Callable[[int, int], bool]
+"""Of a request and a position: whether its draft is kept, or rejected, whatever it is."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,15 +84,22 @@ class Speculator:
     Args:
         drafts: Tokens drafted a round, the same for every sequence: a verify step takes the same
             number of tokens from each. A sequence near its end wastes some.
+        force_reject: For tests of the rollback.
+        force_keep: For measurements on drawn weights, whose drafts nobody would keep; it wins.
     """
 
     def __init__(
-        self, steps: Steps, *, drafts: int, force_reject: ForceReject | None = None
+        self,
+        steps: Steps,
+        *,
+        drafts: int,
+        force_reject: Forced | None = None,
+        force_keep: Forced | None = None,
     ) -> None:
         check_drafts(steps.backend.plan, drafts)
         self._steps = steps
         self._drafts = drafts
-        self._force_reject = force_reject
+        self._force_reject, self._force_keep = force_reject, force_keep
 
     def feed(self, sequences: Sequence[Running], hidden: Sequence[Array]) -> None:
         """Give the draft layer what the model has just computed.
@@ -155,6 +162,9 @@ class Speculator:
         for place, draft in enumerate(proposal.tokens):
             position = s.fed + place + 1
             row = logits[place]
+            if self._force_keep is not None and self._force_keep(s.index, position):
+                kept.append(draft)
+                continue
             if self._force_reject is not None and self._force_reject(s.index, position):
                 # Decided without looking at the draft, so the draft tells nothing about the token.
                 return [*kept, _choose(s, row, position)]

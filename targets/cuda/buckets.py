@@ -3,7 +3,9 @@
     decode   sequences x context
     verify   tokens a sequence x sequences x context; whole sequences are padding
     prefill  tokens x sequences x context; a sequence of padding takes the tokens that are left over
-    draft    room for a sequence a token, x context; of more tokens as prefill
+    draft    room for a sequence a token, x context; what a verify leaves, for each of its
+             buckets; of more tokens as prefill
+    round    one for each bucket of verify
 
 A context is what a sequence's page table has room for. Attention of many tokens makes keys and
 values of whole contexts: many sequences of the longest have no bucket, and run in several steps.
@@ -14,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lingc.plan import PHASES, Plan
+from lingc.round_memory import ROUND, round_axes
 
 CONTEXTS = (512, 4096 + 1024, 32768 + 4096, 131072)
 """Of a sequence at the end of a step: round lengths of prompts and room for what follows them."""
@@ -51,13 +54,19 @@ def buckets(plan: Plan, *, invariant: bool = False) -> tuple[Sizes, ...]:
         invariant: Whether a row's bits must not depend on which one is used.
     """
     makers = {"prefill": _prefill, "decode": _decode, "verify": _verify, "draft": _draft}
-    return tuple(
+    found = [
         Sizes(phase=phase, axes=_axes(plan, phase, axes))
         for phase in PHASES
         if phase in plan.programs
         for axes in makers[phase](plan)
         if not (invariant and phase == "prefill" and axes["T"] < INVARIANT_FROM)
-    )
+    ]
+    if "draft" in plan.programs:
+        found += [
+            Sizes(phase=ROUND, axes=round_axes(axes["B"], axes["T"] // axes["B"], axes["P"]))
+            for axes in _verify(plan)
+        ]
+    return tuple(found)
 
 
 def contexts(plan: Plan) -> list[int]:
@@ -98,6 +107,8 @@ def _draft(plan: Plan) -> Iterator[dict[str, int]]:
     for tokens in DECODE_SEQUENCES:
         for pages in _pages(plan):
             yield {"T": tokens, "B": tokens, "N": tokens, "P": pages}
+    for axes in _verify(plan):
+        yield {**axes, "N": axes["B"]}
     yield from _prefill(plan, FEW_TOKENS)
 
 

@@ -29,10 +29,12 @@ from lingc.launch_table import (
     TableTactic,
 )
 from lingc.plan import Plan, Program, Ref, Step, TensorType
+from lingc.round_memory import ROUND
 from lingc.targets.cuda.binaries import compile_all
 from lingc.targets.cuda.buckets import Sizes, buckets
 from lingc.targets.cuda.memory import Lifetime, place
 from lingc.targets.cuda.pins import Kind, Pins, kind_of
+from lingc.targets.cuda.rounds import RoundPhase, round_of
 from lingc.targets.cuda.sampling import sample_of
 from lingc.targets.cuda.schedule import OPEN, Call, arguments_of, calls
 from lingc.targets.cuda.tactics import Choice, choose, key
@@ -84,9 +86,17 @@ def schedule_all(
         InputError: An op has no kernel for a bucket's sizes, or none that suits all.
         StageError: A launch depends on the state's size in a way that no table can say.
     """
-    phases = {name: _Phase(plan, name, target) for name in plan.programs}
-    every = buckets(plan, invariant=invariant) if sizes is None else sizes
-    chosen = _Tactics(plan, target, pins=Pins(target) if invariant else None)
+    phases: dict[str, _Phase | RoundPhase] = {
+        name: _Phase(plan, name, target) for name in plan.programs
+    }
+    wanted = buckets(plan, invariant=invariant) if sizes is None else sizes
+    rounds = round_of(plan, target)
+    if rounds is not None and any(one.phase == ROUND for one in wanted):
+        phases[ROUND] = rounds
+    # Where rounds have no kernels, the host does what is between their steps.
+    every = [one for one in wanted if one.phase in phases]
+    advance(len(wanted) - len(every))
+    chosen = Tactics(plan, target, pins=Pins(target) if invariant else None)
     if invariant:
         for one in every:
             chosen.see(phases[one.phase], one)
@@ -195,7 +205,7 @@ def _typed(step: Step, program: Program) -> tuple[Any, ...]:
     return tuple(program.types[arg.name] if isinstance(arg, Ref) else arg for arg in step.args)
 
 
-def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
+def _bucket(phase: _Phase | RoundPhase, one: Sizes, chosen: "Tactics") -> Bucket:
     found: dict[int, int] = {}
     for index in dict.fromkeys(phase.kinds):
         with _named(phase, one):
@@ -219,7 +229,7 @@ def _bucket(phase: _Phase, one: Sizes, chosen: "_Tactics") -> Bucket:
 
 
 @contextmanager
-def _named(phase: _Phase, one: Sizes) -> Iterator[None]:
+def _named(phase: _Phase | RoundPhase, one: Sizes) -> Iterator[None]:
     """Say of which bucket it is that an op has no kernel."""
     try:
         yield
@@ -232,7 +242,7 @@ def _named(phase: _Phase, one: Sizes) -> Iterator[None]:
 
 
 @dataclass(slots=True)
-class _Tactics:
+class Tactics:
     """Tactics in the order in which they are first asked for, each once."""
 
     plan: Plan
@@ -242,7 +252,7 @@ class _Tactics:
     kernels: dict[Kernel, int] = field(default_factory=dict)
     _known: dict[tuple[str, str, Kind | None], int] = field(default_factory=dict)
 
-    def see(self, phase: _Phase, one: Sizes) -> None:
+    def see(self, phase: _Phase | RoundPhase, one: Sizes) -> None:
         """Have the pins know the calls of a bucket."""
         for index in dict.fromkeys(phase.kinds):
             call = phase.calls[index]
@@ -252,7 +262,7 @@ class _Tactics:
                     given = arguments_of(phase.program, call.step, self._sizes(one.axes, _BASE))
                     self.pins.see(kind, call.op, given)
 
-    def index(self, phase: _Phase, call: Call, axes: Mapping[str, int]) -> int:
+    def index(self, phase: _Phase | RoundPhase, call: Call, axes: Mapping[str, int]) -> int:
         """The tactic of a call, by its place in the table."""
         step, program = call.step, phase.program
         named = arguments_of(program, step, self._sizes(axes, _BASE), OPEN)
@@ -273,7 +283,7 @@ class _Tactics:
             self.table.append(self._made(call, given[0], choices, text))
         return self._known[call.op.name, text, kind]
 
-    def _pinned(self, phase: _Phase, call: Call) -> Kind | None:
+    def _pinned(self, phase: _Phase | RoundPhase, call: Call) -> Kind | None:
         if self.pins is None:
             return None
         return kind_of(phase.name, call.op, call.step, phase.program)

@@ -11,8 +11,9 @@ from lingc import targets
 from lingc.checkpoint import SyntheticCheckpoint
 from lingc.model.config import ModelConfig
 from lingc.plan import Plan
-from lingc.quantize.formats import round_bf16
+from lingc.quantize.formats import round_bf16, widen_bf16
 from lingc.quantize.recipes import load_recipe
+from lingc.round_memory import ROUND, round_axes
 from lingc.runtime import Request
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.cuda_backend import CudaBackend
@@ -39,6 +40,20 @@ CONFIG = ModelConfig.from_dict({**RAW, **SMALL})
 """A linear layer, a latent one with experts, a draft layer; widths are those of the kernels."""
 
 
+class Predictable(SyntheticCheckpoint):
+    """Weights whose draft layer guesses right now and then: layers add little to the embedding."""
+
+    def plain(self, name: str) -> tuple[Array, str]:
+        bits, kind = super().plain(name)
+        if name.endswith((".dense.weight", "down_proj.weight")):
+            return round_bf16(0.1 * widen_bf16(bits)), kind
+        if name.endswith("eh_proj.weight"):  # the token's half comes first
+            made = 0.02 * widen_bf16(bits)
+            made[:, : len(made)] += np.eye(len(made), dtype=np.float32)
+            return round_bf16(made), kind
+        return bits, kind
+
+
 @cache
 def plan_and_weights(precision: str = "fp8") -> tuple[Plan, dict[str, Array]]:
     torch.set_num_threads(1)
@@ -46,8 +61,19 @@ def plan_and_weights(precision: str = "fp8") -> tuple[Plan, dict[str, Array]]:
     plan = compiler.compile_plan(
         CONFIG, load_recipe(precision), targets.get(TARGET), has_mtp=True, request=request
     ).plan
-    weights = CheckpointWeights(plan.weights.values(), SyntheticCheckpoint(CONFIG, 0), CONFIG)
-    return plan, {name: weights[name] for name in plan.weights}
+    return plan, _weights(plan, SyntheticCheckpoint(CONFIG, 0))
+
+
+@cache
+def predictable() -> dict[str, Array]:
+    """Weights with which some drafts are kept and some are not."""
+    plan, _ = plan_and_weights()
+    return _weights(plan, Predictable(CONFIG, 0))
+
+
+def _weights(plan: Plan, source: SyntheticCheckpoint) -> dict[str, Array]:
+    weights = CheckpointWeights(plan.weights.values(), source, CONFIG)
+    return {name: weights[name] for name in plan.weights}
 
 
 def sizes(phase: str, tokens: int, sequences: int, pages: int) -> Sizes:
@@ -62,16 +88,24 @@ def sizes(phase: str, tokens: int, sequences: int, pages: int) -> Sizes:
 BUCKETS = (
     *(sizes("prefill", tokens, 4, 12) for tokens in (16, 64)),
     *(sizes("decode", n, n, pages) for n in (1, 2, 4) for pages in (1, 12)),
-    *(sizes("verify", n * each, n, 12) for each in (2, 4) for n in (1, 4)),
+    *(sizes("verify", n * each, n, 12) for each in (2, 3, 4) for n in (1, 4)),
     *(sizes("draft", n, n, 12) for n in (2, 16)),
     sizes("draft", 64, 4, 12),
 )
 
+ROUNDS = (
+    *(sizes("draft", n, n, 12) for n in (1, 4)),
+    *(sizes("draft", n * each, n, 12) for each in (2, 3, 4) for n in (1, 4)),
+    *(Sizes(phase=ROUND, axes=round_axes(n, each, 12)) for each in (2, 3, 4) for n in (1, 4)),
+)
+"""What an engine needs beside for rounds without its host, of up to 4 sequences."""
+
 
 @cache
-def code() -> CudaCode:
+def code(*, has_rounds: bool = False) -> CudaCode:
     plan, _ = plan_and_weights()
-    return reference_code(plan, targets.get(TARGET), BUCKETS)
+    every = BUCKETS + (ROUNDS if has_rounds else ())
+    return reference_code(plan, targets.get(TARGET), every)
 
 
 def phases(plan: Plan) -> Iterator[tuple[str, dict[str, Array]]]:

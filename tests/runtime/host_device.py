@@ -24,9 +24,11 @@ from lingc.launch_table import Counted, LaunchTable, Place, TableLaunch, TableTa
 from lingc.op import OPS, TORCH_DTYPE, Op
 from lingc.plan import Arg, Plan, Program, Ref, Size, TensorType
 from lingc.quantize.layouts import PLAIN, restore
+from lingc.round_memory import ROUND
 from lingc.runtime.cuda_code import CudaCode
 from lingc.targets.cuda.buckets import Sizes
 from lingc.targets.cuda.lower import schedule_all
+from lingc.targets.cuda.rounds import RoundPhase
 from lingc.targets.cuda.sampling import sample_of
 from lingc.targets.cuda.schedule import calls
 from lingc.targets.spec import Target
@@ -288,10 +290,7 @@ def reference_code(plan: Plan, target: Target, sizes: Sequence[Sizes]) -> CudaCo
     tactics = [*table.tactics]
     seen: set[int] = set()
     for bucket in table.buckets:
-        program = plan.programs[bucket.phase]
-        sampling = sample_of(bucket.phase, program, calls(program)[1], target)
-        if sampling is not None:
-            program = sampling.program
+        program = _program(plan, bucket.phase, target)
         steps = {step.outputs[0]: step for step in program.steps}
         phase = table.phases[bucket.phase]
         for step, index in zip(phase.steps, bucket.tactics, strict=True):
@@ -307,6 +306,15 @@ def reference_code(plan: Plan, target: Target, sizes: Sequence[Sizes]) -> CudaCo
         table=replace(table, tactics=tuple(tactics), kernels=tuple(files)),
         kernel=files.__getitem__,
     )
+
+
+def _program(plan: Plan, phase: str, target: Target) -> Program:
+    """With the steps that only engines have."""
+    if phase == ROUND:
+        return RoundPhase(plan).program
+    program = plan.programs[phase]
+    sampling = sample_of(phase, program, calls(program)[1], target)
+    return program if sampling is None else sampling.program
 
 
 def _replaced(

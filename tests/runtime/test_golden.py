@@ -16,7 +16,7 @@ from lingc import targets
 from lingc.interpret import InterpreterBackend
 from lingc.quantize.recipes import load_recipe
 from lingc.runtime import Acceptance, Completion, Generator, Limits, Request
-from lingc.runtime.speculative import ForceReject
+from lingc.runtime.speculative import Forced
 from lingc.weights import CheckpointWeights
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def backend() -> InterpreterBackend:
 
 
 def generate(
-    backend: InterpreterBackend, drafts: int, force_reject: ForceReject | None = None
+    backend: InterpreterBackend, drafts: int, force_reject: Forced | None = None
 ) -> list[Completion]:
     requests = [Request(tokens=tuple(p["ids"]), max_tokens=64) for p in lines("prompts.jsonl")]
     return Generator(backend, drafts=drafts, force_reject=force_reject).generate(requests)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lingc.plan import Plan
+from lingc.round_memory import ROUND
 from lingc.targets.cuda.buckets import Sizes, buckets, contexts
 from tests import programs
 
@@ -32,11 +33,12 @@ def test_a_bucket_has_a_size_for_each_open_axis_of_the_inputs() -> None:
         "decode": {"B", "B+1", "P"},
         "verify": {"T", "B", "B+1", "P"},
         "draft": {"T", "B", "B+1", "P", "N"},
+        ROUND: {"T", "B", "P", "W"},
     }
 
     assert {one.phase for one in EVERY} == set(axes)
     assert all(one.axes.keys() == axes[one.phase] for one in EVERY)
-    assert all(one.axes["B+1"] == one.axes["B"] + 1 for one in EVERY)
+    assert all(one.axes["B+1"] == one.axes["B"] + 1 for one in EVERY if one.phase != ROUND)
 
 
 def test_no_bucket_is_there_twice() -> None:
@@ -100,4 +102,18 @@ def _rows(plan: Plan, one: Sizes) -> int:
 def test_a_model_without_draft_layer_has_no_bucket_for_it() -> None:
     less = {phase: one for phase, one in PLAN.programs.items() if phase != "draft"}
 
-    assert "draft" not in {one.phase for one in buckets(replace(PLAN, programs=less))}
+    assert not {"draft", ROUND} & {one.phase for one in buckets(replace(PLAN, programs=less))}
+
+
+def test_whatever_is_verified_has_a_round() -> None:
+    """Drafts of the same sequences and pages: of a token each, and of what the verify leaves."""
+    known = {
+        (one.phase, one.axes["T"], one.axes["B"], one.axes["P"])
+        for one in EVERY
+        if one.phase != "decode" and one.axes.get("N", one.axes["B"]) == one.axes["B"]
+    }
+
+    for phase, tokens, sequences, pages in [*known]:
+        if phase == "verify":
+            for wanted in ((ROUND, tokens), ("draft", tokens), ("draft", sequences)):
+                assert (*wanted, sequences, pages) in known

@@ -20,11 +20,13 @@ from lingc.lower import lower as lower_plan
 from lingc.model.config import ModelConfig
 from lingc.op import OPS
 from lingc.pipeline import Report
-from lingc.plan import Plan
+from lingc.plan import Plan, TensorType
 from lingc.quantize.recipes import load_recipe
+from lingc.round_memory import ROUND, round_program
 from lingc.targets.cuda.buckets import Sizes as BucketSizes
 from lingc.targets.cuda.lower import Scheduled, schedule_all
 from lingc.targets.cuda.memory import Lifetime, fullest
+from lingc.targets.cuda.rounds import round_of
 from lingc.targets.cuda.schedule import schedule
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
@@ -46,6 +48,11 @@ def scheduled() -> Scheduled:
 
 def table() -> LaunchTable:
     return scheduled().table
+
+
+def of_programs() -> list[Bucket]:
+    """Buckets of the plan's own phases, which lie in an arena."""
+    return [one for one in table().buckets if one.phase != ROUND]
 
 
 def axes_of(bucket: Bucket, *, slots: int, pages: int) -> dict[str, int]:
@@ -106,7 +113,7 @@ def test_layers_that_are_alike_share_their_tactics() -> None:
 
 
 def test_no_address_is_without_a_buffer() -> None:
-    for bucket in table().buckets:
+    for bucket in of_programs():
         phase = table().phases[bucket.phase]
         held = {*plan().programs[bucket.phase].states, *plan().programs[bucket.phase].weights}
         assert len(bucket.offsets) == len(phase.arena)
@@ -123,7 +130,7 @@ def test_no_address_is_without_a_buffer() -> None:
 
 
 def test_what_is_needed_together_lies_apart_in_the_arena() -> None:
-    for bucket in table().buckets:
+    for bucket in of_programs():
         spans = [*_spans(bucket)]
         for at, (name, begin, end, first, last) in enumerate(spans):
             assert end <= bucket.arena_bytes
@@ -133,7 +140,7 @@ def test_what_is_needed_together_lies_apart_in_the_arena() -> None:
 
 
 def test_the_arena_is_hardly_larger_than_what_lives_at_its_fullest_step() -> None:
-    for bucket in table().buckets:
+    for bucket in of_programs():
         lives = [
             Lifetime(end - begin, first, last) for _, begin, end, first, last in _spans(bucket)
         ]
@@ -170,14 +177,44 @@ def _bytes(bucket: Bucket) -> Mapping[str, int]:
 
 
 def test_inputs_come_first_and_only_sampled_tokens_overwrite_one() -> None:
-    for name, phase in table().phases.items():
-        inputs = plan().programs[name].inputs
+    for name in plan().programs:
+        phase, inputs = table().phases[name], plan().programs[name].inputs
         assert phase.arena[: len(inputs)] == inputs
         for step in phase.steps:
             for result in OPS[step.op].results:
                 if step.op != "sample":
                     assert step.buffers[result] not in inputs
         assert phase.values["tokens"] == ("token_ids" if name == "decode" else "tokens")
+
+
+def test_ops_between_the_programs_of_a_round_work_on_its_own_memory() -> None:
+    phase, memory = table().phases[ROUND], round_program(plan())
+    mine = [one for one in table().buckets if one.phase == ROUND]
+
+    assert [step.op for step in phase.steps] == ["verify_inputs", "judge", "accept"]
+    assert mine
+    for step in phase.steps:
+        op = OPS[step.op]
+        assert {*op.arguments, *op.results} - {"page_size"} == {*step.buffers}
+        assert all(name == buffer in memory.types for name, buffer in step.buffers.items())
+    for bucket in mine:
+        assert (bucket.offsets, bucket.arena_bytes) == ((), 0)
+        sizes = {**bucket.sizes, "B+1": bucket.sizes["B"] + 1}
+        assert all(kind.bytes(sizes) > 0 for kind in memory.types.values())
+        assert bucket.sizes["W"] % (4 * bucket.sizes["T"] // bucket.sizes["B"]) == 0
+
+
+def test_ops_of_rounds_that_have_no_kernels_leave_them_to_the_host() -> None:
+    """Rows of so many logits do not fit twice where `judge` holds them."""
+    verify = plan().programs["verify"]
+    logits = verify.outputs["logits"]
+    wide = replace(
+        verify, types={**verify.types, logits: TensorType("f32", ("T", 8 * 2048 * 12 + 4))}
+    )
+    less = replace(plan(), programs={**plan().programs, "verify": wide})
+
+    assert round_of(plan(), H200) is not None
+    assert round_of(less, H200) is None
 
 
 def test_counters_of_every_tactic_fit() -> None:

@@ -39,6 +39,7 @@ inline u32 __ballot_sync(u32, bool yes) {
   return all;
 }
 inline int __popc(u32 v) { return __builtin_popcount(v); }
+inline int __ffs(u32 v) { return __builtin_ffs((int)v); }
 
 template <class T>
 T __ldg(const T* p) { return *p; }
