@@ -29,6 +29,7 @@ from lingc.interpret import InterpreterBackend
 from lingc.plan import Plan
 from lingc.runtime import vectors
 from lingc.runtime.backend import Limits
+from lingc.runtime.cuda_code import read_code
 from lingc.targets.cuda import buckets as all_buckets
 from lingc.targets.cuda.buckets import Sizes
 from lingc.weights import open_weights
@@ -50,7 +51,7 @@ def _few_buckets() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(all_buckets, "buckets", lambda _plan: FEW)
+        patch.setattr(all_buckets, "buckets", lambda _plan, **_: FEW)
         yield
     torch.set_num_threads(before)
 
@@ -230,6 +231,31 @@ def test_an_older_cuda_bindings_is_refused(package: Package) -> None:
 def test_widening_is_not_for_a_gpu(make: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--widen load is for CPU engines"):
         make(tmp_path / "x.ling", widen="load")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_says_whether_its_bits_depend_on_the_batch(
+    package: Package, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make(tmp_path / "x.ling", batch_invariant=True)
+    other = open_package(path, machine=machine(H200))
+
+    assert [one.manifest.value["request"]["batch_invariant"] for one in (package, other)] == [
+        False,
+        True,
+    ]
+    assert [read_code(one).batch_invariant for one in (package, other)] == [False, True]
+    tactics = {one.tactic for one in table_of(other).tactics}
+    assert any(name.startswith("even.") for name in tactics)
+    assert not any(
+        name.startswith("even.") for name in (x.tactic for x in table_of(package).tactics)
+    )
+
+
+def test_a_batch_is_nothing_to_a_cpu(make: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--batch-invariant is for engines of the kind 'cuda'"):
+        make(tmp_path / "x.ling", target="cpu", batch_invariant=True)
 
     assert list(tmp_path.iterdir()) == []
 

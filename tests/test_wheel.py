@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -9,19 +10,26 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+MOST_BYTES = 500_000_000
+"""Of an installation that runs CUDA engines, beside Python itself."""
 
-@pytest.mark.long
-def test_wheel_holds_lingc_and_nothing_beside_it(tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # From a copy: a build in the tree would leave build/ there, and read what an older one left.
-    tree = tmp_path / "tree"
+    folder = tmp_path_factory.mktemp("wheel")
+    tree = folder / "tree"
     tree.mkdir()
     for name in ("pyproject.toml", "lingc", "passes", "plugins", "targets"):
         subprocess.run(("/bin/cp", "-a", str(ROOT / name), str(tree)), check=True)
-
-    words = ("-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(tree))
+    words = ("-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(tree))
     subprocess.run((sys.executable, *words), check=True)
+    (found,) = folder.glob("*.whl")
+    return found
 
-    (wheel,) = tmp_path.glob("*.whl")
+
+@pytest.mark.long
+def test_wheel_holds_lingc_and_nothing_beside_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     files = {
         str(path.relative_to(ROOT))
@@ -31,3 +39,35 @@ def test_wheel_holds_lingc_and_nothing_beside_it(tmp_path: Path) -> None:
     }
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lingc"}
     assert files == {name for name in names if not name.startswith("lingc-")}
+
+
+@pytest.mark.long
+def test_what_runs_cuda_engines_is_small_and_compiles_nothing(wheel: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    before = _bytes(site)
+    words = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile")
+    installed = subprocess.run(
+        (python, *words, "-c", str(ROOT / "constraints.txt"), f"{wheel}[cuda]"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if installed.returncode:
+        pytest.skip(f"pip cannot install the extra here: {installed.stderr[-300:]}")
+
+    done = subprocess.run(
+        (python, "-c", "import cuda.bindings.driver, lingc.runtime.cuda_backend, lingc.cli"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert not any((site / name).exists() for name in ("torch", "triton", "nvidia"))
+    assert _bytes(site) - before < MOST_BYTES
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -261,3 +261,26 @@ def test_prefill_takes_no_more_tokens_a_step_than_it_is_given() -> None:
     counts = [count for phase, count in backend.calls if phase == "prefill"]
 
     assert counts == [5, 5, 5, 4]
+
+
+class Steady(ToyBackend):
+    """Says that where a prompt is cut must not depend on the others."""
+
+    prefill_tokens = 5
+    batch_invariant = True
+
+
+def test_prompts_are_cut_where_they_would_be_alone_if_bits_must_not_depend_on_the_batch() -> None:
+    prompts = [[1] * n for n in (7, 3, 9, 1)]
+    alone, together = Steady(Limits(slots=1, pages=16)), Steady(Limits(slots=4, pages=64))
+    for prompt in prompts:
+        Generator(alone).generate([request(prompt, 2)])
+
+    Generator(together).generate([request(prompt, 2) for prompt in prompts])
+
+    assert pieces(alone) == [5, 2, 3, 5, 4, 1]
+    assert pieces(together) == [5, 2 + 3, 5, 4 + 1]
+
+
+def pieces(backend: ToyBackend) -> list[int]:
+    return [count for phase, count in backend.calls if phase == "prefill"]
