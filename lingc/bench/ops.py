@@ -95,9 +95,9 @@ def run(settings: Settings, stage: Stage) -> Report:
         IncompatibleError: No device, or another architecture than the target's.
         StageError: A kernel does not compile.
     """
-    found, refused = _tactics(settings)  # what was asked for wrongly is told without a device too
+    found, refused = tactics_of(settings)  # what was asked for wrongly is told without a device too
     device = Device()
-    _same_architecture(device, settings.target)
+    same_architecture(device, settings.target)
     binaries = _compiled(settings, found, stage)
     with stage("run", total=len(found), unit="shapes") as advance:
         faults, timings, peers, gated = _measure(settings, device, found, binaries, advance)
@@ -117,7 +117,7 @@ Found = list[tuple[Work, Sequence[Tactic]]]
 
 def compile_kernels(settings: Settings, stage: Stage) -> int:
     """Compile everything that `run` would, which needs no device; how many kernels that is."""
-    found, _ = _tactics(settings)
+    found, _ = tactics_of(settings)
     return len(_compiled(settings, found, stage))
 
 
@@ -137,7 +137,7 @@ def compile_some(
         )
 
 
-def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
+def tactics_of(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
     """What to run, and (op, case, reason) of what own kernels refuse."""
     wanted = list(_work(settings))
     if not wanted:
@@ -158,8 +158,14 @@ def _tactics(settings: Settings) -> tuple[Found, list[tuple[str, str, str]]]:
 
 
 def _compiled(settings: Settings, found: Found, stage: Stage) -> dict[Kernel, Binary]:
-    needed = kernels_of(tactic for _, tactics in found for tactic in tactics)
-    return compile_some(settings, [*needed, *ceiling_kernels()], stage)
+    return compile_tactics(settings, (one for _, tactics in found for one in tactics), stage)
+
+
+def compile_tactics(
+    settings: Settings, tactics: Iterable[Tactic], stage: Stage
+) -> dict[Kernel, Binary]:
+    """Their kernels, and those that have nothing to compute."""
+    return compile_some(settings, [*kernels_of(tactics), *ceiling_kernels()], stage)
 
 
 def _measure(
@@ -235,7 +241,12 @@ def _types(one: Work) -> list[Any]:
     return [type_of(value) for value in arguments]
 
 
-def _same_architecture(device: Device, target: Target) -> None:
+def same_architecture(device: Device, target: Target) -> None:
+    """Refuse a device of another architecture than the target's.
+
+    Raises:
+        IncompatibleError: It is one.
+    """
     if target.compute_capability != device.capability:
         major, minor = device.capability
         raise IncompatibleError(

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the cache before the step.",
 )
+@click.option("--sms", help="Use so many multiprocessors, such as 48,78,132; a part of the device.")
 @measuring.compiling
 @click.option("--peers", is_flag=True, help="Time other projects' kernels too, those installed.")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
@@ -60,6 +61,7 @@ def command(
     checkpoint: Path | None,
     precision: str,
     context: int,
+    sms: str | None,
     into: Path | None,
     binaries: Path | None,
     peers: bool,
@@ -79,6 +81,7 @@ def command(
       lingc bench-ops --no-time
       lingc bench-ops -o artifacts/bench/ops-h200.json
       lingc bench-ops --compile kernels/ && lingc bench-ops --binaries kernels/
+      lingc bench-ops --op expert_up --tokens 1 --sms 48,78,132
       lingc bench-ops --step artifacts/checkpoints/ling-2.6-flash --precision fp8
     """  # noqa: D301 click's mark for a block that is not rewrapped
     from lingc import targets
@@ -102,6 +105,12 @@ def command(
         peers=peers,
     )
     date = datetime.now(UTC).date().isoformat()
+    if sms is not None:
+        counts = measuring.sizes(sms, "--sms")
+        if checkpoint is not None or peers:
+            raise UsageError("--sms is for ops alone", hint="leave --step and --peers out")
+        _curve(out, settings, counts, about(versions(), date), path, into)
+        return
     if checkpoint is not None:
         plan = _plan(out, settings, checkpoint, precision)
         if into is None:
@@ -130,6 +139,34 @@ def command(
         raise GateError(
             f"{len(report.faults)} of {report.gated} runs are wrong",
             hint="the first: {0.op}, {0.case}, {0.tactic}: {0.problem}".format(report.faults[0]),
+        )
+
+
+def _curve(
+    out: Output, settings: "Settings", counts: tuple[int, ...], about: dict[str, Any],
+    path: Path | None, into: Path | None,
+) -> None:  # fmt: skip
+    """The fastest tactic of each shape on parts of the device."""
+    from lingc.bench import curve
+    from lingc.targets.cuda.binaries import write_compilers
+
+    if into is not None:
+        made = curve.compile_kernels(settings, counts, out.stage)
+        write_compilers(into)
+        out.line(f"{len(made)} kernels for {settings.target.arch} are in {into}")
+        return
+    found = curve.run(settings, counts, out.stage)
+    document = curve.document(found, settings, about)
+    measuring.keep(out, path, document)
+    if out.as_json:
+        out.emit(document)
+    else:
+        out.line(f"device: {found.device['name']}; TB/s of the fastest tactic")
+        out.table(*curve.table(found))
+    if found.faults:
+        raise GateError(
+            f"{len(found.faults)} of {found.gated} runs are wrong",
+            hint="the first: {0.op}, {0.case}, {0.tactic}: {0.problem}".format(found.faults[0]),
         )
 
 
