@@ -22,7 +22,7 @@ from lingc.build import build
 from lingc.cli import main
 from lingc.compile import Request
 from lingc.device import Binary
-from lingc.engine import Package, open_package, verify
+from lingc.engine import Package, open_package, read_manifest, verify
 from lingc.engine.machine import Gpu, Machine
 from lingc.errors import IncompatibleError, LingcError, UsageError
 from lingc.interpret import InterpreterBackend
@@ -174,6 +174,23 @@ def test_a_package_for_several_targets_has_the_code_of_each_and_shares_kernels(
     assert {*both.names("kernel")} == own | others
     assert len(own & others) > len(own) / 2
     assert both.manifest.weights_sha256 == alone.manifest.weights_sha256
+
+
+def test_targets_are_named_side_by_side(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINGC_CACHE", str(cache))
+    words = ["build", str(TINY), "--precision", "fp8", "--weights", "external", "--json"]
+
+    code = main([*words, "--target", "h20, h200-sxm", "--progress", "none"])
+
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (told["package"], told["target"]) == ("ling-tiny-fp8.ling", "h20")
+    assert told["targets"] == ["h20", "h200-sxm"]
+    assert read_manifest(tmp_path / told["package"]).target == "h20"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,13 @@ from lingc.cli.output import Output, bytes_text, seconds_text
     help="A recipe: bf16, fp8, fp8-max, int4, int4-fp8, int4-all, or a file (default: the"
     " checkpoint's own layout).",
 )
-@click.option("--target", default="cpu", show_default=True, help="See `lingc targets`.")
+@click.option(
+    "--target",
+    metavar="NAME,...",
+    default="cpu",
+    show_default=True,
+    help="See `lingc targets`. Several share one package where their plans agree.",
+)
 @click.option(
     "--engine",
     type=click.Choice(("auto", "onnx", "cuda", "tensorrt")),
@@ -104,6 +110,8 @@ def command(
       lingc build artifacts/checkpoints/ling-tiny --precision int4 -o tiny-int4.ling
       lingc build artifacts/checkpoints/ling-tiny --weights external -o tiny.ling
       lingc build artifacts/checkpoints/ling-tiny --dump-ir ir/ --check --overwrite
+      lingc build artifacts/checkpoints/ling-2.6-flash --precision fp8 --weights external \\
+        --target h20,h20-3e,h200-sxm
     """  # noqa: D301 click's mark for a block that is not rewrapped
     import time
 
@@ -113,9 +121,10 @@ def command(
         from lingc.compile import Request
 
     started = time.perf_counter()
+    first, *also = (name.strip() for name in target.split(","))
     request = Request(
         precision=precision,
-        target=target,
+        target=first,
         engine=engine,
         weights=weights,
         widen=widen,
@@ -125,10 +134,11 @@ def command(
         check=check,
         dump_dir=dump_ir,
     )
-    path = path or _default_path(checkpoint, precision, target)
+    path = path or _default_path(checkpoint, precision, "" if also else first)
     built = builder.build(
-        checkpoint, path, request, overwrite=overwrite, stage=out.stage, cache_dir=cache_dir()
-    )
+        checkpoint, path, request, also=also, overwrite=overwrite, stage=out.stage,
+        cache_dir=cache_dir(),
+    )  # fmt: skip
     plan, manifest = built.compiled.plan, built.manifest
     size = sum(file.size for file in manifest.files.values())
     if out.as_json:
@@ -139,6 +149,7 @@ def command(
                 "bytes": size,
                 "precision": plan.precision,
                 "target": plan.target,
+                "targets": [*manifest.variants],
                 "engine": manifest.variants[plan.target].engine,
                 "widen": built.code.info.get("widen"),
                 "phases": list(plan.programs),
@@ -151,7 +162,8 @@ def command(
     out.note(f"engine kind {kind} for target {plan.target}{instead}")
     if built.compiled.recipe.activations == "fp8" and plan.activation == "f32":
         out.note(f"{plan.precision} is weight-only on {plan.target}: activations stay FP32")
-    out.line(f"{path}  {bytes_text(size)}  {plan.precision} for {plan.target}")
+    names = ", ".join(manifest.variants)
+    out.line(f"{path}  {bytes_text(size)}  {plan.precision} for {names}")
     out.line(f"bundle {manifest.bundle_id[:16]}, {seconds_text(time.perf_counter() - started)}")
     if weights == "external":
         out.note(f"bind its weights: lingc bind {path} --checkpoint {checkpoint}")
@@ -160,7 +172,7 @@ def command(
 def _default_path(checkpoint: Path, precision: str | None, target: str) -> Path:
     """`artifacts/<checkpoint>-<precision>-<target>.ling`, or without the folder if it is not there.
 
-    A recipe file gives its stem.
+    A recipe file gives its stem; without a target where there are several.
     """
     name = "-".join(filter(None, (checkpoint.resolve().name, _stem(precision), target)))
     folder = Path("artifacts")
