@@ -119,16 +119,19 @@ class Narrow:
         depth: Stages of a warp's ring.
         ahead: Stages a warp brings into L2 beyond its ring before it waits.
         blocks: Blocks a multiprocessor.
+        beside: Whether a block takes no more shared memory than it needs, so that one of the next
+            launch begins beside it.
     """
 
     warps: int
     depth: int
     ahead: int = 0
     blocks: int = 1
+    beside: bool = False
 
     @property
     def name(self) -> str:
-        more = f".blocks{self.blocks}" if self.blocks > 1 else ""
+        more = f".blocks{self.blocks}" if self.blocks > 1 else ".beside" if self.beside else ""
         return f"gemv.warps{self.warps}.depth{self.depth}{more}"
 
     def shared_bytes(self, shape: Shape) -> int:
@@ -161,7 +164,7 @@ class Narrow:
     def launch(self, shape: Shape, sms: int, room: int) -> Launch:
         """Of all tokens of a shape."""
         shared = self.shared_bytes(shape)
-        if self.blocks == 1:
+        if self.blocks == 1 and not self.beside:
             shared = max(shared, _alone(room))
         constants = {
             **_constants(shape),
@@ -396,7 +399,9 @@ def _candidates(target: Target, shape: Shape) -> Iterator[Config]:
     if shape.format == "fp8" and shape.tokens > 4:
         yield Narrow(warps=16, depth=2)
     if hopper and shape.before == "group_norm_gate" and shape.format == "fp8":
-        yield from (Wide(groups=4, slots=8), Wide(groups=4, slots=6))
+        if shape.tokens == 1:
+            yield Narrow(warps=16, depth=2, beside=True)
+        yield from (Wide(groups=4, slots=6), Wide(groups=4, slots=8))
     if hopper and shape.width > 8192:
         yield from (Wide(groups=3, slots=8), Wide(groups=4, slots=6))
     if shape.format == "fp8" or shape.rows >= 1 << 16 or shape.width >= 8192:

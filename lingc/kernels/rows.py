@@ -147,7 +147,7 @@ def coded(x: TensorType, cost: Cost) -> list[Tactic]:
     tokens, width = _matrix(x)
     return tactics(
         "code_rows",
-        _tiled(width),
+        [*_whole_row(width), *_tiled(width)],
         tokens=tokens,
         tiles=width,
         pointers=(
@@ -189,6 +189,12 @@ def _tiled(width: int) -> list[Shape]:
     """Blocks of some rows by some channels."""
     columns = min(1024, max(power(width), PART))
     return [(columns, max(1, rows * 1024 // columns), warps) for rows, warps in ((1, 4), (2, 4))]
+
+
+def _whole_row(width: int) -> list[Shape]:
+    """A block a row, where that is neither narrow nor wide."""
+    columns = power(width)
+    return [(columns, 1, 4)] if 2048 <= columns <= 4096 else []
 
 
 def rope_heads(

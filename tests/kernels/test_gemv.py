@@ -69,7 +69,8 @@ def test_no_more_blocks_of_a_launch_share_a_multiprocessor_than_meant(
         for launch in tactic.launches:
             fit = 228 * 1024 // (launch.kernel.shared_bytes + 1024)
             assert launch.kernel.shared_bytes <= 227 * 1024, tactic.name
-            assert fit == launch.blocks_per_sm, tactic.name
+            beside = tactic.name.endswith(".beside")  # room for a block of the next launch
+            assert fit == launch.blocks_per_sm + beside, tactic.name
 
 
 def test_a_warps_channels_lie_in_one_group_of_the_norm() -> None:
