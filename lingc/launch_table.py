@@ -167,7 +167,7 @@ class LaunchTable:
 
 def to_value(table: LaunchTable) -> dict[str, Any]:
     """In JSON's types."""
-    value = _plain(table)
+    value = plain(table)
     assert isinstance(value, dict), "a dataclass becomes an object"
     return value
 
@@ -189,7 +189,7 @@ def from_value(value: Mapping[str, Any]) -> LaunchTable:
             target=value["target"],
             arch=value["arch"],
             kernels=tuple(value["kernels"]),
-            tactics=tuple(_tactic(entry) for entry in value["tactics"]),
+            tactics=tuple(tactic_from_value(entry) for entry in value["tactics"]),
             phases=MappingProxyType({k: _phase(v) for k, v in value["phases"].items()}),
             buckets=tuple(_bucket(entry) for entry in value["buckets"]),
             counter_bytes=value["counter_bytes"],
@@ -201,18 +201,19 @@ def from_value(value: Mapping[str, Any]) -> LaunchTable:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A table or a part of it in JSON's types."""
     match value:
         case Place(name, offset):
             return {"at": name, "offset": offset} if offset else {"at": name}
         case Counted(slots, pages, plus):
             return {"slots": slots, "pages": pages, "plus": plus}
         case Mapping():
-            return {key: _plain(item) for key, item in value.items()}
+            return {key: plain(item) for key, item in value.items()}
         case tuple() | list():
-            return [_plain(item) for item in value]
+            return [plain(item) for item in value]
     if is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
     return value
 
 
@@ -224,7 +225,8 @@ def _operand(value: Any) -> Operand:
     return Counted(value["slots"], value["pages"], value["plus"])
 
 
-def _tactic(value: Mapping[str, Any]) -> TableTactic:
+def tactic_from_value(value: Mapping[str, Any]) -> TableTactic:
+    """A tactic from what `plain` made of it."""
     launches = tuple(
         TableLaunch(
             kernel=one["kernel"],

@@ -1,0 +1,253 @@
+"""Lowers a plan to TensorRT engines, one a phase, and the table of what their plugins launch.
+
+    steps -> native layers (`native.py`), views (`views.py`), or a plugin for anything else
+
+States and weights are inputs of a network, and updated states outputs; the runtime binds both to
+one buffer. So an engine holds no weights, but for those that TensorRT fuses only as constants.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from lingc import plugin_table
+from lingc.device import Binary
+from lingc.engine import canonical
+from lingc.errors import UnsupportedError
+from lingc.kernel import Kernel
+from lingc.plan import Arg, Plan, Program, Ref, Step, refs
+from lingc.plugin_table import PluginTable
+from lingc.runtime.tensorrt_plugin import Launcher, OpPlugin, plugin_class, register
+from lingc.targets.cuda.lower import compressed
+from lingc.targets.spec import Target
+from lingc.targets.tensorrt.backend import Backend
+from lingc.targets.tensorrt.body import Body, Value
+from lingc.targets.tensorrt.calls import Calls
+from lingc.targets.tensorrt.native import EMBEDDED, NATIVE, is_native
+from lingc.targets.tensorrt.profile import ranges, shapes
+from lingc.targets.tensorrt.views import VIEWS
+
+Compile = Callable[[tuple[Kernel, ...]], Mapping[Kernel, Binary]]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tabled:
+    """The plugins of a plan before any network is made.
+
+    Attributes:
+        table: What they launch.
+        data: The table's file.
+        kernels: Digest -> file, compressed.
+        numbers: For each phase, step by step, the number of its call; None for a native one.
+    """
+
+    table: PluginTable
+    data: bytes
+    kernels: Mapping[str, bytes]
+    numbers: Mapping[str, tuple[int | None, ...]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the table's file, by which plugins name it."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(slots=True, kw_only=True)
+class Network:
+    """A phase's network, and what must live as long as it."""
+
+    phase: str
+    builder: Any
+    network: Any
+    body: Body
+    plugins: Mapping[str, OpPlugin] = field(default_factory=dict)
+    """Name of the layer -> its plugin."""
+
+
+def calls_of(
+    plan: Plan, target: Target, *, embeds: bool
+) -> tuple[Calls, dict[str, tuple[int | None, ...]]]:
+    """The plugin calls of a plan, and which step is which.
+
+    Args:
+        plan: Made for the target.
+        target: What kernels are compiled for.
+        embeds: Whether weights are there for those layers of TensorRT that want constants.
+
+    Raises:
+        UnsupportedError: Activations are not BF16.
+        InputError: An op has no kernel for a bucket's sizes.
+    """
+    if plan.activation != "bf16":
+        raise UnsupportedError(
+            f"the plan has {plan.activation} activations, and TensorRT engines compute in bf16",
+            hint="build for a GPU",
+        )
+    calls = Calls(plan, target)
+    numbers = {
+        phase: tuple(
+            None
+            if step.op in VIEWS or is_native(step, program, embeds=embeds)
+            else calls.number(phase, step)
+            for step in program.steps
+        )
+        for phase, program in plan.programs.items()
+    }
+    return calls, numbers
+
+
+def tabled(plan: Plan, target: Target, compile_kernels: Compile, *, embeds: bool = False) -> Tabled:
+    """Choose the plugins' launches and compile their kernels; see `calls_of`."""
+    calls, numbers = calls_of(plan, target, embeds=embeds)
+    table, kernels = calls.table(compile_kernels(calls.kernels))
+    data = compressed(canonical.encode(plugin_table.to_value(table)))
+    return Tabled(table=table, data=data, kernels=kernels, numbers=numbers)
+
+
+class Lowering:
+    """Networks and engines of one plan.
+
+    Args:
+        backend: The flavour.
+        plan: Made for the target.
+        target: What to build for.
+        plugins: Of the plan.
+        weights: Of the plan, for what becomes constants; needed where `plugins` was made so.
+        aliased: Have states updated in place be one tensor to TensorRT, which parts what surrounds
+            the plugin; else they are an input and an output that may lie in one place.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        plan: Plan,
+        target: Target,
+        plugins: Tabled,
+        *,
+        weights: Mapping[str, Array] | None = None,
+        aliased: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.plan = plan
+        self.target = target
+        self.aliased = aliased
+        self._tabled = plugins
+        self.weights: Mapping[str, Array] = {} if weights is None else weights
+        self._launcher = Launcher(table=plugins.table, digest=plugins.digest, aliased=aliased)
+        register(backend.trt, self._launcher)
+
+    def network(self, phase: str) -> Network:
+        """The network of a phase."""
+        program = self.plan.programs[phase]
+        numbers = self._tabled.numbers[phase]
+        kind = plugin_class(self.backend.trt)
+        plugins = [kind(self._launcher, number) for number in numbers if number is not None]
+        builder = self.backend.builder()
+        network = self.backend.network(builder, plugins)
+        network.name = phase
+        body = Body(self.backend, network)
+        made = Network(phase=phase, builder=builder, network=network, body=body)
+        _Phase(made, program, plugins, self).lower(numbers)
+        return made
+
+    def engine(self, made: Network) -> bytes:
+        """Build a network.
+
+        Raises:
+            StageError: TensorRT refuses.
+        """
+        config = self.backend.config(made.builder, self.target, aliased=self.aliased)
+        profile = made.builder.create_optimization_profile()
+        program, found = self.plan.programs[made.phase], ranges(self.plan, made.phase)
+        for name in (*program.inputs, *program.states):
+            kind = program.types[name]
+            if any(isinstance(dim, str) for dim in kind.shape):
+                profile.set_shape(name, *shapes(kind, found))
+        config.add_optimization_profile(profile)
+        return self.backend.build(made.builder, made.network, config)
+
+
+class _Phase:
+    """One program on its way into a network."""
+
+    def __init__(
+        self, made: Network, program: Program, plugins: list[OpPlugin], lowering: Lowering
+    ) -> None:
+        self._made = made
+        self._program = program
+        self._plugins = plugins
+        self._lowering = lowering
+        self._values: dict[str, Value] = {}
+        self._held: dict[str, OpPlugin] = {}
+
+    def lower(self, numbers: tuple[int | None, ...]) -> None:
+        program, body = self._program, self._made.body
+        read = {
+            name
+            for step, number in zip(program.steps, numbers, strict=True)
+            if number is not None or not _is_embedded(step)
+            for name in refs(step.args)
+        }
+        for name in (*program.inputs, *program.states, *program.weights):
+            if name not in program.weights or name in read:
+                self._values[name] = body.input(name, program.types[name])
+        seen = 0
+        for step, number in zip(program.steps, numbers, strict=True):
+            body.begin(step)
+            if number is None:
+                self._native(step)
+            else:
+                self._plugin(step, seen)
+                seen += 1
+        for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
+            body.output(self._values[name], name)
+        self._made.plugins = self._held
+
+    def _native(self, step: Step) -> None:
+        if _is_embedded(step):
+            self._embedded(step)
+            return
+        args = [self._argument(arg) for arg in step.args]
+        if step.op in VIEWS:
+            kind = self._program.types[step.outputs[0]]
+            self._values[step.outputs[0]] = VIEWS[step.op](self._made.body, kind, *args)
+            return
+        made = NATIVE[step.op.removeprefix("lingc.")](self._made.body, *args)
+        results = made if isinstance(made, tuple) else (made,)
+        self._values.update(zip(step.outputs, results, strict=True))
+
+    def _embedded(self, step: Step) -> None:
+        """A layer whose weights are constants."""
+        weights = self._program.weights
+        args = [
+            self._lowering.weights[arg.name]
+            if isinstance(arg, Ref) and arg.name in weights
+            else self._argument(arg)
+            for arg in step.args
+        ]
+        made = EMBEDDED[step.op.removeprefix("lingc.")](self._made.body, *args)
+        self._values[step.outputs[0]] = made
+
+    def _plugin(self, step: Step, seen: int) -> None:
+        plugin = self._plugins[seen]
+        inputs = [self._values[arg.name].tensor for arg in step.args if isinstance(arg, Ref)]
+        layer = self._lowering.backend.plugin(self._made.network, seen, plugin, inputs)
+        self._made.body.named(layer, plugin.call.op)
+        self._held[layer.name] = plugin
+        for index, name in enumerate(step.outputs):
+            self._values[name] = Value(layer.get_output(index), self._program.types[name])
+
+    def _argument(self, arg: Arg) -> Any:
+        if isinstance(arg, Ref):
+            return self._values[arg.name]
+        if isinstance(arg, tuple):
+            return tuple(self._argument(item) for item in arg)
+        return arg
+
+
+def _is_embedded(step: Step) -> bool:
+    return step.op.removeprefix("lingc.") in EMBEDDED

@@ -1,0 +1,101 @@
+"""Ops that TensorRT has layers for, and fuses better than a plugin would.
+
+A function takes the body and the op's arguments in the order of its schema: tensors as values,
+numbers as they are. It rounds where the op's own reference rounds.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lingc.plan import Program, Ref, Step, TensorType
+from lingc.targets.tensorrt.body import Body, Value
+
+Array = NDArray[Any]
+
+
+def embedding(body: Body, token_ids: Value, weight: Value, dtype: str) -> Value:
+    return body.cast(body.rows(weight, token_ids), dtype)
+
+
+def linear(body: Body, x: Value, weight: Value) -> Value:
+    return body.times(x, body.cast(weight, x.dtype))
+
+
+def rms_norm(body: Body, x: Value, weight: Value, eps: float) -> Value:
+    """As primitives, in f32: one kernel, which takes what quantizes its result with it."""
+    wide = body.cast(x, "f32")
+    least = body.constant(np.full((1,) * x.rank, eps, np.float32))
+    root = body.sqrt(body.add(body.mean(body.mul(wide, wide)), least))
+    row = (1,) * (x.rank - 1) + (int(weight.type.shape[0]),)
+    scale = body.reshape(body.cast(weight, "f32"), row, TensorType("f32", row))
+    return body.cast(body.mul(body.div(wide, root), scale), x.dtype)
+
+
+def add_rms_norm(
+    body: Body, x: Value, residual: Value, weight: Value, eps: float
+) -> tuple[Value, Value]:
+    total = body.add(x, residual)
+    return rms_norm(body, total, weight, eps), total
+
+
+def silu_mul(body: Body, gate_up: Value) -> Value:
+    tokens, width = gate_up.type.shape
+    kind = TensorType(gate_up.dtype, (tokens, int(width) // 2))
+    gate, up = (
+        body.cast(body.columns(gate_up, start, kind), "f32") for start in (0, int(width) // 2)
+    )
+    return body.cast(body.mul(body.mul(gate, body.sigmoid(gate)), up), gate_up.dtype)
+
+
+def int4_weight_linear(body: Body, x: Value, packed: Array, scales: Array, group: int) -> Value:
+    """Weights as constants: TensorRT then dequantizes inside of the product.
+
+    Its INT4 is signed, the plan's nibbles are the number and 8: their highest bit is the other way.
+    """
+    rows, words = packed.shape
+    signed = np.ascontiguousarray(packed).view(np.uint8) ^ np.uint8(0x88)
+    codes = body.constant(signed, "int4", (rows, 8 * words))
+    scale = body.constant(scales, "bf16", (rows, 8 * words // group))
+    return body.times(x, body.dequantize(codes, scale, x.dtype))
+
+
+def int4_refusal(width: int, group: int) -> str | None:
+    """Why a matrix of INT4 groups is no layer of TensorRT's, or None."""
+    if width % group or width % 8:
+        return f"{width} channels are not whole groups of {group}"
+    return None
+
+
+Function = Callable[..., Any]
+"""(body, *arguments) -> a value, or a tuple of them."""
+
+NATIVE: Mapping[str, Function] = {
+    function.__name__: function
+    for function in (embedding, linear, rms_norm, add_rms_norm, silu_mul)
+}
+"""What reads weights as they are bound: in BF16."""
+
+EMBEDDED: Mapping[str, Function] = {"int4_weight_linear": int4_weight_linear}
+"""What takes its weights as arrays, for they become constants of the engine."""
+
+
+def is_native(step: Step, program: Program, *, embeds: bool) -> bool:
+    """Whether a step of ours becomes layers of TensorRT's own.
+
+    Args:
+        step: Of the program.
+        program: The program.
+        embeds: Whether the weights are there, to be constants.
+    """
+    op = step.op.removeprefix("lingc.")
+    if op in NATIVE:
+        return True
+    if not embeds or op not in EMBEDDED:
+        return False
+    x, group = step.args[0], step.args[-1]
+    assert isinstance(x, Ref), "the first argument of a linear is its input"
+    assert isinstance(group, int), "the last argument of an INT4 linear is its group"
+    return int4_refusal(int(program.types[x.name].shape[-1]), group) is None

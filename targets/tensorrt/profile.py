@@ -1,0 +1,46 @@
+"""Sizes that an engine is built for: one optimization profile a phase, which holds every bucket."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lingc.plan import Plan, TensorType
+from lingc.targets.cuda.buckets import buckets
+
+MOST_SLOTS = 1024
+"""Sequences whose state an engine can hold."""
+
+MOST_ELEMENTS = (1 << 31) - 1
+"""Of one tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Least, usual and most."""
+
+    low: int
+    usual: int
+    high: int
+
+
+def ranges(plan: Plan, phase: str) -> dict[str, Range]:
+    """The range of every open axis of a phase's inputs and states."""
+    found: dict[str, list[int]] = {}
+    for one in buckets(plan):
+        if one.phase == phase:
+            for axis, size in one.axes.items():
+                found.setdefault(axis, []).append(size)
+    made = {axis: Range(min(s), sorted(s)[len(s) // 2], max(s)) for axis, s in found.items()}
+    caches = [kind for kind in plan.states.values() if kind.shape[0] == "R"]
+    width = max((int(kind.shape[1]) for kind in caches), default=1)
+    most_rows = MOST_ELEMENTS // width // plan.page_size * plan.page_size
+    made["R"] = Range(plan.page_size + 1, 64 * plan.page_size + 1, most_rows + 1)
+    made["S"] = Range(2, 9, MOST_SLOTS + 1)
+    return made
+
+
+def shapes(kind: TensorType, found: Mapping[str, Range]) -> Sequence[tuple[int, ...]]:
+    """Least, usual and most shape of an input."""
+    return [
+        kind.bind({axis: getattr(one, which) for axis, one in found.items()})
+        for which in ("low", "usual", "high")
+    ]
