@@ -1,4 +1,4 @@
-"""`lingc parity`: any two of an engine, a checkpoint and an interpreted plan."""
+"""`lingc parity`: any two of an engine, a checkpoint, an interpreted plan and a record."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -12,14 +12,14 @@ from lingc.cli.output import Output
 from lingc.errors import GateError
 
 if TYPE_CHECKING:
-    from lingc.parity.run import Result
+    from lingc.parity.run import Result, Settings
 
 _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
 
 
 @click.command()
 @click.argument("a")
-@click.argument("b")
+@click.argument("b", required=False)
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL rows (default: 16 shipped).")
 @click.option("--budget", help="Limits: a built-in name or a JSON file (default: what suits).")
 @click.option(
@@ -27,9 +27,7 @@ _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
     "modes",
     type=click.Choice(_MODES),
     multiple=True,
-    default=("prefill",),
-    show_default=True,
-    help="How an engine is fed; may be given several times.",
+    help="How an engine is fed; may be given several times (default: prefill; bisect: all).",
 )
 @click.option(
     "--weights",
@@ -56,12 +54,20 @@ _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
     help="Weights for a package that has none (default: the other side's).",
 )
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page to read, as HTML.")
+@click.option("--bisect", is_flag=True, help="Find the first step that is wrong by itself.")
+@click.option(
+    "--repro",
+    type=click.Path(path_type=Path),
+    default=Path("parity-fault.safetensors"),
+    show_default=True,
+    help="Where --bisect writes what shows the fault again.",
+)
 @output.options
 def command(
     out: Output,
     *,
     a: str,
-    b: str,
+    b: str | None,
     data: Path | None,
     budget: str | None,
     modes: tuple[str, ...],
@@ -72,6 +78,8 @@ def command(
     threads: int | None,
     checkpoint: Path | None,
     report: Path | None,
+    bisect: bool,
+    repro: Path,
 ) -> None:
     """Compare two ways of running a model, token by token, and judge them by a budget.
 
@@ -80,6 +88,9 @@ def command(
     only B is a checkpoint it is the reference, else A is. Eager gets the engine's weights, that is,
     the checkpoint's rounded as the engine stores them; `--weights checkpoint` leaves them as they
     are and so shows what the precision costs.
+
+    `--bisect` runs both step by step on the same values and names the first tensor that is wrong by
+    its own step's doing. It leaves a file that `lingc parity repro FILE` runs again.
 
     \b
     Modes:
@@ -95,18 +106,26 @@ def command(
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --mode all --report parity.html
       lingc parity interpret:tiny.ling tiny.ling --data mine.jsonl --samples 32
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --weights checkpoint --json
+      lingc parity artifacts/checkpoints/ling-tiny tiny.ling --bisect
+      lingc parity repro parity-fault.safetensors
 
-    The exit code is 5 where the budget is not kept.
+    The exit code is 5 where the budget is not kept, and where a step is wrong.
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with held():
         from lingc.parity import data as rows
-        from lingc.parity import page, side
         from lingc.parity import run as parity
+        from lingc.parity import side
         from lingc.parity.opening import Weights
-        from lingc.parity.report import document, verdict
 
+    if b is None:
+        raise click.UsageError("B is missing: what A is held against")
+    if a == "repro":
+        _again(out, Path(b))
+        return
     assert set(side.MODES) | {"all"} == set(_MODES), "the choices are the modes"
     (chosen_weights,) = (one for one in get_args(Weights) if one == weights)
+    fallback: tuple[str, ...] = () if bisect else ("prefill",)
+    wanted = modes or fallback
     settings = parity.Settings(
         a=a,
         b=b,
@@ -115,12 +134,23 @@ def command(
         data=rows.SAMPLE if data is None else data,
         budget=budget,
         weights=chosen_weights,
-        modes=side.MODES if "all" in modes else tuple(m for m in side.MODES if m in modes),
+        modes=side.MODES if "all" in wanted else tuple(m for m in side.MODES if m in wanted),
         samples=samples,
         max_tokens=max_tokens,
         batch=batch,
         threads=threads,
     )
+    if bisect:
+        _bisect(out, settings, repro)
+    else:
+        _compare(out, settings, report)
+
+
+def _compare(out: Output, settings: "Settings", report: Path | None) -> None:
+    from lingc.parity import page
+    from lingc.parity import run as parity
+    from lingc.parity.report import document, verdict
+
     with out.stage("score rows", unit="rows") as advance:
         result = parity.run(settings, advance)
     if report is not None:
@@ -132,6 +162,53 @@ def command(
         _show(out, result)
     if not result.ok:
         raise GateError(verdict(result), hint="--report FILE.html shows where")
+
+
+def _bisect(out: Output, settings: "Settings", repro: Path) -> None:
+    with held():
+        from lingc.parity.bisect.search import bisect
+
+    with out.stage("walk the steps", unit="modes") as advance:
+        result = bisect(settings, advance)
+    if result.reproducer is not None:
+        result.reproducer.write(repro)
+    if out.as_json:
+        shown = None if result.reproducer is None else str(repro)
+        out.emit({**result.document(), "reproducer": shown})
+    else:
+        out.line(f"reference: {result.reference}")
+        out.line(f"suspect:   {result.other}")
+        columns = ("compared", "calls", "results", "nearest to its limit", "not judged")
+        out.table(columns, [walk.cells() for walk in result.walked])
+        for line in [] if result.finding is None else result.finding.lines():
+            out.line(line)
+        if result.ok:
+            out.line(result.verdict())
+    if not result.ok:
+        raise GateError(result.verdict(), hint=f"lingc parity repro {repro} runs that step again")
+
+
+def _again(out: Output, path: Path) -> None:
+    with held():
+        from lingc.parity.bisect.search import again
+
+    result = again(path)
+    told, now = result.finding, result.judged
+    verdict = (
+        f"{told['tensor']} is what it should be now"
+        if result.ok
+        else f"{told['tensor']} is still wrong: error {now.error:.3g}, {now.limit:.3g} is due"
+    )
+    if out.as_json:
+        out.emit(result.document())
+    else:
+        out.line(f"{told['op']}, layer {told['layer']}, {told['source']}: {told['compared']}")
+        out.line(f"ran: {result.what}")
+        for element in now.elements:
+            out.line(f"  at {list(element.at)}: {element.got!r}, must be {element.want!r}")
+        out.line(verdict)
+    if not result.ok:
+        raise GateError(verdict)
 
 
 def _show(out: Output, result: "Result") -> None:

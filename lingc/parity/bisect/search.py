@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lingc.checkpoint import Checkpoint
@@ -11,7 +12,17 @@ from lingc.model.loading import from_source
 from lingc.model.model import LingModel
 from lingc.parity.bisect.checkpoints import COMPARED, CheckpointWalk
 from lingc.parity.bisect.finding import Finding, finding, wrong_weights
-from lingc.parity.bisect.repro import ENGINE, PLAN, Reproducer, of_checkpoints, of_fault
+from lingc.parity.bisect.judge import Judged
+from lingc.parity.bisect.repro import (
+    ENGINE,
+    PLAN,
+    Again,
+    Reproducer,
+    of_checkpoints,
+    of_fault,
+    read,
+    run_step_again,
+)
 from lingc.parity.bisect.traced import TracedCuda, TracedOnnx
 from lingc.parity.bisect.walk import EngineWalk, FoundError, PlanWalk, Traced, Walk
 from lingc.parity.data import Row, read_rows
@@ -52,6 +63,13 @@ class Walked:
     judged: int
     largest: dict[str, float]
     skipped: dict[str, int]
+
+    def cells(self) -> tuple[object, ...]:
+        """A row of a table."""
+        nearest = max(self.largest.items(), key=lambda pair: pair[1], default=("-", 0.0))
+        skipped = ", ".join(f"{op} {count}" for op, count in self.skipped.items())
+        share = f"{nearest[0]}, {nearest[1]:.1%} of it" if self.largest else "-"
+        return self.compared, self.calls, self.judged, share, skipped or "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,3 +307,26 @@ def _found(
     found = finding(compared, walk.faults, wrong)
     repro = of_fault(found, walk.faults[0], plan)
     return found, repro
+
+
+def again(path: Path) -> Again:
+    """Run a reproducer.
+
+    Raises:
+        InputError: It is none, or names checkpoints that are not there.
+    """
+    repro = read(path)
+    if repro.about["kind"] == "step":
+        return run_step_again(repro)
+    told = repro.about["finding"]
+    first, second = open_pair(repro.about["a"], repro.about["b"], cache_dir=Path())
+    row: list[int] = repro.tensors["row"].tolist()
+    found = CheckpointWalk(_loaded(first), _loaded(second)).score([row])
+    judged = Judged(error=0.0, limit=told["limit"], rows=len(row), bad_rows=0)
+    if found is not None:
+        judged = Judged(
+            error=found.error, limit=found.limit, rows=found.rows, bad_rows=found.bad_rows,
+            elements=found.elements,
+        )  # fmt: skip
+    what = f"{first.title} and {second.title} on the row of {len(row)} tokens"
+    return Again(what=what, finding=told, judged=judged)
