@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lingc.kernel import Tactic
 from lingc.kernel import Tensor as Operand
-from lingc.kernels import mla
+from lingc.kernels import mla, mla_many
 from lingc.math import (
     accumulator,
     cached_rows,
@@ -126,8 +126,11 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
     if refusal(target, *args) is not None:
         return ()
     sizes = sizes_of(*args)
-    w_v = Operand("kv_b", 2 * sizes.nope * sizes.latent)
-    return mla.attention_tactics(sizes, Operand("kv_b"), w_v, "out", mla.tiles_of(target))
+    w_k, w_v = Operand("kv_b"), Operand("kv_b", 2 * sizes.nope * sizes.latent)
+    return [
+        *mla_many.attention_tactics(target, sizes, w_k, w_v, "q", "out"),
+        *mla.attention_tactics(target, sizes, w_k, w_v, "q", "out"),
+    ]
 
 
 def inputs(

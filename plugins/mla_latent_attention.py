@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from lingc.kernel import Tactic
-from lingc.kernels import mla, mla_few
+from lingc.kernel import Tensor as Operand
+from lingc.kernels import mla, mla_few, mla_many
 from lingc.kernels.rows import power
 from lingc.math import (
     absorbed_attention,
@@ -169,7 +170,12 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
         return ()
     shape = shape_of(*args)
     if shape.tokens > MOST_ABSORBED:
-        return mla.whole_tactics(shape.sizes, shape.rows, mla.tiles_of(target))
+        w_k, w_v = Operand("w_k"), Operand("w_v")
+        ways = [
+            *mla_many.attention_tactics(target, shape.sizes, w_k, w_v, "turned", "y"),
+            *mla.attention_tactics(target, shape.sizes, w_k, w_v, "turned", "y"),
+        ]
+        return mla.whole_tactics(shape.sizes, shape.rows, ways)
     if target.arch == "sm_90a" and shape.has_own_kernels:
         return mla_few.tactics(target, shape)
     splits = min(32, -(-shape.context // 256), 2 * (target.sms or 64) // shape.tokens)

@@ -1,7 +1,8 @@
 """Launches of the kernels of MLA that are written in Triton (`triton_mla`).
 
 For many tokens, keys and values are made from the cached latents; for few, queries go to the space
-of the latents, which CUDA C++ does faster where it can (`plugins/mla_latent_attention.py`).
+of the latents. CUDA C++ does either faster where it can: `mla_many`, and `mla_few` by way of
+`plugins/mla_latent_attention.py`.
 """
 
 from collections.abc import Sequence
@@ -133,10 +134,14 @@ def _latents(sizes: Rows, rows: int, warps: int) -> Launch:
     )  # fmt: skip
 
 
+def divisor(number: int, most: int) -> int:
+    """The largest divisor that is not above `most`, or 1."""
+    return next(n for n in range(number, 0, -1) if number % n == 0 and n <= max(most, 1))
+
+
 def heads_of_a_pass(sizes: Sizes) -> int:
     """Heads whose keys and values fit in the workspace, a divisor of all."""
-    fit = SPACE // (sizes.row_bytes * sizes.sequences * sizes.room)
-    return next(n for n in range(sizes.heads, 0, -1) if sizes.heads % n == 0 and n <= max(fit, 1))
+    return divisor(sizes.heads, SPACE // (sizes.row_bytes * sizes.sequences * sizes.room))
 
 
 def tiles_of(target: Target) -> Sequence[Tile]:
@@ -145,23 +150,29 @@ def tiles_of(target: Target) -> Sequence[Tile]:
 
 
 def attention_tactics(
-    sizes: Sizes, w_k: Tensor, w_v: Tensor, y: str, tiles: Sequence[Tile]
+    target: Target, sizes: Sizes, w_k: Tensor, w_v: Tensor, q: str, y: str
 ) -> list[Tactic]:
     """Keys and values of some heads, then attention of these heads, until all are done."""
     return [
         Tactic(
             name=tile.name,
-            launches=_attention(sizes, w_k, w_v, "q", y, tile),
+            launches=_attention(sizes, w_k, w_v, q, y, tile),
             workspaces=_expanded(sizes),
-            config=_config(tile),
+            config={
+                "rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages,
+            },
             sums=tile.name,
         )
-        for tile in tiles
-    ]
+        for tile in tiles_of(target)
+    ]  # fmt: skip
 
 
-def whole_tactics(sizes: Sizes, rows: Rows, tiles: Sequence[Tile]) -> list[Tactic]:
-    """`mla_latent_attention` of many tokens, as in prefill."""
+def whole_tactics(sizes: Sizes, rows: Rows, ways: Sequence[Tactic]) -> list[Tactic]:
+    """`mla_latent_attention` of many tokens, as in prefill.
+
+    Args:
+        ways: Of attention, whose queries are in `turned`.
+    """
     turned = Workspace(
         name="turned", bytes=2 * sizes.tokens * sizes.heads * (sizes.nope + sizes.rope)
     )
@@ -175,21 +186,14 @@ def whole_tactics(sizes: Sizes, rows: Rows, tiles: Sequence[Tile]) -> list[Tacti
     )
     before = (_latents(rows, 4, 4), replace(one, operands=outputs))
     return [
-        Tactic(
-            name=f"expanded.{tile.name}",
-            launches=(
-                *before,
-                *_attention(sizes, Tensor("w_k"), Tensor("w_v"), "turned", "y", tile),
-            ),
-            workspaces=(turned, *_expanded(sizes)),
-            config=_config(tile),
+        replace(
+            way,
+            name=f"expanded.{way.name}",
+            launches=(*before, *way.launches),
+            workspaces=(turned, *way.workspaces),
         )
-        for tile in tiles
+        for way in ways
     ]
-
-
-def _config(tile: Tile) -> dict[str, int | str]:
-    return {"rows": tile.rows, "keys": tile.keys, "warps": tile.warps, "stages": tile.stages}
 
 
 def _expanded(sizes: Sizes) -> tuple[Workspace, ...]:

@@ -13,6 +13,10 @@ DEVICE u64 operand_at(u32 address) {
   return (2ull << 62) | (32ull << 32) | (1ull << 16) | (u64)((address & 0x3ffff) >> 4);
 }
 
+// The same of the lower half alone, which the other never depends on: kept as 32 bits, additions stay in the registers that
+// products take descriptors from.
+DEVICE u64 descriptor(u32 low) { return ((u64)(2u << 30 | 32u) << 32) | low; }
+
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int pending>

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lingc.kernels import mla
 from lingc.op import type_of
 from lingc.plugins import mla_attention, mla_latent_attention
 from lingc.targets.nvidia import H20, H200_SXM, RTX_89
@@ -60,7 +61,7 @@ def test_drafts_of_a_sequence_can_share_a_pass_over_its_rows() -> None:
 def test_a_prompt_makes_keys_and_values() -> None:
     made = entries(H200_SXM, latent((513,), (0,)))
 
-    assert {one[-1] for one in made} == {"attend_rows"}
+    assert {one[-1] for one in made} == {"mla_prefill", "attend_rows"}
 
 
 def test_devices_without_wgmma_have_kernels_too() -> None:
@@ -89,3 +90,44 @@ def test_attention_of_a_prompt_has_a_tile_for_every_token(tokens: int) -> None:
         heads = sum(launch.grid[1] for launch in tactic.launches[1::2])
         assert heads == 32
         assert tactic.launches[1].grid[0] >= -(-tokens // tile) + 1
+
+
+def causal(lengths: tuple[int, ...], past: tuple[int, ...], page: int = 64) -> list[Any]:
+    given = mla_attention.OP.inputs(
+        lengths, 32, 128, 32, 128, 512, page, past, dtype="bf16", device="meta"
+    )
+    return [type_of(value) for value in given]
+
+
+@pytest.mark.parametrize("past", [0, 90_000])
+@pytest.mark.parametrize("lengths", [(8192,), (300, 7, 1200), (32768,)])
+def test_keys_and_values_of_a_pass_are_bounded_and_all_heads_have_one(
+    lengths: tuple[int, ...], past: int
+) -> None:
+    found = mla_attention.OP.tactics(H200_SXM, *causal(lengths, (past,) * len(lengths)))
+
+    assert found[0].name == "wgmma.rows128.keys128"
+    for tactic in found:
+        spaces = {space.name: space.bytes for space in tactic.workspaces}
+        heads = sum(one.grid[1] for one in tactic.launches[1::2])
+
+        assert spaces["keys"] + spaces["values"] <= mla.SPACE
+        assert heads == 32
+
+
+def test_tiles_of_128_rows_cover_pages_of_any_size() -> None:
+    for page in (1, 8, 64, 100):
+        tactic = mla_attention.OP.tactics(H200_SXM, *causal((130, 5), (77, 300), page))[0]
+        expand, attend = tactic.launches
+        room = -(-(77 + 130) // page) * page, -(-(300 + 5) // page) * page
+
+        assert expand.grid[0] * 128 >= max(room)
+        assert attend.grid[0] >= -(-130 // 128) + -(-5 // 128)
+
+
+def test_other_devices_and_heads_attend_through_triton() -> None:
+    arguments = causal((600,), (0,))
+    small = mla_attention.OP.inputs((600,), 2, 16, 8, 16, 32, 16, (0,), dtype="bf16", device="meta")
+    for target, given in ((RTX_89, arguments), (H200_SXM, [type_of(value) for value in small])):
+        for tactic in mla_attention.OP.tactics(target, *given):
+            assert {one.kernel.language for one in tactic.launches} == {"triton"}

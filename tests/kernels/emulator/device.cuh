@@ -206,6 +206,8 @@ float warp_max(float v) {
   for (int i = width / 2; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(FULL_WARP, v, i));
   return v;
 }
+DEVICE float exp2_fast(float v) { return exp2f(v); }
+DEVICE float inverse_fast(float v) { return 1.0f / v; }
 DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 DEVICE float silu(float v) { return v / (1.0f + expf(-v)); }
 

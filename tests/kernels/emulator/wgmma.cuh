@@ -6,6 +6,7 @@ DEVICE u64 operand_at(u32 address) {
   if (address % 32) emulator::fail("multiplies what is not aligned");
   return (address & 0x3ffff) >> 4;
 }
+DEVICE u64 descriptor(u32 low) { return low; }
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit() {}
 template <int pending>
