@@ -1,6 +1,6 @@
 // y = x W^T for many tokens, dense or grouped by expert, on warpgroup products (sm_90a).
 //
-// One block computes tiles of ROWS x COLS: two warpgroups multiply, one moves operands through a ring of stages
+// One block computes tiles of ROWS x COLS: GROUPS warpgroups multiply, one moves operands through a ring of stages
 // of 128 bytes of K. Weights come as they are packed (`tiled`, `tiled_gated`), tokens as prep.cu leaves them:
 //
 //   codes   [K bytes / 64][padded][64 bytes]   panels; a row's 16-byte quarter c at c ^ (row / 2 % 4)
@@ -8,7 +8,9 @@
 //
 // so that every copy is a run of bytes and every 8 rows x 64 bytes are an atom of the tensor cores.
 // In FP8 the products of 128 channels are added up by the tensor cores and promoted to f32 sums with the scales
-// of both sides. INT4 weights become F16 in the registers of the warpgroup that multiplies them, with their scales:
+// of both sides. Where tokens are rows, a tile begins with the first slot of the ring, so that the loop over stages knows
+// its slots: what products take as operands costs next to nothing then. Three warpgroups with 64 rows each have more on
+// their way than two with 128, each of which waits for its products and adds them up by itself. INT4 weights become F16 in the registers of the warpgroup that multiplies them, with their scales:
 // a number of 3 bits times one of 8 is exact there (`int4_to_f16`). Tokens are F16 as well then, each row shifted by a
 // power of two that prep.cu chose, which the sums are multiplied by at the end.
 // Grouped, tiles come from a list on the device, which route.cu made of the experts' pairs, and blocks take the next one
@@ -17,6 +19,7 @@
 // Constants:
 //   FORMAT   0 BF16; 1 FP8; 2 INT4, with GROUP channels a scale (32, 64 or 128), SWAP and 256 bytes of tokens a stage
 //   SWAP     0: tokens are the rows of a tile and weights its columns; 1: the other way round
+//   GROUPS   warpgroups that multiply: 2, or 3 where tokens are rows
 //   WAVES    rows of a warpgroup are WAVES x 64
 //   COLS     columns of a tile; with SWAP the most, a tile takes as many as it has tokens
 //   STAGES   of the ring
@@ -24,10 +27,11 @@
 //   RESIDUAL 1: added before y is rounded
 //   F32      1: y is f32, not BF16
 //   GROUPED  1: tiles and rows of y from the lists of route.cu
+//   BLANKS   1: K is no multiple of a round of stages, and a tile's last round has stages without operands (FP8, SWAP 0)
 //   BAND     token blocks that are walked through together, so that weights and tokens stay in L2
 #include "wgmma.cuh"
 
-#define ROWS (WAVES * 128)
+#define ROWS (WAVES * GROUPS * 64)
 #define WEIGHT_ROWS (SWAP ? ROWS : COLS)
 #define TOKEN_ROWS (SWAP ? COLS : ROWS)
 #define WEIGHT_STAGE (WEIGHT_ROWS * (FORMAT == 2 ? 64 : 128))
@@ -35,7 +39,8 @@
 #define TILE_SCALES (4096 / GROUP)  // bytes of the INT4 scales of 16 rows in a stage
 #define SCALE_STAGE (FORMAT == 1 ? TOKEN_ROWS * 4 : FORMAT == 2 ? WEIGHT_ROWS / 16 * TILE_SCALES : 0)
 #define STAGING 8192  // bytes of a warpgroup, to turn fragments into rows
-#define CONSUMERS 256
+#define CONSUMERS (GROUPS * 128)
+#define ROUNDS (FORMAT == 1 && !SWAP)  // a tile begins with the first slot
 #define SECOND (SWAP && WAVES == 2 && !GATED)  // warpgroups have FP8 scales of their own
 
 struct Arguments {
@@ -95,8 +100,8 @@ DEVICE int covered(const Tile& tile) {
 }
 
 // First of the 64 rows of a tile that a warpgroup has in one wave. Weights: a run of its own, which shares scales.
-// Tokens: in turns, so that a tile with few of them keeps both warpgroups busy.
-DEVICE int first_row(int group, int w) { return (SWAP ? group * WAVES + w : w * 2 + group) * 64; }
+// Tokens: in turns, so that a tile with few of them keeps all warpgroups busy.
+DEVICE int first_row(int group, int w) { return (SWAP ? group * WAVES + w : w * GROUPS + group) * 64; }
 
 struct Ring {
   int slot = 0;
@@ -124,7 +129,7 @@ struct Shared {
     weights = base;
     tokens = weights + STAGES * WEIGHT_STAGE;
     staging = tokens + STAGES * TOKEN_STAGE;
-    scales = staging + 2 * STAGING;
+    scales = staging + GROUPS * STAGING;
     notes = (Note*)(scales + STAGES * SCALE_STAGE);
     full = (u64*)(notes + STAGES);
     empty = full + STAGES;
@@ -193,6 +198,11 @@ DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s) {
       codes += PANELS * panel, scales += a.padded;
       ring.next();
     }
+    while (ROUNDS && BLANKS && ring.slot > 0) {
+      barrier_wait(s.empty + ring.slot, ring.phase ^ 1);
+      barrier_arrive(s.full + ring.slot);
+      ring.next();
+    }
   }
   barrier_wait(s.empty + ring.slot, ring.phase ^ 1);
   s.notes[ring.slot].tokens = 0;
@@ -202,6 +212,67 @@ DEVICE void produce(const Arguments& a, const Tiles& tiles, const Shared& s) {
 // ---------------------------------------------------------------- products
 
 // Our warpgroup's rows of one tile, all of K: sum[w][4 j + i] as `Wgmma` says, j over N / 8 columns.
+#if ROUNDS
+template <int N>
+DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring& ring, float (&sum)[WAVES][N / 2]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4;
+  const int group = __shfl_sync(FULL_WARP, threadIdx.x / 128, 0), blocks = a.width / 128;
+  const u32 row_base = (u32)operand_at(shared_address(s.tokens)) + group * (64 * 64 >> 4);
+  const u32 column_base = (u32)operand_at(shared_address(s.weights));
+  const float* of_token = (const float*)s.scales + group * 64 + warp * 16 + g;
+  const int waves = (tile.tokens - group * 64 + GROUPS * 64 - 1) / (GROUPS * 64);  // of ours that have a token
+  auto release = [&](int slot) {
+    __syncwarp();  // all lanes have read their scales
+    if (lane == 0) barrier_arrive(s.empty + slot);
+  };
+  for (int block = 0; block < blocks; block += STAGES) {
+#pragma unroll
+    for (int slot = 0; slot < STAGES; slot++) {
+      barrier_wait(s.full + slot, ring.phase);
+      if (BLANKS && block + slot >= blocks) {
+        release(slot);
+        continue;
+      }
+      const float2 of_weight = *(const float2*)s.notes[slot].scales;
+      float of_rows[WAVES][2];
+#pragma unroll
+      for (int w = 0; w < WAVES; w++) {
+        of_rows[w][0] = of_token[slot * (SCALE_STAGE / 4) + w * GROUPS * 64];
+        of_rows[w][1] = of_token[slot * (SCALE_STAGE / 4) + w * GROUPS * 64 + 8];
+      }
+#pragma unroll
+      for (int w = 0; w < WAVES; w++) {
+        if (w >= waves) {
+          if (w == WAVES - 1) release(slot);
+          continue;
+        }
+        float part[N / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const u32 row = slot * (TOKEN_STAGE >> 4) + k / 2 * (ROWS * 64 >> 4) + w * GROUPS * (64 * 64 >> 4) + k % 2 * 2;
+          const u32 column = slot * (WEIGHT_STAGE >> 4) + k / 2 * (COLS * 64 >> 4) + k % 2 * 2;
+          Wgmma<N>::e4m3(part, descriptor(row_base + row), descriptor(column_base + column), k > 0);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (w == WAVES - 1) release(slot);
+        const float gate0 = of_rows[w][0] * of_weight.x, gate1 = of_rows[w][1] * of_weight.x;
+        const float up0 = of_rows[w][0] * of_weight.y, up1 = of_rows[w][1] * of_weight.y;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+          const float f0 = GATED && j % 2 ? up0 : gate0, f1 = GATED && j % 2 ? up1 : gate1;
+          sum[w][4 * j] = fmaf(part[4 * j], f0, sum[w][4 * j]);
+          sum[w][4 * j + 1] = fmaf(part[4 * j + 1], f0, sum[w][4 * j + 1]);
+          sum[w][4 * j + 2] = fmaf(part[4 * j + 2], f1, sum[w][4 * j + 2]);
+          sum[w][4 * j + 3] = fmaf(part[4 * j + 3], f1, sum[w][4 * j + 3]);
+        }
+      }
+    }
+    ring.phase ^= 1;
+  }
+}
+#else
 template <int N>
 DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring& ring, float (&sum)[WAVES][N / 2]) {
   const int warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -219,25 +290,9 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
       const float2 f = *(const float2*)s.notes[ring.slot].scales;
       low_scale = SECOND && group ? f.y : f.x, high_scale = f.y;
     }
-    float of_rows[WAVES][2];
-    if (FORMAT == 1 && !SWAP) {
-#pragma unroll
-      for (int w = 0; w < WAVES; w++) {
-        of_rows[w][0] = scales[first_row(group, w) + warp * 16 + g];
-        of_rows[w][1] = scales[first_row(group, w) + warp * 16 + g + 8];
-      }
-    }
     if (FORMAT == 1) {
 #pragma unroll
       for (int w = 0; w < WAVES; w++) {
-        if (!SWAP && first_row(group, w) >= tile.tokens) {
-          // Nobody wants these rows.
-          if (w == WAVES - 1) {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(s.empty + ring.slot);
-          }
-          continue;
-        }
         float part[N / 2];
         wgmma_fence();
 #pragma unroll
@@ -248,36 +303,19 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
         }
         wgmma_commit();
         wgmma_wait<0>();
-        if (!SWAP) {
-          if (w == WAVES - 1) {
-            __syncwarp();  // all lanes have read their scales
-            if (lane == 0) barrier_arrive(s.empty + ring.slot);
-          }
-          const float gate0 = of_rows[w][0] * low_scale, gate1 = of_rows[w][1] * low_scale;
-          const float up0 = of_rows[w][0] * high_scale, up1 = of_rows[w][1] * high_scale;
 #pragma unroll
-          for (int j = 0; j < N / 8; j++) {
-            const float f0 = GATED && j % 2 ? up0 : gate0, f1 = GATED && j % 2 ? up1 : gate1;
-            sum[w][4 * j] = fmaf(part[4 * j], f0, sum[w][4 * j]);
-            sum[w][4 * j + 1] = fmaf(part[4 * j + 1], f0, sum[w][4 * j + 1]);
-            sum[w][4 * j + 2] = fmaf(part[4 * j + 2], f1, sum[w][4 * j + 2]);
-            sum[w][4 * j + 3] = fmaf(part[4 * j + 3], f1, sum[w][4 * j + 3]);
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < N / 8; j++) {
-            const float2 f = *(const float2*)(scales + 8 * j + 2 * t);
-            const float f0 = f.x * low_scale, f1 = f.y * low_scale;
-            const float h0 = GATED ? f.x * high_scale : f0, h1 = GATED ? f.y * high_scale : f1;
-            sum[w][4 * j] = fmaf(part[4 * j], f0, sum[w][4 * j]);
-            sum[w][4 * j + 1] = fmaf(part[4 * j + 1], f1, sum[w][4 * j + 1]);
-            sum[w][4 * j + 2] = fmaf(part[4 * j + 2], h0, sum[w][4 * j + 2]);
-            sum[w][4 * j + 3] = fmaf(part[4 * j + 3], h1, sum[w][4 * j + 3]);
-          }
-          if (w == WAVES - 1) {
-            __syncwarp();  // as above
-            if (lane == 0) barrier_arrive(s.empty + ring.slot);
-          }
+        for (int j = 0; j < N / 8; j++) {
+          const float2 f = *(const float2*)(scales + 8 * j + 2 * t);
+          const float f0 = f.x * low_scale, f1 = f.y * low_scale;
+          const float h0 = GATED ? f.x * high_scale : f0, h1 = GATED ? f.y * high_scale : f1;
+          sum[w][4 * j] = fmaf(part[4 * j], f0, sum[w][4 * j]);
+          sum[w][4 * j + 1] = fmaf(part[4 * j + 1], f1, sum[w][4 * j + 1]);
+          sum[w][4 * j + 2] = fmaf(part[4 * j + 2], h0, sum[w][4 * j + 2]);
+          sum[w][4 * j + 3] = fmaf(part[4 * j + 3], h1, sum[w][4 * j + 3]);
+        }
+        if (w == WAVES - 1) {
+          __syncwarp();  // all lanes have read their scales
+          if (lane == 0) barrier_arrive(s.empty + ring.slot);
         }
       }
     } else if (FORMAT == 2) {
@@ -341,6 +379,7 @@ DEVICE void multiply(const Arguments& a, const Tile& tile, const Shared& s, Ring
     }
   }
 }
+#endif
 
 // ---------------------------------------------------------------- results
 
@@ -558,10 +597,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   wait_dependencies();
 
   if (warp >= CONSUMERS / 32) {
-    registers_give<40>();
+    registers_give<(GROUPS == 3 ? 56 : 40)>();
     if (warp == CONSUMERS / 32 && elected()) produce(a, Tiles(a), s);
   } else {
-    registers_keep<232>();
+    registers_keep<(GROUPS == 3 ? 152 : 232)>();
     Ring ring;
     while (true) {
       barrier_wait(s.full + ring.slot, ring.phase);

@@ -25,9 +25,8 @@ ROUTE_THREADS = 256
 MOST_BYTES = 1536 << 20
 """Workspace of a tactic, about."""
 
-_STAGING = 2 * 8192
+_STAGING = 8192
 _SHARED = 227 * 1024
-_WARPS = 12
 _FEATURES = ("bulk", "fp8", "wgmma")
 _WEIGHT = {"bf16": "*bf16", "fp8": "*f8e4m3", "int4": "*i32"}
 
@@ -38,17 +37,19 @@ class Config:
 
     Attributes:
         swap: Whether weights are the rows of a tile and tokens its columns.
-        waves: Rows of a tile are 128 times as many.
+        waves: Of 64 rows each, that a warpgroup has.
         columns: Of a tile.
+        groups: Warpgroups that multiply.
     """
 
     swap: bool
     waves: int
     columns: int
+    groups: int = 2
 
     @property
     def rows(self) -> int:
-        return 128 * self.waves
+        return 64 * self.waves * self.groups
 
     @property
     def weights(self) -> int:
@@ -66,11 +67,20 @@ class Config:
 
     def stages(self, format: str, group: int) -> int:  # noqa: A002 (as the ops name it)
         """Of the ring: as many as shared memory has room for, up to eight."""
-        return min(8, (_SHARED - _STAGING) // self._stage_bytes(format, group))
+        most = 4 if self.in_rounds(format) else 8
+        return min(most, (_SHARED - self._staging) // self._stage_bytes(format, group))
+
+    def in_rounds(self, format: str) -> bool:  # noqa: A002
+        """Whether a tile begins with the first slot of the ring: its loop is unrolled over them."""
+        return format == "fp8" and not self.swap
+
+    @property
+    def _staging(self) -> int:
+        return self.groups * _STAGING
 
     def shared_bytes(self, format: str, group: int) -> int:  # noqa: A002
         """Of a block, as the CUDA file lays it out."""
-        return self.stages(format, group) * self._stage_bytes(format, group) + _STAGING
+        return self.stages(format, group) * self._stage_bytes(format, group) + self._staging
 
     def _stage_bytes(self, format: str, group: int) -> int:  # noqa: A002
         """Operands, scales, a note of 32 bytes and two barriers of 8."""
@@ -80,8 +90,11 @@ class Config:
 
 
 LARGE = Config(swap=False, waves=2, columns=128)
+THREE = Config(swap=False, waves=1, columns=128, groups=3)
 MIDDLE = Config(swap=False, waves=1, columns=128)
 SWAPPED = Config(swap=True, waves=2, columns=128)
+_LARGEST = {"bf16": LARGE, "fp8": THREE, "int4": SWAPPED}
+"""What suits most tokens."""
 SMALL = tuple(Config(swap=True, waves=1, columns=columns) for columns in (128, 64, 32))
 
 
@@ -107,7 +120,7 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     """Of a fused linear; those that suit the number of tokens, best guess first."""
     fewer = tuple(c for c in SMALL if c.tokens < 2 * max(shape.tokens, 32))
     if shape.tokens > 512:
-        chosen: tuple[Config, ...] = (SWAPPED,) if shape.format == "int4" else (LARGE,)
+        chosen: tuple[Config, ...] = (_LARGEST[shape.format],)
         if shape.tokens <= 2048:
             chosen = (*chosen, MIDDLE, SMALL[0])
     else:
@@ -117,8 +130,7 @@ def tactics(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
 
 def pinned(target: Target, shape: gemv.Shape) -> tuple[Tactic, ...]:
     """Of a fused linear, what suits most tokens: for batch-invariant engines."""
-    config = SWAPPED if shape.format == "int4" else LARGE
-    return (_dense(target.sms or 1, shape, config),) if _runs(config, shape.format) else ()
+    return (_dense(target.sms or 1, shape, _LARGEST[shape.format]),)
 
 
 def _runs(config: Config, format: str) -> bool:  # noqa: A002 (as the ops name it)
@@ -141,13 +153,13 @@ def expert_refusal(shape: experts.Shape) -> str | None:
 
 def expert_up_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_up` with `pairs` and `starts`."""
-    chosen = (c for c in (LARGE, SWAPPED) if _runs(c, shape.format))
+    chosen = dict.fromkeys((_LARGEST[shape.format], SWAPPED))
     return tuple(_expert_up(target.sms or 1, shape, config) for config in chosen)
 
 
 def expert_down_tactics(target: Target, shape: experts.Shape) -> tuple[Tactic, ...]:
     """Of `expert_down` with `pairs` and `starts`."""
-    chosen = (c for c in (LARGE, SWAPPED) if _runs(c, shape.format))
+    chosen = dict.fromkeys((_LARGEST[shape.format], SWAPPED))
     return tuple(_expert_down(target.sms or 1, shape, config) for config in chosen)
 
 
@@ -207,7 +219,7 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
     format: str, group: int, weight: str, y: Tensor, wide: bool, gated: bool,  # noqa: A002
     residual: Tensor | None, grouped: bool, flops: float, moved_bytes: float,
 ) -> Launch:  # fmt: skip
-    fp8 = format == "fp8"
+    fp8, stages, rounds = format == "fp8", config.stages(format, group), config.in_rounds(format)
     kernel = Kernel(
         language="cuda",
         source="kernels/gemm.cu",
@@ -221,13 +233,13 @@ def _product(  # noqa: PLR0913 (as many as the kernel has)
         ),
         constants=(
             ("FORMAT", gemv.FORMATS.index(format)), ("SWAP", int(config.swap)),
-            ("WAVES", config.waves), ("COLS", config.columns),
-            ("STAGES", config.stages(format, group)),
+            ("GROUPS", config.groups), ("WAVES", config.waves), ("COLS", config.columns),
+            ("STAGES", stages), ("BLANKS", int(rounds and width // BLOCK % stages > 0)),
             ("GATED", int(gated)), ("RESIDUAL", int(residual is not None)), ("F32", int(wide)),
             ("GROUPED", int(grouped)), ("BAND", 8),
             ("GROUP", group if format == "int4" else BLOCK),
         ),
-        warps=_WARPS,
+        warps=4 * (config.groups + 1),
         shared_bytes=config.shared_bytes(format, group),
         features=_FEATURES,
     )  # fmt: skip
