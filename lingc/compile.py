@@ -10,6 +10,7 @@ from typing import Protocol
 from lingc import pipeline
 from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import Checkpoint, Source, matrix_modules, open_checkpoint, validate
+from lingc.checkpoint.convert import is_stored_as
 from lingc.context import Context
 from lingc.errors import IncompatibleError, UsageError
 from lingc.graph import Captured, Fused, text
@@ -17,7 +18,7 @@ from lingc.lower import lower
 from lingc.model.config import ModelConfig
 from lingc.pipeline import Report
 from lingc.plan import PHASES, Plan
-from lingc.quantize.recipes import Recipe
+from lingc.quantize.recipes import Recipe, built_in, load_recipe
 from lingc.staging import writing
 from lingc.targets.spec import EngineKind, Target
 
@@ -69,7 +70,7 @@ class Request:
     dump_dir: Path | None = None
 
 
-BUILT: tuple[EngineKind, ...] = ("onnx", "cuda")
+BUILT: tuple[EngineKind, ...] = ("onnx", "cuda", "tensorrt")
 """Kinds of engines that this version can build."""
 
 
@@ -116,7 +117,8 @@ def compile_plan(
         recipe: How its weights are stored.
         target: What it is compiled for.
         has_mtp: Whether there are weights for the draft phase.
-        request: What else was asked for; its precision and target are not read.
+        request: What else was asked for; its precision and target are not read, and its engine
+            only where that changes the plan.
         stage: How progress is shown.
         capturer: One that has captured this config with these sizes before, to save the time.
         report: Gains the lines of every phase that was run, also of one that fails.
@@ -132,7 +134,13 @@ def compile_plan(
     capturer = capturer or Capturer(config, request.sizes)
     report = Report() if report is None else report
     assert (capturer.config, capturer.sizes) == (config, request.sizes), "it captures another model"
-    context = Context(config=config, phase=phases[0], target=target, recipe=recipe)
+    context = Context(
+        config=config,
+        phase=phases[0],
+        target=target,
+        recipe=recipe,
+        engine=engine_kind(target, request.engine),
+    )
     fused: dict[str, Fused] = {}
     with stage("capture and fuse", total=len(phases), unit="phases") as advance:
         for phase in phases:
@@ -204,9 +212,25 @@ def engine_kind(target: Target, wanted: str) -> EngineKind:
 def default_precision(checkpoint: Source | None, config: ModelConfig) -> str:
     """The recipe whose layout the checkpoint has already."""
     if checkpoint is not None:
+        for name in built_in():
+            if _is_stored_by(checkpoint, load_recipe(name)):
+                return name
         kinds = {checkpoint.kind(name) for name in checkpoint.names}
     else:
         kinds = {str((config.quantization or {}).get("quant_method"))}
     if kinds & {"fp8_block", "fp8"}:
         return "fp8"
     return "int4" if kinds & {"int4_group", "compressed-tensors"} else "bf16"
+
+
+def _is_stored_by(checkpoint: Source, recipe: Recipe) -> bool:
+    """Whether every matrix is stored in the very format that a recipe asks for."""
+    for name in checkpoint.names:
+        if len(checkpoint.shape(name)) != 2:
+            continue
+        wanted = recipe.format_of(name.removesuffix(".weight"))
+        if checkpoint.kind(name) != wanted.kind:
+            return False
+        if wanted.group and not is_stored_as(checkpoint, name, wanted.kind, wanted.group):
+            return False
+    return True

@@ -12,7 +12,7 @@ from lingc.model.config import ModelConfig
 from lingc.plan import WeightSpec
 from lingc.quantize.formats import FP8_BLOCK
 from lingc.quantize.recipes import Format, Recipe
-from lingc.targets.spec import Target
+from lingc.targets.spec import EngineKind, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +37,20 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What one run of the pipeline over one phase may know."""
+    """What one run of the pipeline over one phase may know.
+
+    Attributes:
+        recipe: In the formats that engines have, whatever recipe it is made with.
+    """
 
     config: ModelConfig
     phase: str
     target: Target
     recipe: Recipe
+    engine: EngineKind | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipe", self.recipe.in_engines())
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -87,9 +95,14 @@ class Context:
         return self.target.fp8_activations and self.recipe.activations == "fp8"
 
     @property
+    def engine_kind(self) -> EngineKind:
+        """The kind of engine that programs are for: the target's default where none was given."""
+        return self.engine or self.target.default_engine
+
+    @property
     def fuses_launches(self) -> bool:
         """Whether programs are made of the ops that our own GPU kernels are launched for."""
-        return self.target.default_engine == "cuda"
+        return self.engine_kind == "cuda"
 
     def format_of(self, spec: WeightSpec) -> Format:
         """Storage format that the recipe asks for a weight, whose sources agree."""

@@ -76,7 +76,7 @@ class Scratch:
         with writing(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             clean_stale(self.final)
-            _refuse_no_room(self.final, self._needed_bytes)
+            refuse_no_room(self.final, self._needed_bytes)
             self._directory, self._lock = _create(self.final)
             try:
                 self.content.mkdir()
@@ -117,17 +117,21 @@ class Staging(Scratch):
         self._replaceable = replaceable
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
+        self.refuse_existing()
         return super().__enter__()
 
     def publish(self) -> None:
         """Make every byte durable, then give the directory its name."""
         with writing(self.final):
-            _seal(self.content)
-            self._rename()
-            sync(self.final.parent)
+            seal(self.content)
+            self.publish_from(self.content)
 
-    def _refuse_existing(self) -> None:
+    def refuse_existing(self) -> None:
+        """Refuse what is at `final` and may not be replaced.
+
+        Raises:
+            UsageError: There is such a thing, or the path names no directory.
+        """
         if self.final.name in ("", ".."):
             raise UsageError(f"{str(self.final)!r} names no new directory", hint="give it a name")
         if not os.path.lexists(self.final):
@@ -149,17 +153,22 @@ class Staging(Scratch):
                 hint="choose another output, or remove it first",
             )
 
-    def _rename(self) -> None:
+    def publish_from(self, content: Path) -> None:
+        """Give a directory that is durable already the final name."""
+        self._rename(content)
+        sync(self.final.parent)
+
+    def _rename(self, content: Path) -> None:
         # Twice, as another process can put something there, or take it away, in between.
         for _ in range(2):
             try:
-                _rename_new(self.content, self.final)
+                _rename_new(content, self.final)
             except FileExistsError:
-                self._refuse_existing()
+                self.refuse_existing()
             else:
                 return
             try:
-                _exchange(self.content, self.final)
+                _exchange(content, self.final)
             except FileNotFoundError:
                 continue
             return
@@ -227,7 +236,12 @@ def _known(path: Path) -> Path:
     return path
 
 
-def _refuse_no_room(final: Path, needed_bytes: int) -> None:
+def refuse_no_room(final: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ResourceError: There are fewer bytes free beside `final`.
+    """
     free_bytes = shutil.disk_usage(final.parent).free
     if needed_bytes > free_bytes:
         scale, unit = (1e9, "GB") if needed_bytes >= 1e9 else (1e6, "MB")
@@ -285,12 +299,12 @@ def _remove(directory: Path) -> None:
         _LOG.warning("%s could not be removed whole", directory)
 
 
-def _seal(root: Path) -> None:
+def seal(root: Path) -> None:
     """Set every mode, whatever the umask, and force every file and directory to disk."""
     for path in root.iterdir():
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
-            _seal(path)
+            seal(path)
         elif stat.S_ISREG(mode):
             path.chmod(FILE_MODE)
             sync(path)

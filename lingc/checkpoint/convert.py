@@ -65,6 +65,22 @@ def to_quantized(source: Source, name: str, kind: str, group: int) -> tuple[Arra
     return quantize_int4_group(weight, group)
 
 
+def to_rounded(source: Source, name: str, kind: str, group: int) -> F32:
+    """The values of a matrix after the way to the format `kind` and back, in memory of their own.
+
+    What is stored in that format has not far to go; `plain` is BF16.
+    """
+    if kind == "plain" or is_stored_as(source, name, kind, group):
+        values = source.dense(name)
+        return widen_bf16(round_bf16(values)) if kind == "plain" else values
+    codes, scales = to_quantized(source, name, kind, group)
+    if kind == "fp8_block":
+        return dequantize_fp8_block(codes, scales)
+    if kind == "fp8_tensor":
+        return dequantize_fp8_tensor(codes, scales)
+    return dequantize_int4_group(codes, scales, group, source.shape(name)[1])
+
+
 def is_stored_as(source: Source, name: str, kind: str, group: int) -> bool:
     """Whether a tensor's stored codes are what `to_quantized` gives; nothing is rounded then.
 

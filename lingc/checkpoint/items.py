@@ -56,6 +56,11 @@ def item(source: Source, name: str, recipe: Recipe, *, scale_suffix: str = SCALE
     return Item(name=name, format=chosen, pieces=_pieces(name, shape, chosen, scale_suffix))
 
 
+def stored_bytes(name: str, shape: Shape, chosen: Format) -> int:
+    """What a tensor takes in a format."""
+    return sum(tensor_bytes(*piece) for piece in _pieces(name, shape, chosen, SCALE).values())
+
+
 def _pieces(name: str, shape: Shape, chosen: Format, scale_suffix: str) -> dict[str, Piece]:
     if chosen.kind == "plain":
         return {name: (_plain_dtype(name), shape)}

@@ -68,15 +68,46 @@ def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[st
         "is not one that this config has",
     )
     problems += _missing(config, expected, stored.keys() | lost, scan)
+    sound = {name: parts for name, parts in stored.items() if name not in lost}
+    entries, faults = _entries(expected, sound, _group_sizes(config.quantization))
+    return entries, problems + faults
+
+
+def assemble_some(
+    tensors: Mapping[str, Stored], config: ModelConfig, groups: tuple[int, ...]
+) -> tuple[dict[str, Entry], list[str]]:
+    """The logical tensors that stand in some files, of which none is due, and what is wrong.
+
+    Args:
+        tensors: Stored name -> where it is.
+        config: Says what shape each must have.
+        groups: Group sizes that may occur in `int4_group`.
+    """
+    expected = expected_tensors(config)
+    stored: dict[str, dict[str, Stored]] = defaultdict(dict)
+    for full_name, tensor in tensors.items():
+        name, suffix = _split(full_name)
+        stored[name][suffix] = tensor
+    foreign = [name for name in stored if name not in expected]
+    problems = of_tensors(foreign, "is not one that this config has")
+    entries, faults = _entries(expected, stored, groups)
+    return entries, problems + faults
+
+
+def _entries(
+    expected: Mapping[str, Shape],
+    stored: Mapping[str, Mapping[str, Stored]],
+    groups: tuple[int, ...],
+) -> tuple[dict[str, Entry], list[str]]:
     entries: dict[str, Entry] = {}
-    groups = _group_sizes(config.quantization)
-    for name in expected:
-        if name not in stored or name in lost:
+    problems: list[str] = []
+    for name, shape in expected.items():
+        if name not in stored:
             continue
-        faults = list(_faults(stored[name], expected[name], groups))
+        faults = list(_faults(stored[name], shape, groups))
         problems += [f"tensor {name!r} {fault}" for fault in faults]
         if not faults:
-            entries[name] = _entry(name, stored[name], expected[name], groups)
+            entries[name] = _entry(name, stored[name], shape, groups)
     return entries, problems
 
 

@@ -32,6 +32,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 MODES = ("auto", "bar", "plain", "events", "none")
@@ -131,7 +132,10 @@ def _line(count: _Count, state: str) -> None:
         of = "" if count.total is None else f" of {_amount(count.total, count.unit)}"
         amount = f" {_amount(count.done, count.unit)}{of}"
     said = {"run": "so far", "done": "done", "failed": "stopped"}[state]
-    click.echo(f"{count.name}:{amount} {said}, {count.elapsed_s:.1f} s", err=True)
+    left = ""
+    if state == "run" and count.total is not None and 0 < count.done < count.total:
+        left = f", about {count.elapsed_s * (count.total / count.done - 1):.0f} s left"
+    click.echo(f"{count.name}:{amount} {said}, {count.elapsed_s:.1f} s{left}", err=True)
 
 
 def _event(count: _Count, state: str) -> None:
@@ -156,7 +160,8 @@ def _amount(count: int, unit: str) -> str:
 @contextmanager
 def _bar(name: str, *, total: int | None, unit: str, is_colored: bool) -> Iterator[Advance]:
     counted = DownloadColumn() if unit == "B" else MofNCompleteColumn()
-    columns = [BarColumn(), counted, TextColumn(unit if unit != "B" else "")]
+    named = TextColumn(unit if unit != "B" else "")
+    columns = [BarColumn(), counted, named, TimeRemainingColumn()]
     console = Console(stderr=True, no_color=None if is_colored else True, highlight=False)
     progress = Progress(
         SpinnerColumn(),

@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,27 @@ class Recipe:
         """
         rule = next((rule for rule in self.rules if rule.matches(module)), None)
         return PLAIN if rule is None else rule.format
+
+    def in_engines(self) -> "Recipe":
+        """As the engines of this version hold weights and compute.
+
+        They have FP8 in blocks, of which those of one matrix may share a scale, and quantize inputs
+        on the fly, which is never less exact than a scale for all of them.
+        """
+        if self.activations != "fp8_static" and all(
+            rule.format.kind != "fp8_tensor" for rule in self.rules
+        ):
+            return self
+        return replace(
+            self,
+            activations="fp8" if self.activations == "fp8_static" else self.activations,
+            rules=tuple(
+                replace(rule, format=Format(kind="fp8_block"))
+                if rule.format.kind == "fp8_tensor"
+                else rule
+                for rule in self.rules
+            ),
+        )
 
     def document(self) -> dict[str, Any]:
         """The recipe as a recipe file has it; `parse_recipe` gives it back."""

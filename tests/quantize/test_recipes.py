@@ -38,7 +38,7 @@ def _rule(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_built_in_recipes_are_those_of_the_design() -> None:
-    assert built_in() == ("bf16", "fp8", "fp8-max", "int4", "int4-all", "int4-fp8")
+    assert built_in() == ("bf16", "fp8", "fp8-max", "fp8-static", "int4", "int4-all", "int4-fp8")
     assert {load_recipe(name).activations for name in ("bf16", "int4", "int4-all")} == {"plain"}
     assert {load_recipe(name).activations for name in ("fp8", "fp8-max", "int4-fp8")} == {"fp8"}
 
@@ -61,6 +61,7 @@ def test_a_built_in_recipe_says_its_name_and_fits_the_model(
         ("bf16", {}),
         ("fp8", {"fp8_block": 433}),
         ("fp8-max", {"fp8_block": 433 + 1 + 3 * 3}),
+        ("fp8-static", {"fp8_tensor": 433}),
         ("int4", {"int4_group(32)": 384}),
         ("int4-fp8", {"int4_group(128)": 408, "fp8_block": 25}),
         ("int4-all", {"int4_group(128)": 434}),
@@ -177,7 +178,7 @@ def test_a_recipe_that_is_not_json_is_refused_with_the_place(tmp_path: Path) -> 
         ({**GOOD, "rule": []}, "the key 'rule' is unknown"),
         ({**GOOD, "name": ""}, "name is '', not a text"),
         ({**GOOD, "summary": 1}, "summary is 1"),
-        ({**GOOD, "activations": "int8"}, "activations is 'int8', not one of plain, fp8"),
+        ({**GOOD, "activations": "int8"}, "activations is 'int8', not one of plain, fp8, fp8_static"),
         ({**GOOD, "rules": {}}, "rules is {}, not a list"),
         ({**GOOD, "rules": [1]}, "rule 1 is 1, not an object"),
         (_rule(modules="lm_head"), "rule 1: modules is 'lm_head', not a list"),

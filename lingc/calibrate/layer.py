@@ -1,0 +1,267 @@
+"""One layer: its inputs are watched, its matrices rounded, its outputs made with what they became.
+
+Matrices go by what they read. Those behind a rounded one see what it gives now, so that an error is
+made up for and not passed on. No more than one expert's matrices, or one attention's, are held.
+
+    norm -> query_key_value, g_proj   or   q_a_proj, kv_a_proj_with_mqa -> q_b_proj
+         -> mixer -> dense -> residual -> norm -> router
+                                               -> each expert:  gate_proj, up_proj -> down_proj
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lingc.calibrate.attention import Attention
+from lingc.calibrate.matrices import weight_of
+from lingc.calibrate.observers import Observer
+from lingc.calibrate.rounder import Job, Rounder, Watch, describe
+from lingc.calibrate.spill import Spill, Tokens, chunks, refuse_wild
+from lingc.model.moe import Router
+
+
+class Layer:
+    """Calibrates one layer.
+
+    Args:
+        job: What is wanted.
+        number: Of the layer; the MTP layer's is the number of main layers.
+        tokens: Whose rows the activations are.
+        folder: For files of activations that live as long as the layer is worked on.
+    """
+
+    def __init__(self, job: Job, number: int, tokens: Tokens, folder: Path) -> None:
+        self._job = job
+        self._config = job.source.config
+        self._number = number
+        self._tokens = tokens
+        self._folder = folder
+        self._prefix = f"model.layers.{number}"
+        self.rounder = Rounder(job)
+        self.seen = self.rounder.seen
+
+    def run(self, x: Spill, after: Spill, files: tuple[Path, Path]) -> None:
+        """Calibrate, and compute the layer's outputs.
+
+        Args:
+            x: The residual stream before the layer.
+            after: Filled with the residual stream behind it.
+            files: Where the tensors of attention and of the feed-forward part go.
+
+        Raises:
+            InputError: An activation is NaN or infinite.
+        """
+        hidden = self._config.hidden_size
+        normed = Spill(self._folder / "normed.f32", self._tokens.count, hidden)
+        try:
+            with self.rounder.storing(files[0], self._attention_modules()):
+                self._attention(x, after, normed)
+            self._feed_forward(after, normed, files[1])
+        finally:
+            normed.remove()
+
+    def _vector(self, name: str) -> Tensor:
+        return weight_of(self._job.source, f"{self._prefix}.{name}", self._job.device)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self._config.rms_norm_eps)
+
+    def _samples(self, spill: Spill) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of each sample, on the device."""
+        for first, end in self._tokens.spans():
+            yield slice(first, end), spill[first:end].to(self._job.device)
+
+    def _check(self, x: Tensor, first: int, name: str) -> None:
+        refuse_wild(x, self._tokens, first, f"layer {self._number}", name)
+
+    # ----------------------------------------------------------------------------------- attention
+
+    def _attention_modules(self) -> list[str]:
+        at = f"{self._prefix}.attention"
+        if not self._config.is_mla(self._number):
+            return [f"{at}.query_key_value", f"{at}.g_proj", f"{at}.dense"]
+        first = ["q_proj"] if self._config.q_lora_rank is None else ["q_a_proj", "q_b_proj"]
+        return [f"{at}.{name}" for name in (*first, "kv_a_proj_with_mqa", "dense")]
+
+    def _attention(self, x: Spill, after: Spill, normed: Spill) -> None:
+        at, config = f"{self._prefix}.attention", self._config
+        norm = self._vector("input_layernorm")
+        first = [m for m in self._attention_modules() if not m.endswith((".dense", ".q_b_proj"))]
+        watch = Watch(self._job, first, config.hidden_size)
+        for rows, values in self._samples(x):
+            n = self._norm(values, norm)
+            self._check(n, rows.start, first[0])
+            watch.see(n)
+        weights = self.rounder.settle(watch)
+        del watch
+        others = {"query_layernorm", "key_layernorm", "g_norm"}
+        if config.is_mla(self._number):
+            others = {"kv_a_layernorm", "kv_b_proj"}
+            if config.q_lora_rank is not None:
+                others.add("q_a_layernorm")
+        weights |= {f"{at}.{name}": self._vector(f"attention.{name}") for name in others}
+        if f"{at}.q_b_proj" in self._attention_modules():
+            weights |= self._query(x, norm, weights)
+        local = {f"{name.removeprefix(at)[1:]}.weight": value for name, value in weights.items()}
+        self._output(x, after, normed, norm, Attention(config, self._number, local))
+
+    def _query(self, x: Spill, norm: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The second projection of the queries, which reads the first one's latent."""
+        at, rank = f"{self._prefix}.attention", self._config.q_lora_rank
+        assert rank is not None, "asked for where there is one"
+        watch = Watch(self._job, [f"{at}.q_b_proj"], rank)
+        if not watch.is_blind:
+            for rows, values in self._samples(x):
+                latent = functional.linear(self._norm(values, norm), weights[f"{at}.q_a_proj"])
+                latent = self._norm(latent, weights[f"{at}.q_a_layernorm"])
+                self._check(latent, rows.start, f"{at}.q_b_proj")
+                watch.see(latent)
+        return self.rounder.settle(watch)
+
+    def _output(
+        self, x: Spill, after: Spill, normed: Spill, norm: Tensor, attention: Attention
+    ) -> None:
+        """The output projection, the residual stream behind it, and the next norm of that."""
+        dense = f"{self._prefix}.attention.dense"
+        width = self._job.source.shape(f"{dense}.weight")[1]
+        watch = Watch(self._job, [dense], width)
+        mixed = Spill(self._folder / "mixed.f32", self._tokens.count, width)
+        try:
+            for rows, values in self._samples(x):
+                y = attention.mixed(self._norm(values, norm))
+                self._check(y, rows.start, dense)
+                watch.see(y)
+                mixed[rows] = y
+            weight = self.rounder.settle(watch)[dense]
+            next_norm = self._vector("post_attention_layernorm")
+            for rows, values in self._samples(x):
+                y = mixed[rows].to(self._job.device)
+                behind = values + functional.linear(y, weight)
+                after[rows] = behind
+                n = self._norm(behind, next_norm)
+                self._check(n, rows.start, f"{self._prefix}.mlp")
+                normed[rows] = n
+        finally:
+            mixed.remove()
+
+    # -------------------------------------------------------------------------------- feed-forward
+
+    def _feed_forward(self, after: Spill, normed: Spill, path: Path) -> None:
+        mlp, config = f"{self._prefix}.mlp", self._config
+        every = torch.arange(self._tokens.count)
+        if config.is_dense(self._number):
+            with self.rounder.storing(path, _swiglu(mlp)):
+                self._mlp(mlp, after, normed, every, None)
+            return
+        ids, weights = self._route(normed)
+        counts = torch.bincount(ids.flatten(), minlength=config.num_experts).tolist()
+        self.seen.coverage[str(self._number)] = counts
+        enough = [e for e, count in enumerate(counts) if count >= self._job.fallback_below]
+        shared = [f"{mlp}.shared_experts"] if config.num_shared_experts else []
+        modules = [m for e in enough for m in _swiglu(f"{mlp}.experts.{e}")]
+        modules += [m for name in shared for m in _swiglu(name)]
+        self._observe_experts(normed)
+        inner = Watch(self._job, [f"{mlp}.experts.0.down_proj"], config.moe_intermediate_size)
+        with self.rounder.storing(path, modules):
+            for e in range(config.num_experts):
+                rows, rank = torch.nonzero(ids == e, as_tuple=True)
+                by = weights[rows, rank]
+                name = f"{mlp}.experts.{e}"
+                is_rare = counts[e] < self._job.fallback_below
+                self._mlp(name, after, normed, rows, by, is_fallback=is_rare, inner=inner.observer)
+            for name in shared:
+                self._mlp(name, after, normed, every, None)
+        if inner.observer is not None:
+            downs = [f"{mlp}.experts.{e}.down_proj" for e in range(config.num_experts)]
+            self.seen.inputs.append(describe(inner.observer, downs))
+
+    def _route(self, normed: Spill) -> tuple[Tensor, Tensor]:
+        """Experts of every token and their weights, [tokens, k] each."""
+        with torch.device("meta"):
+            router = Router(self._config)
+        for leaf, name in (("weight", "weight"), ("expert_bias", "expert_bias")):
+            value = torch.from_numpy(self._job.source.dense(f"{self._prefix}.mlp.gate.{name}"))
+            parameter = torch.nn.Parameter(value.to(self._job.device), requires_grad=False)
+            router.register_parameter(leaf, parameter)
+        chosen = [router(n) for _, n in self._samples(normed)]
+        ids = torch.cat([ids.cpu() for ids, _ in chosen])
+        return ids, torch.cat([weights.cpu() for _, weights in chosen])
+
+    def _observe_experts(self, normed: Spill) -> None:
+        """One scale for the inputs of all experts, which are the same rows, sorted."""
+        names = [
+            f"{self._prefix}.mlp.experts.{e}.{leaf}"
+            for e in range(self._config.num_experts)
+            for leaf in ("gate_proj", "up_proj")
+        ]
+        observer = Watch(self._job, names[:2], self._config.hidden_size).observer
+        if observer is None:
+            return
+        for _, n in self._samples(normed):
+            observer.see(n)
+        self.seen.inputs.append(describe(observer, names))
+
+    def _mlp(
+        self,
+        name: str,
+        after: Spill,
+        normed: Spill,
+        rows: Tensor,
+        weights: Tensor | None,
+        *,
+        is_fallback: bool = False,
+        inner: Observer | None = None,
+    ) -> None:
+        """One SwiGLU over some tokens; its result is added to the residual stream.
+
+        Args:
+            name: `model.layers.1.mlp.experts.3`.
+            after: The residual stream.
+            normed: The inputs of all tokens.
+            rows: Whose tokens these are.
+            weights: What the router gives each, or None.
+            is_fallback: Whether too few tokens came to round by.
+            inner: What watches the inputs of all experts' `down_proj`, in place of its own.
+        """
+        gate, up, down = _swiglu(name)
+        is_expert = weights is not None
+        outer = Watch(self._job, [gate, up], self._config.hidden_size)
+        width = self._job.source.shape(f"{down}.weight")[1]
+        second = Watch(self._job, [down], width)
+        if is_expert:
+            outer.observer, second.observer = None, inner
+        for part, n in self._rows(normed, rows):
+            outer.see(n, None if weights is None else weights[part].to(n.device))
+        values = self.rounder.settle(outer, is_fallback=is_fallback)
+        for part, n in self._rows(normed, rows):
+            h = functional.silu(functional.linear(n, values[gate]))
+            h = h * functional.linear(n, values[up])
+            self._check_rows(h, rows[part], down)
+            second.see(h, None if weights is None else weights[part].to(n.device))
+        if is_expert:
+            second.observer = None
+        values |= self.rounder.settle(second, is_fallback=is_fallback)
+        for part, n in self._rows(normed, rows):
+            h = functional.silu(functional.linear(n, values[gate]))
+            y = functional.linear(h * functional.linear(n, values[up]), values[down])
+            if weights is not None:
+                y = y * weights[part].unsqueeze(1).to(y.device)
+            after.add(rows[part], y)
+
+    def _rows(self, spill: Spill, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions in `rows`, a bounded number at a time, and the values of those rows."""
+        for part in chunks(torch.arange(len(rows))):
+            if len(part):
+                yield part, spill.take(rows[part]).to(self._job.device)
+
+    def _check_rows(self, x: Tensor, rows: Tensor, name: str) -> None:
+        if not bool(torch.isfinite(x).all()):
+            wild = int(torch.nonzero(~torch.isfinite(x).all(-1))[0, 0])
+            self._check(x[wild : wild + 1], int(rows[wild]), name)
+
+
+def _swiglu(name: str) -> list[str]:
+    return [f"{name}.gate_proj", f"{name}.up_proj", f"{name}.down_proj"]

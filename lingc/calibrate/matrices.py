@@ -1,0 +1,230 @@
+"""One set of matrices that read the same input: rounded by what was seen of it.
+
+What is made is stored as a checkpoint stores it, and handed back as the values that the layers
+behind shall see.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lingc.calibrate import rounding
+from lingc.calibrate.observers import round_e4m3
+from lingc.checkpoint.source import Source
+from lingc.quantize.formats import (
+    E4M3_MAX,
+    FP8_BLOCK,
+    blocks,
+    encode_e4m3,
+    pack_int4,
+)
+from lingc.quantize.recipes import Format
+
+Array = NDArray[Any]
+
+INT4_METHODS = ("gptq", "search", "nearest")
+FP8_METHODS = ("search", "nearest")
+
+ROWS = 4096
+"""Rows of a matrix that are rounded together; all rows are rounded independently."""
+
+_FP8_STEPS = 16
+"""Scales of FP8 that are tried, up to the one that is half as fine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How weights are rounded.
+
+    Attributes:
+        int4: `gptq` moves errors to columns that can still make up for them; `search` looks for
+            the scale of each group that loses least; `nearest` leaves it to `lingc quantize`.
+        fp8: `search` likewise for the scales of FP8, or `nearest`.
+        damping: Of `gptq`, see `rounding.curvature`.
+        rounds: Of `gptq`.
+    """
+
+    int4: str = "gptq"
+    fp8: str = "search"
+    damping: float = 0.01
+    rounds: int = 2
+
+    def is_used(self, chosen: Format) -> bool:
+        """Whether a format is rounded by data at all."""
+        if chosen.kind == "int4_group":
+            return self.int4 != "nearest"
+        return chosen.kind.startswith("fp8") and self.fp8 != "nearest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A rounded matrix.
+
+    Attributes:
+        pieces: As stored: codes and scales.
+        values: What they stand for, f32 [N, D].
+        sums: By row, squared errors of the outputs on the samples, the same by rounding to nearest,
+            and squared outputs: f64 [3, N].
+    """
+
+    pieces: tuple[Array, Array]
+    values: Tensor
+    sums: Tensor
+
+    def loss_of(self, top: int, end: int) -> float:
+        """Share of the outputs' energy that rounding lost, of some rows."""
+        return self._share(0, top, end)
+
+    def nearest_loss_of(self, top: int, end: int) -> float:
+        """What rounding to nearest would have lost."""
+        return self._share(1, top, end)
+
+    def _share(self, which: int, top: int, end: int) -> float:
+        whole = float(self.sums[2, top:end].sum())
+        return float(self.sums[which, top:end].sum()) / whole if whole else 0.0
+
+
+def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
+    """A matrix or vector of a module in f32."""
+    return torch.from_numpy(source.dense(f"{module}.weight")).to(device)
+
+
+def make(
+    weight: Tensor,
+    hessian: Tensor,
+    curve: rounding.Curvature | None,
+    chosen: Format,
+    method: Method,
+) -> Made:
+    """Round a matrix by the sum of x x^T over its inputs.
+
+    Args:
+        weight: f32 [N, D].
+        hessian: f32 [D, D].
+        curve: Made of it; read in `gptq` alone.
+        chosen: Its format, not plain.
+        method: How.
+    """
+    parts: list[list[Array]] = [[], []]
+    values = torch.empty_like(weight)
+    sums = torch.zeros(3, weight.shape[0], dtype=torch.float64)
+    whole_scale = None
+    if chosen.kind == "fp8_tensor":
+        whole_scale = _tensor_scale(weight, hessian.diagonal())
+    for top in range(0, weight.shape[0], ROWS):
+        rows = weight[top : top + ROWS]
+        if chosen.kind == "int4_group":
+            codes, scales, got = _int4(rows, hessian, curve, chosen.group, method)
+            plain = _nearest_int4(rows, chosen.group)
+        else:
+            scale = _block_scales(rows, hessian.diagonal()) if whole_scale is None else whole_scale
+            codes, scales, got = _fp8(rows, scale)
+            plain = _fp8(rows, _largest_scales(rows, whole_scale))[2]
+        values[top : top + ROWS] = got
+        parts[0].append(codes)
+        parts[1].append(scales)
+        for i, error in enumerate((rows - got, rows - plain, rows)):
+            energy = ((error @ hessian) * error).sum(1, dtype=torch.float64)
+            sums[i, top : top + ROWS] = energy.cpu()
+    scales = parts[1][0] if whole_scale is not None else np.concatenate(parts[1])
+    return Made(pieces=(np.concatenate(parts[0]), scales), values=values, sums=sums)
+
+
+def _int4(
+    rows: Tensor, hessian: Tensor, curve: rounding.Curvature | None, group: int, method: Method
+) -> tuple[Array, Array, Tensor]:
+    stack = rows.unsqueeze(0)
+    if method.int4 == "gptq":
+        assert curve is not None, "made for gptq"
+        made = rounding.gptq(stack, curve, group, rounds=method.rounds)
+    else:
+        scales = rounding.search_scales(stack, hessian.diagonal().unsqueeze(0), group)
+        made = rounding.nearest(stack, scales, group)
+    codes = pack_int4(made.codes[0].cpu().numpy())
+    scales_bits = made.scales[0].cpu().view(torch.int16).numpy().view(np.uint16)
+    return codes, scales_bits, made.values(group)[0]
+
+
+def _nearest_int4(rows: Tensor, group: int) -> Tensor:
+    """As `lingc quantize` rounds without a calibration."""
+    stack = rows.unsqueeze(0)
+    scales = rounding.plain_scales(stack, group)
+    return rounding.nearest(stack, scales, group).values(group)[0]
+
+
+def _fp8(rows: Tensor, scales: Tensor) -> tuple[Array, Array, Tensor]:
+    """Codes, scales and values of rows by scales [1] or [blocks, blocks]."""
+    across = scales if scales.dim() == 1 else _spread(scales, rows.shape)
+    ratio = rows / across
+    codes = encode_e4m3(ratio.cpu().numpy())
+    return codes, scales.cpu().numpy(), round_e4m3(ratio) * across
+
+
+def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    wide = scales.repeat_interleave(FP8_BLOCK, 0)[: shape[0]]
+    return wide.repeat_interleave(FP8_BLOCK, 1)[:, : shape[1]]
+
+
+def _largest_scales(rows: Tensor, whole: Tensor | None) -> Tensor:
+    if whole is not None:
+        return _some(rows.abs().amax().reshape(1) / float(E4M3_MAX))
+    return _some(_by_block(rows).abs().amax((1, 3)) / float(E4M3_MAX))
+
+
+def _some(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def _by_block(rows: Tensor) -> Tensor:
+    """[N / 128, 128, D / 128, 128], filled up with zeros."""
+    short = [blocks(size) * FP8_BLOCK - size for size in rows.shape]
+    padded = torch.nn.functional.pad(rows, (0, short[1], 0, short[0]))
+    tiles: Tensor = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    return tiles
+
+
+def _block_scales(rows: Tensor, importance: Tensor) -> Tensor:
+    """The scale of every block that loses least by the diagonal of the Hessian."""
+    tiles = _by_block(rows)
+    short = tiles.shape[2] * FP8_BLOCK - importance.shape[0]
+    counts = torch.nn.functional.pad(importance, (0, short)).unflatten(0, (-1, FP8_BLOCK))
+    return _least(tiles, counts, _largest_scales(rows, None), (1, 3))
+
+
+def _tensor_scale(weight: Tensor, importance: Tensor) -> Tensor:
+    top = _some(weight.abs().amax().reshape(1) / float(E4M3_MAX))
+    best, least = top, float("inf")
+    for share in _shares():
+        lost = sum(
+            float(
+                ((round_e4m3(rows / (top * share)) * (top * share) - rows).square() * importance)
+                .sum(dtype=torch.float64)
+            )
+            for rows in weight.split(ROWS)
+        )  # fmt: skip
+        if lost < least:
+            best, least = top * share, lost
+    return best
+
+
+def _least(tiles: Tensor, counts: Tensor, top: Tensor, axes: tuple[int, int]) -> Tensor:
+    best, least = top, torch.full_like(top, torch.inf)
+    for share in _shares():
+        scale = top * share
+        across = scale.unsqueeze(1).unsqueeze(3)
+        lost = ((round_e4m3(tiles / across) * across - tiles).square() * counts).sum(axes)
+        best = torch.where(lost < least, scale, best)
+        least = torch.minimum(lost, least)
+    return best
+
+
+def _shares() -> list[float]:
+    """From the largest value at code 448 up by small steps: nothing is clipped by any of them.
+
+    Twice the scale is the same grid but for the smallest values, so one octave is all there is.
+    """
+    return [float(2 ** (i / _FP8_STEPS)) for i in range(_FP8_STEPS)]

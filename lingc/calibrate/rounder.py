@@ -1,0 +1,221 @@
+"""Watching the inputs of matrices, rounding these by them, and storing what comes of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lingc.calibrate import rounding
+from lingc.calibrate.matrices import Method, make, weight_of
+from lingc.calibrate.observers import Observer
+from lingc.checkpoint.convert import is_stored_as, to_rounded
+from lingc.checkpoint.items import item
+from lingc.checkpoint.source import Source
+from lingc.checkpoint.tensorfile import TensorWriter
+from lingc.quantize.recipes import Recipe
+from lingc.resuming import appearing
+
+Done = Callable[[int], None]
+"""Told how many matrices are behind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What does not change from layer to layer.
+
+    Attributes:
+        source: The checkpoint.
+        recipe: Which matrix is stored how.
+        method: How matrices are rounded.
+        fallback_below: An expert with fewer tokens is left to rounding to nearest.
+        device: Where matrices are multiplied.
+        done: Told after every matrix.
+    """
+
+    source: Source
+    recipe: Recipe
+    method: Method
+    fallback_below: int
+    device: torch.device
+    done: Done
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a layer, or the head, leaves behind besides its tensors; all of it goes into JSON."""
+
+    matrices: list[dict[str, Any]] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    coverage: dict[str, list[int]] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"matrices": self.matrices, "inputs": self.inputs, "coverage": self.coverage}
+
+
+class Watch:
+    """Sums over the inputs of some modules."""
+
+    def __init__(self, job: Job, modules: Sequence[str], width: int) -> None:
+        self.modules = modules
+        formats = {job.recipe.format_of(module) for module in modules}
+        used = any(job.method.is_used(chosen) for chosen in formats)
+        self._method = job.method
+        self.gram = torch.zeros(width, width, device=job.device) if used else None
+        is_fp8 = any(chosen.kind.startswith("fp8") for chosen in formats)
+        observed = job.recipe.activations != "plain" and is_fp8
+        self.observer = Observer(width) if observed else None
+        self.rows = 0
+        self._curve: rounding.Curvature | None = None
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether nothing needs to be seen."""
+        return self.gram is None and self.observer is None
+
+    def see(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows of inputs, each counted by its weight, a router's."""
+        self.rows += x.shape[0]
+        if self.observer is not None:
+            self.observer.see(x)
+        if self.gram is not None:
+            weighed = x if weights is None else x * weights.unsqueeze(1)
+            self.gram += weighed.T @ weighed
+
+    def curve(self) -> rounding.Curvature | None:
+        """Of what was seen, made once, if the method needs one."""
+        if self._curve is None and self.gram is not None and self._method.int4 == "gptq":
+            self._curve = rounding.curvature(self.gram.unsqueeze(0), damping=self._method.damping)
+        return self._curve
+
+
+class Rounder:
+    """Rounds the matrices of one layer, and notes what came of it."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._writer: TensorWriter | None = None
+        self.seen = Seen()
+
+    def is_made(self, module: str) -> bool:
+        """Whether a matrix is rounded here, and not copied or left to rounding to nearest."""
+        chosen = self._job.recipe.format_of(module)
+        stored = is_stored_as(self._job.source, f"{module}.weight", chosen.kind, chosen.group)
+        return self._job.method.is_used(chosen) and not stored
+
+    @contextmanager
+    def storing(self, path: Path, modules: Sequence[str]) -> Iterator[None]:
+        """Store what is made of some modules in a file; none where nothing will be made."""
+        job = self._job
+        pieces = {
+            name: piece
+            for module in modules
+            if self.is_made(module)
+            for name, piece in item(job.source, f"{module}.weight", job.recipe).pieces.items()
+        }
+        if not pieces:
+            yield
+            return
+        with appearing(path) as staged, TensorWriter(staged, pieces) as self._writer:
+            yield
+            self._writer.finish()
+        self._writer = None
+
+    def settle(self, watch: Watch, *, is_fallback: bool = False) -> dict[str, Tensor]:
+        """Round the matrices that read what was watched.
+
+        Args:
+            watch: Has seen their inputs.
+            is_fallback: Too few tokens came: leave them to rounding to nearest.
+
+        Returns:
+            The values that they have from now on, f32, by module.
+        """
+        values: dict[str, Tensor] = {}
+        for modules in self._together(watch.modules):
+            if is_fallback or not self.is_made(modules[0]):
+                how = "fallback" if is_fallback else "nearest"
+                values |= {module: self._left(module, how, watch.rows) for module in modules}
+            else:
+                values |= self._made(modules, watch)
+            self._job.done(len(modules))
+        if watch.observer is not None:
+            self.seen.inputs.append(describe(watch.observer, watch.modules))
+        return values
+
+    def _together(self, modules: Sequence[str]) -> list[list[str]]:
+        """Modules whose rows are rounded as those of one matrix, which is quicker.
+
+        Rows of INT4 know nothing of each other; blocks of FP8 must not span two matrices.
+        """
+        groups: dict[object, list[str]] = {}
+        for module in modules:
+            chosen = self._job.recipe.format_of(module)
+            is_apart = chosen.kind != "int4_group" or not self.is_made(module)
+            groups.setdefault(module if is_apart else chosen, []).append(module)
+        return list(groups.values())
+
+    def _left(self, module: str, how: str, rows: int) -> Tensor:
+        """The values that rounding to nearest will give."""
+        chosen = self._job.recipe.format_of(module)
+        if chosen.kind != "plain":
+            self.seen.matrices.append(_line(module, str(chosen), how, rows))
+        name = f"{module}.weight"
+        rounded = to_rounded(self._job.source, name, chosen.kind, chosen.group)
+        return torch.from_numpy(rounded).to(self._job.device)
+
+    def _made(self, modules: Sequence[str], watch: Watch) -> dict[str, Tensor]:
+        """Round matrices of one format by what was seen, store them, and give their values."""
+        job, chosen = self._job, self._job.recipe.format_of(modules[0])
+        assert watch.gram is not None, "a matrix that is rounded by data was watched"
+        assert self._writer is not None, "a file is open"
+        weights = [weight_of(job.source, module, job.device) for module in modules]
+        heights = [weight.shape[0] for weight in weights]
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
+        made = make(joined, watch.gram, watch.curve(), chosen, job.method)
+        tops = [sum(heights[:i]) for i in range(len(heights) + 1)]
+        for module, top, end in zip(modules, tops[:-1], tops[1:], strict=True):
+            stored = item(job.source, f"{module}.weight", job.recipe)
+            pieces: tuple[NDArray[Any], ...] = made.pieces
+            if chosen.kind == "int4_group":
+                shape = np.array((end - top, joined.shape[1]), np.int64)
+                pieces = (*(piece[top:end] for piece in made.pieces), shape)
+            for piece, value in zip(stored.pieces, pieces, strict=True):
+                self._writer.write(piece, value)
+            self.seen.matrices.append(
+                {
+                    **_line(module, str(chosen), "calibrated", watch.rows),
+                    "loss": made.loss_of(top, end),
+                    "nearest_loss": made.nearest_loss_of(top, end),
+                }
+            )
+        return dict(zip(modules, made.values.split(heights), strict=True))
+
+
+def describe(observer: Observer, modules: Sequence[str]) -> dict[str, Any]:
+    """What was seen of some modules' inputs, as JSON has it."""
+    bounds = {rule: observer.bound(rule) for rule in ("absmax", "percentile", "mse")}
+    return {
+        "modules": list(modules),
+        "bounds": bounds,
+        "errors": {rule: observer.errors(bound) for rule, bound in bounds.items()},
+        "channels": observer.channel_spread(),
+    }
+
+
+def _line(module: str, stored: str, how: str, rows: int) -> dict[str, Any]:
+    return {
+        "module": module,
+        "format": stored,
+        "how": how,
+        "tokens": rows,
+        "loss": None,
+        "nearest_loss": None,
+    }

@@ -1,0 +1,228 @@
+"""Error-compensated rounding to INT4 groups: the GPTQ family.
+
+Rounding W to Q makes the output of a linear wrong by (W - Q) X. GPTQ rounds column after column and
+moves what each rounding lost onto the columns that are not rounded yet, such that the loss
+
+    tr((W - Q) H (W - Q)^T)        H = X X^T over the calibration tokens
+
+grows least (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323, 2022). With U the upper
+Cholesky factor of H^-1, column j loses e = (w_j - q_j) / U_jj, and the columns behind it give up
+e U_j,j+1:. Columns are taken in the order of falling H_jj, so that those that matter most are
+rounded while most others can still make up for it; scales are settled before, since the groups of
+the stored format are neighbours in the original order.
+
+A scale is the one of some candidates below amax / 7.5 that loses least by the diagonal of H.
+Afterwards, a few times, every code is moved to where the loss is least while all others stay, and
+every scale to the least-squares one for the codes it has.
+
+All matrices of a stack are rounded together. Letters: M matrices, N rows, D columns, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lingc.quantize.formats import INT4_SPAN
+
+BLOCK = 64
+"""Columns that are rounded before the rest of the matrix is told."""
+
+LEAST_SHARE = 0.4
+"""The smallest scale that is tried, as a share of amax / 7.5."""
+
+CANDIDATES = 49
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """INT4 values and the BF16 scales they are multiplied by.
+
+    Attributes:
+        codes: int8 [M, N, D], -8 to 7.
+        scales: bf16 [M, N, G].
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def values(self, group: int) -> Tensor:
+        """What they stand for, f32 [M, N, D]."""
+        return self.codes.float() * spread(self.scales.float(), group, self.codes.shape[-1])
+
+
+def spread(scales: Tensor, group: int, columns: int) -> Tensor:
+    """Every column's scale: [..., G] -> [..., columns]."""
+    return scales.repeat_interleave(group, dim=-1)[..., :columns]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curvature:
+    """What rounding needs of the inputs of a matrix, made once for all that read them.
+
+    Attributes:
+        hessian: f32 [M, D, D], damped.
+        order: i64 [M, D], columns by falling diagonal.
+        factor: f32 [M, D, D], upper U with U^T U the inverse of the ordered hessian.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+
+
+def curvature(hessian: Tensor, *, damping: float = 0.01) -> Curvature:
+    """Prepare sums over tokens of x x^T, f32 or f64 [M, D, D].
+
+    Args:
+        hessian: The sums.
+        damping: What is added to the diagonal, as a share of its mean; where no token came, the
+            diagonal is 1.
+    """
+    wide = hessian.double()
+    mean = wide.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    extra = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    wide = wide + torch.diag_embed(extra.expand(-1, wide.shape[-1]))
+    damped = wide.float()
+    order = torch.argsort(wide.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
+    wide = wide.gather(1, order.unsqueeze(2).expand_as(wide))
+    wide = wide.gather(2, order.unsqueeze(1).expand_as(wide))
+    lower = torch.linalg.cholesky(wide)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return Curvature(hessian=damped, order=order, factor=factor.float())
+
+
+def gptq(weight: Tensor, curve: Curvature, group: int, *, rounds: int = 2) -> Rounded:
+    """Round matrices so that their outputs stay what they were, as far as that goes.
+
+    Args:
+        weight: f32 [M, N, D].
+        curve: Of their inputs.
+        group: Columns that share a scale.
+        rounds: How often codes and scales are moved once more.
+    """
+    diagonal = curve.hessian.diagonal(dim1=-2, dim2=-1)  # [M, D]
+    scales = search_scales(weight, diagonal, group)
+    across = spread(scales.float(), group, weight.shape[-1])
+    rows = curve.order.unsqueeze(1).expand_as(weight)
+    codes = _sweep(weight.gather(2, rows), across.gather(2, rows), curve.factor)
+    codes = torch.empty_like(codes).scatter_(2, rows, codes)
+    for _ in range(rounds):
+        across = spread(scales.float(), group, weight.shape[-1])
+        codes = _descend(weight, codes, across, curve.hessian)
+        scales = _refit(weight, codes, scales, curve.hessian, group)
+    return Rounded(codes=codes.to(torch.int8), scales=scales)
+
+
+def nearest(weight: Tensor, scales: Tensor, group: int) -> Rounded:
+    """Round each value for itself, by given scales."""
+    across = spread(scales.float(), group, weight.shape[-1])
+    return Rounded(codes=_round(weight, across).to(torch.int8), scales=scales)
+
+
+def search_scales(weight: Tensor, importance: Tensor, group: int) -> Tensor:
+    """The BF16 scale of every group that loses least when values are rounded to nearest.
+
+    Args:
+        weight: f32 [M, N, D].
+        importance: [M, D], what an error of a column counts.
+        group: Columns that share a scale.
+    """
+    columns = weight.shape[-1]
+    short = -columns % group
+    grouped = torch.nn.functional.pad(weight, (0, short)).unflatten(-1, (-1, group))
+    counts = torch.nn.functional.pad(importance, (0, short)).unflatten(-1, (-1, group)).unsqueeze(1)
+    top = grouped.abs().amax(-1) / float(INT4_SPAN)  # [M, N, G]
+    best = _bf16(top)
+    least = torch.full_like(top, torch.inf)
+    for share in torch.linspace(1.0, LEAST_SHARE, CANDIDATES).tolist():
+        scale = _bf16(top * share)
+        across = scale.float().unsqueeze(-1)
+        lost = (_round(grouped, across) * across - grouped).square_().mul_(counts).sum(-1)
+        better = lost < least
+        best = torch.where(better, scale, best)
+        least = torch.where(better, lost, least)
+    return best
+
+
+def plain_scales(weight: Tensor, group: int) -> Tensor:
+    """The scales of rounding to nearest, amax / 7.5 of every group: bf16 [M, N, G]."""
+    short = -weight.shape[-1] % group
+    grouped = torch.nn.functional.pad(weight, (0, short)).unflatten(-1, (-1, group))
+    return _bf16(grouped.abs().amax(-1) / float(INT4_SPAN))
+
+
+def _bf16(scales: Tensor) -> Tensor:
+    """In BF16, 1 where there is nothing to scale."""
+    rounded = scales.bfloat16()
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+
+
+def loss(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """tr((W - Q) H (W - Q)^T) of each matrix, over tr(W H W^T): [M]."""
+    error = weight - values
+    hessian = hessian.float()
+    lost = ((error @ hessian) * error).sum((1, 2))
+    whole = ((weight @ hessian) * weight).sum((1, 2))
+    return lost / whole.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _round(values: Tensor, scales: Tensor) -> Tensor:
+    return torch.round(values / scales).clamp_(-8, 7)
+
+
+def _sweep(weight: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
+    """The codes, f32 [M, N, D], rounding columns from first to last."""
+    left = weight.clone()
+    codes = torch.empty_like(left)
+    for start in range(0, weight.shape[-1], BLOCK):
+        end = min(start + BLOCK, weight.shape[-1])
+        inner = factor[:, start:end, start:end]
+        block, lost = left[..., start:end], torch.empty_like(left[..., start:end])
+        for j in range(end - start):
+            column, scale = block[..., j], scales[..., start + j]
+            code = _round(column, scale)
+            codes[..., start + j] = code
+            error = (column - code * scale) / inner[:, j, j].unsqueeze(1)
+            lost[..., j] = error
+            block[..., j + 1 :] -= error.unsqueeze(2) * inner[:, j, j + 1 :].unsqueeze(1)
+        left[..., end:] -= lost @ factor[:, start:end, end:]
+    return codes
+
+
+def _descend(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """Move every code to where the loss is least while the others stay, column after column."""
+    codes = codes.clone()
+    slope = (weight - codes * scales) @ hessian  # what a column still lacks, by H
+    for start in range(0, weight.shape[-1], BLOCK):
+        end = min(start + BLOCK, weight.shape[-1])
+        inner = hessian[:, start:end, start:end]
+        near, moved = slope[..., start:end].clone(), torch.empty_like(slope[..., start:end])
+        for j in range(end - start):
+            scale, code = scales[..., start + j], codes[..., start + j]
+            step = near[..., j] / inner[:, j, j].unsqueeze(1)
+            better = _round(code * scale + step, scale)
+            moved[..., j] = (better - code) * scale
+            codes[..., start + j] = better
+            near -= moved[..., j].unsqueeze(2) * inner[:, j].unsqueeze(1)
+        slope -= moved @ hessian[:, start:end]
+    return codes
+
+
+def _refit(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, group: int) -> Tensor:
+    """The least-squares scale of every group for its codes, group after group, in BF16."""
+    columns = weight.shape[-1]
+    found = scales.clone()
+    error = weight - codes * spread(scales.float(), group, columns)
+    for g in range(scales.shape[-1]):
+        part = slice(g * group, min((g + 1) * group, columns))
+        mine, before = codes[..., part], found[..., g].float()
+        pull = (error @ hessian[:, :, part] * mine).sum(-1)
+        weighed = (mine @ hessian[:, part, part] * mine).sum(-1)
+        after = before + pull / weighed.clamp_min(torch.finfo(torch.float32).tiny)
+        # A group of codes that are nearly all zero would take any scale.
+        sound = (weighed > 0) & (after > before / 2) & (after < before * 2)
+        after = torch.where(sound, after, before).bfloat16()
+        error[..., part] -= mine * (after.float() - before).unsqueeze(-1)
+        found[..., g] = after
+    return found
