@@ -29,6 +29,8 @@ Event = Token | Completion
 
 PREFILL_TOKENS = 512
 """Most tokens of a prefill step, for a backend that does not say what is best."""
+BESIDE_TOKENS = 8192
+"""Most of them while other sequences wait for their next token."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,8 +266,11 @@ class Run:
     def _prefill(self) -> list[Event]:
         """One chunk of prompts, in the order in which they came."""
         started = time.perf_counter()
-        most = room = self._generator.prefill_tokens
+        most = self._generator.prefill_tokens
         is_whole = self._generator.is_batch_invariant
+        if not is_whole and not all(s.is_prefilling for s in self._running):
+            most = min(most, BESIDE_TOKENS)
+        room = most
         chunk: list[Running] = []
         pieces: list[Piece] = []
         for s in self._running:

@@ -23,9 +23,14 @@ CONTEXTS = (512, 4096 + 1024, 32768 + 4096, 131072)
 
 DECODE_SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 VERIFY_SEQUENCES = (1, 2, 4, 8, 16)
-PREFILL_TOKENS = (16, 64, 256, 1024, 4096, 8192)
+PREFILL_TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 PREFILL_SEQUENCES = (2, 9, 65)
 """One more than the sequences that are meant: the last may be padding."""
+
+MANY_TOKENS = 8192
+"""Beyond, a step is meant for one sequence: the more tokens it has, the fuller are the experts'
+tiles, and the fewer times keys and values of what came before are made. More sequences than one
+can share several steps of fewer tokens."""
 
 MOST_ROWS = PREFILL_SEQUENCES[-1] * CONTEXTS[-2]
 """Most rows of the cache, sequences times context, of a prefill bucket: about 1 GiB a head."""
@@ -98,7 +103,8 @@ def _prefill(plan: Plan, least: int = 0) -> Iterator[dict[str, int]]:
         for sequences, context in itertools.product(PREFILL_SEQUENCES, contexts(plan)):
             is_needed = least < tokens and sequences <= tokens + 1
             has_use = below < (sequences - 1) * context and sequences * context <= MOST_ROWS
-            if is_needed and has_use:
+            is_meant = tokens <= MANY_TOKENS or sequences == PREFILL_SEQUENCES[0]
+            if is_needed and has_use and is_meant:
                 pages = -(-context // plan.page_size)
                 yield {"T": tokens, "B": sequences, "N": sequences, "P": pages}
 

@@ -282,5 +282,19 @@ def test_prompts_are_cut_where_they_would_be_alone_if_bits_must_not_depend_on_th
     assert pieces(together) == [5, 2 + 3, 5, 4 + 1]
 
 
+def test_a_step_of_a_prompt_is_shorter_while_others_wait_for_their_next_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lingc.runtime.generate.BESIDE_TOKENS", 3)
+    backend = toy(slots=2, pages=40)
+
+    Generator(backend, prefill_tokens=8).generate(
+        [request([1], 9), request([1] * 9, 1), request([1] * 9, 1)]
+    )
+
+    # The first two share a step; until the first one has its last token steps are short.
+    assert pieces(backend) == [8, 2, 3, 3, 3]
+
+
 def pieces(backend: ToyBackend) -> list[int]:
     return [count for phase, count in backend.calls if phase == "prefill"]

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from lingc.plan import Plan
 from lingc.round_memory import ROUND
-from lingc.targets.cuda.buckets import Sizes, buckets, contexts
+from lingc.targets.cuda.buckets import (
+    MANY_TOKENS,
+    PREFILL_TOKENS,
+    Sizes,
+    buckets,
+    contexts,
+)
 from tests import programs
 
 PLAN = programs.compiled("tiny")
@@ -74,6 +80,19 @@ def test_packed_tokens_have_room_for_themselves_and_a_sequence_of_padding(
 
     if context <= MOST:
         assert fits(phase, padded=True, T=tokens, B=sequences, N=sequences, P=pages)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "draft"])
+def test_a_sequence_alone_may_have_more_tokens_in_a_step(phase: str) -> None:
+    long = replace(PLAN, config={**PLAN.config, "max_position_embeddings": 131_072})
+    many = [one.axes for one in buckets(long) if one.phase == phase and one.axes["T"] > MANY_TOKENS]
+
+    assert {one["T"] for one in many} == {size for size in PREFILL_TOKENS if size > MANY_TOKENS}
+    assert {one["B"] for one in many} == {2}
+    for one in many:
+        assert one["P"] * PLAN.page_size > one["T"]
+    for tokens in {one["T"] for one in many}:
+        assert max(one["P"] for one in many if one["T"] == tokens) * PLAN.page_size >= 131_072
 
 
 def test_contexts_end_where_the_model_does() -> None:
