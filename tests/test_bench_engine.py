@@ -16,9 +16,10 @@ from click.testing import CliRunner
 from torch.overrides import TorchFunctionMode
 
 from lingc import targets
-from lingc.bench import engine, engine_checks, engine_times, kernels, synthetic
+from lingc.bench import engine, engine_checks, engine_times, kernels, speculation, synthetic
 from lingc.bench.engine import Report, Settings
-from lingc.bench.record import device_facts
+from lingc.bench.engine_times import Profiled
+from lingc.bench.record import Spread, device_facts
 from lingc.bench.synthetic import Fill, router_bias
 from lingc.cli import bench as cli
 from lingc.cli import lingc
@@ -27,10 +28,12 @@ from lingc.errors import GateError, UsageError
 from lingc.kernel import Launch, Tensor
 from lingc.op import TORCH_DTYPE
 from lingc.plan import TensorType
+from lingc.round_memory import ROUND, round_axes
 from lingc.runtime.backend import Limits
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_code import CudaCode
 from lingc.runtime.cuda_memory import Held
+from lingc.targets.cuda.buckets import Sizes
 from tests.kernels import emulated
 from tests.runtime.cuda_engine import TARGET, plan_and_weights, sizes
 from tests.runtime.host_device import HostDevice, HostGraph, reference_code
@@ -43,7 +46,9 @@ BUCKETS = (
     *(sizes("decode", n, n, 12) for n in (1, 2)),
     *(sizes("verify", 2 * n, n, 12) for n in (1, 2)),
     *(sizes("draft", n, n, 12) for n in (1, 2)),
+    *(sizes("draft", 2 * n, n, 12) for n in (1, 2)),
     sizes("draft", 64, 3, 12),
+    *(Sizes(phase=ROUND, axes=round_axes(n, 2, 12)) for n in (1, 2)),
 )
 
 
@@ -173,6 +178,40 @@ def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: Cud
     assert prompt.predicted > 0
 
 
+def test_rounds_of_drafts_are_right_and_get_their_numbers(backend: CudaBackend) -> None:
+    """Kept by force all, none, and as the model judges, which with drawn weights keeps none."""
+    settings = replace(
+        SETTINGS, batches=(2,), prefills=(16,), profile=False, drafts=(1,),
+        acceptances=(1.0, 0.0, None),
+    )  # fmt: skip
+    report = Report(device=device_facts(backend.device), loaded=1.0)
+
+    engine.gate(backend, settings, report)
+    engine.measure(backend, settings, report)
+
+    assert [check for check in report.gate if check.problem is not None] == []
+    assert {check.name for check in report.gate} >= {"verify", "draft", "verify, expert_up"}
+    found = [(one.acceptance, one.kept) for one in report.speculations]
+    assert found == [(1.0, 1.0), (0.0, 0.0), (None, 0.0)]
+    assert [(part.phase, part.tokens) for part in report.parts] == [("verify", 4), ("draft", 4)]
+    for one in report.speculations:
+        assert one.round.p50 == pytest.approx(1e-3 * one.launches)  # every launch takes the same
+        # A round is a verify and a draft, what is between them, and the drawing of the draft.
+        assert one.launches == sum(part.launches for part in report.parts) + 4
+        assert one.predicted > sum(part.predicted for part in report.parts) > 0
+        assert one.tokens_per_s > 0
+    assert [(one.drafts, one.kept) for one in report.generations] == [(0, 0.0), (1, 0.0)]
+    told: Any = engine.document(report, Opened(), settings, {}, "2026-11-22")  # type: ignore[arg-type]
+    read = json.loads(json.dumps(told, allow_nan=False))
+    assert [one["acceptance"] for one in read["speculate"]] == [1.0, 0.0, None]
+    assert [one["phase"] for one in read["parts"]] == ["verify", "draft"]
+
+
+def test_rounds_that_the_engine_has_no_code_for_are_refused(backend: CudaBackend) -> None:
+    with pytest.raises(UsageError, match="no code for rounds of 1 sequences with 2 drafts"):
+        speculation.speculate(backend, 1, 40, 2, rounds=1)
+
+
 def test_a_wrong_step_is_found(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     from lingc.op import OPS  # noqa: PLC0415
 
@@ -263,6 +302,16 @@ def test_experts_that_were_not_hit_are_not_counted(backend: CudaBackend) -> None
     assert bytes_off(even) == pytest.approx(0.0)
     assert bytes_off(even - 1) == pytest.approx(each)
     assert engine_times.not_hit(backend, bound, None) == 0
+
+
+def test_rounds_have_room_for_all_that_they_may_keep() -> None:
+    plan, _ = plan_and_weights()
+    plain = engine.limits_of(plan, SETTINGS)
+
+    more = engine.limits_of(plan, replace(SETTINGS, drafts=(1, 3)))
+
+    assert more.pages * plan.page_size >= 2 * (speculation.room(40, 3, SETTINGS.tokens) + 3)
+    assert more.slots == plain.slots
 
 
 def test_the_gate_takes_less_state_than_the_timing() -> None:
@@ -359,6 +408,11 @@ def test_a_weight_comes_back_in_the_plans_order(device: Bench, layout: str, dtyp
         (["--profile"], "--profile is for a CUDA engine"),
         (["--sms", "78"], "--sms is for a CUDA engine"),
         (["--context", "1,2"], "only a CUDA engine is timed at several contexts"),
+        (["--mtp", "1,3"], "only a CUDA engine is timed at several contexts, prompts or drafts"),
+        (["--mtp", "few"], "--mtp 'few' is not a list of sizes"),
+        (["--acceptance", "0.5"], "--acceptance is for a CUDA engine"),
+        (["--acceptance", "1.5"], "--acceptance '1.5' is not a list of shares from 0 to 1"),
+        (["--acceptance", "half"], "--acceptance 'half' is not a list of shares from 0 to 1"),
         (["--prefill", "0"], "--prefill '0' is not a list of sizes"),
         (["--batch", "1,x"], "--batch '1,x' is not a list of sizes"),
     ],
@@ -386,7 +440,8 @@ def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "document", lambda *_: {})
     monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
     words = ["x.ling", "--synthetic-weights", "7", "--routing", "zipf", "--batch", "1,16",
-             "--context", "400,4096", "--profile", "--sms", "78"]  # fmt: skip
+             "--context", "400,4096", "--profile", "--sms", "78", "--mtp", "0,1,3",
+             "--acceptance", "0.5,1"]  # fmt: skip
 
     done = CliRunner().invoke(lingc, ["bench", *words], catch_exceptions=False)
 
@@ -394,7 +449,36 @@ def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     (one,) = asked
     assert (one.seed, one.routing, one.batches, one.contexts) == (7, "zipf", (1, 16), (400, 4096))
     assert (one.profile, one.sms) == (True, 78)
+    assert (one.drafts, one.acceptances) == ((1, 3), (0.5, 1.0))
     assert "a GPU, 132 SMs" in done.output
+
+
+def test_rounds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = Spread(p10=0.002, p50=0.003, p90=0.004, samples=9)
+    kind = Profiled(
+        op="expert_up", tactic="up.x1", steps=3, launches=1, measured=5.0, predicted=6.0,
+        moved_bytes=1e6, origin="model",
+    )  # fmt: skip
+    made = speculation.Speculation(
+        batch=2, context=400, drafts=3, acceptance=0.75, kept=1.25, rounds=9, round=took, run=took,
+        tokens_per_s=1234.5, predicted=0.0025, launches=77,
+    )  # fmt: skip
+    part = speculation.Part(phase="verify", batch=2, context=400, tokens=8, step=took,
+                            predicted=0.0025, launches=55, profile=(kind,))  # fmt: skip
+    report = Report(
+        device={"name": "a GPU", "sms": 132}, loaded=1.0, speculations=[made], parts=[part]
+    )
+    monkeypatch.setattr(cli, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(engine, "run", lambda *_: report)
+    monkeypatch.setattr(engine, "document", lambda *_: {})
+    monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
+
+    done = CliRunner().invoke(
+        lingc, ["bench", "x.ling", "--synthetic-weights", "7"], catch_exceptions=False
+    )
+
+    for words in ("75 %", "1.25", "1234.5", "3.000 ms", "77", "verify of 8 tokens", "expert_up"):
+        assert words in done.output
 
 
 def test_a_red_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

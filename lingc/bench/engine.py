@@ -8,6 +8,7 @@ steps give it. A step's time is that of its graph on the device; a run's is what
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,15 @@ from lingc.bench.engine_checks import (
 )
 from lingc.bench.engine_times import Decode, Generation, Prefill, decode, generate, prefill
 from lingc.bench.record import about, device_facts, machine
+from lingc.bench.speculation import (
+    Part,
+    Speculation,
+    part_inputs,
+    part_sizes,
+    parts,
+    room,
+    speculate,
+)
 from lingc.bench.synthetic import Routing
 from lingc.device import Device
 from lingc.errors import UsageError
@@ -29,6 +39,7 @@ from lingc.plan import Plan
 from lingc.runtime.backend import Limits
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.load import OpenedEngine
+from lingc.runtime.speculative import check_drafts
 from lingc.targets.cuda.binaries import Compilers, compile_all
 
 Progress = Callable[[str], None]
@@ -52,6 +63,8 @@ class Settings:
         seed: Of weights to draw; None where the engine has its own.
         routing: How drawn weights spread tokens over experts.
         profile: Whether every kind of step is timed alone too.
+        drafts: Numbers of drafts a round to speculate with; none where empty.
+        acceptances: Shares of drafts to keep by force; None lets the model judge.
         sms: Multiprocessors to use, where not all.
     """
 
@@ -63,6 +76,8 @@ class Settings:
     seed: int | None = None
     routing: Routing = "uniform"
     profile: bool = False
+    drafts: tuple[int, ...] = ()
+    acceptances: tuple[float | None, ...] = (None,)
     sms: int | None = None
     compilers: Compilers | None = None
 
@@ -82,6 +97,8 @@ class Report:
     decodes: list[Decode] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     prefills: list[Prefill] = field(default_factory=list)
+    speculations: list[Speculation] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     ceilings: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -93,8 +110,11 @@ def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: Non
     """Load, check, measure.
 
     Raises:
-        UsageError: The engine has weights of its own and others are to be drawn, or has none.
+        UsageError: The engine has weights of its own and others are to be drawn, or has none; or
+            it cannot make so many drafts.
     """
+    for drafts in settings.drafts:
+        check_drafts(opened.plan, drafts)
     has_weights = opened.package.manifest.has_weights
     if settings.seed is not None and has_weights:
         raise UsageError("the engine has weights of its own", hint="leave --synthetic-weights out")
@@ -144,7 +164,13 @@ def limits_of(plan: Plan, settings: Settings, *, gate: bool = False) -> Limits:
     def pages(tokens: int) -> int:
         return -(-(tokens + 1) // plan.page_size)
 
-    most = max(batch * pages(context) for batch in settings.batches for context in contexts)
+    drafts = max(settings.drafts, default=0)
+    rounds = 0 if gate or not drafts else room(0, drafts, settings.tokens)
+    most = max(
+        batch * pages(context + drafts + rounds)
+        for batch in settings.batches
+        for context in contexts
+    )
     return Limits(slots=max(settings.batches), pages=max(most, *map(pages, prompts)))
 
 
@@ -185,6 +211,11 @@ def gate(backend: CudaBackend, settings: Settings, report: Report) -> dict[int, 
         inputs = decode_inputs(backend, batch, settings.contexts[0])
         found, hit[batch] = step_checks(backend, "decode", inputs)
         report.gate += found
+        for phase, each in dict.fromkeys(
+            size for one in settings.drafts for size in part_sizes(one)
+        ):
+            given = part_inputs(backend, phase, batch, settings.contexts[0], each)
+            report.gate += step_checks(backend, phase, given)[0]
     length = min(settings.prefills[0], _FEW, backend.prefill_tokens)
     (chunk,) = prefill_inputs(backend, length)
     report.gate += step_checks(backend, "prefill", chunk)[0]
@@ -205,8 +236,20 @@ def measure(
             )  # fmt: skip
             report.decodes.append(found)
     for batch in settings.batches:
-        tell(f"generate, batch {batch}")
-        report.generations.append(generate(backend, batch, tokens=settings.tokens))
+        for drafts in (0, *settings.drafts):
+            tell(f"generate, batch {batch}" + (f", {drafts} drafts" if drafts else ""))
+            made = generate(backend, batch, tokens=settings.tokens, drafts=drafts)
+            report.generations.append(made)
+    for drafts, batch, context in product(settings.drafts, settings.batches, settings.contexts):
+        tell(f"{drafts} drafts, batch {batch}, context {context}")
+        for acceptance in settings.acceptances:
+            one = speculate(
+                backend, batch, context, drafts, rounds=settings.tokens, acceptance=acceptance
+            )
+            report.speculations.append(one)
+        report.parts += parts(
+            backend, batch, context, drafts, tokens=settings.tokens, profiled=settings.profile
+        )
     for length in settings.prefills:
         tell(f"prefill, {length} tokens")
         report.prefills.append(prefill(backend, length))
@@ -262,4 +305,6 @@ def document(
         ],
         "generate": [asdict(one) for one in report.generations],
         "prefill": [{**asdict(one), "tokens_per_s": one.tokens_per_s} for one in report.prefills],
+        "speculate": [asdict(one) for one in report.speculations],
+        "parts": [asdict(one) for one in report.parts],
     }  # fmt: skip

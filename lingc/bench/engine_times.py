@@ -15,7 +15,7 @@ from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_bucket import BoundBucket
 from lingc.runtime.generate import Generator
 from lingc.runtime.sampling import Sampling, draws
-from lingc.runtime.sequence import Request
+from lingc.runtime.sequence import Acceptance, Request
 
 WARM = 3
 WARM_S = 0.05
@@ -120,6 +120,8 @@ class Generation:
         tokens: New tokens of each request.
         tokens_per_s: Of all requests, from the first new token to the last.
         first_token: Seconds until the first new token, the most of all requests.
+        drafts: Of a round, which the model judges; 0 decodes plainly.
+        kept: Of a round and a request, on average.
     """
 
     batch: int
@@ -127,6 +129,8 @@ class Generation:
     tokens: int
     tokens_per_s: float
     first_token: float
+    drafts: int = 0
+    kept: float = 0.0
 
 
 def decode(
@@ -206,19 +210,20 @@ def not_hit(backend: CudaBackend, bound: BoundBucket, hit: tuple[int, ...] | Non
     return found
 
 
-def generate(backend: CudaBackend, batch: int, *, tokens: int) -> Generation:
+def generate(backend: CudaBackend, batch: int, *, tokens: int, drafts: int = 0) -> Generation:
     """Requests of a short prompt each, answered together."""
     prompts = [tuple(token(backend.plan, i, j) for j in range(PROMPT)) for i in range(batch)]
     tokens = min(tokens, backend.limits.pages // batch * backend.plan.page_size - PROMPT)
     asks = [Request(tokens=one, max_tokens=tokens, stop_ids=frozenset()) for one in prompts]
-    generator = Generator(backend)
+    generator = Generator(backend, drafts=drafts)
     generator.generate(asks)  # graphs are recorded when they are first asked for
     started = time.perf_counter()
     done = generator.generate(asks)
     took = time.perf_counter() - started
     first = max(one.first_token_s or 0.0 for one in done)
     made = sum(len(one.tokens) - 1 for one in done)
-    return Generation(batch=batch, prompt=PROMPT, tokens=tokens,
+    kept = Acceptance.total([one.acceptance for one in done]).mean_accepted if drafts else 0.0
+    return Generation(batch=batch, prompt=PROMPT, tokens=tokens, drafts=drafts, kept=kept,
                       tokens_per_s=made / (took - first), first_token=first)  # fmt: skip
 
 

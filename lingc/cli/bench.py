@@ -13,8 +13,10 @@ from lingc.cli.output import Output, bytes_text, seconds_text
 from lingc.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lingc.bench.engine import Report
-    from lingc.bench.engine_times import Decode
+    from lingc.bench.engine_times import Decode, Profiled
     from lingc.bench.record import Measure, Record, Spread
     from lingc.bench.synthetic import Routing
 
@@ -53,10 +55,12 @@ _QUIET_CORES = 0.2
 @click.option(
     "--mtp",
     "drafts",
-    type=click.IntRange(min=0),
-    default=0,
+    default="0",
     show_default=True,
-    help="Also generate with that many drafts a round, against none.",
+    help="Also generate with that many drafts a round; several for a CUDA engine: 1,3.",
+)
+@click.option(
+    "--acceptance", help="Shares of a CUDA engine's drafts to keep by force, as drawn weights need."
 )
 @click.option(
     "--synthetic-weights",
@@ -91,7 +95,8 @@ def command(
     context: str,
     prefill: str,
     tokens: int,
-    drafts: int,
+    drafts: str,
+    acceptance: str | None,
     seed: int | None,
     routing: "Routing",
     profile: bool,
@@ -109,7 +114,9 @@ def command(
 
     A CUDA engine is timed alone, against what its bytes would take at the speed of memory. Its test
     vectors come first; one without weights may have them drawn, and then every kind of step is held
-    to its reference on what the steps before it made.
+    to its reference on what the steps before it made. Drawn weights guess nothing right, so that
+    drafts are kept by force where --acceptance says how many: the time of a round is then real, and
+    how many tokens it gives is what was asked for.
 
     \b
     Examples:
@@ -117,6 +124,7 @@ def command(
       lingc bench tiny.ling --checkpoint artifacts/checkpoints/ling-tiny --mtp 1 -o record.json
       lingc bench int4.ling --against bf16.ling --batch 1
       lingc bench h200.ling --synthetic-weights 0 --batch 1,16,32 --context 4096 --profile
+      lingc bench h200.ling --synthetic-weights 0 --mtp 1,3 --acceptance 0.5,0.8
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with held():
         from lingc.bench.record import Settings, document
@@ -124,23 +132,28 @@ def command(
     batches = measuring.sizes(batch, "--batch")
     contexts = measuring.sizes(context, "--context")
     prefills = measuring.sizes(prefill, "--prefill")
+    rounds = tuple(one for one in measuring.sizes(drafts, "--mtp", least=0) if one)
+    kept = (None,) if acceptance is None else measuring.shares(acceptance, "--acceptance")
     if against is None and _kind(engine) == "cuda":
         _cuda(
             out, engine, checkpoint, path, batches=batches, contexts=contexts,
             prefills=prefills, tokens=tokens, seed=seed, routing=routing, profile=profile, sms=sms,
-            binaries=binaries,
+            binaries=binaries, drafts=rounds, acceptances=kept,
         )  # fmt: skip
         return
     given = {
         "--synthetic-weights": seed is not None,
         "--profile": profile,
         "--sms": sms is not None,
+        "--acceptance": acceptance is not None,
     }
     for name, is_given in given.items():
         if is_given:
             raise UsageError(f"{name} is for a CUDA engine, timed alone")
-    if len(contexts) > 1 or len(prefills) > 1:
-        raise UsageError("only a CUDA engine is timed at several contexts or prompts in one run")
+    if max(map(len, (contexts, prefills, rounds))) > 1:
+        raise UsageError(
+            "only a CUDA engine is timed at several contexts, prompts or drafts in one run"
+        )
     with held():
         from lingc.bench.run import run
 
@@ -153,7 +166,7 @@ def command(
         context=contexts[0],
         prefill=prefills[0],
         tokens=tokens,
-        drafts=drafts,
+        drafts=max(rounds, default=0),
         threads=threads,
     )
     record = run(settings, out.note)
@@ -235,15 +248,24 @@ def _show_cuda(out: Output, report: "Report") -> None:
         )  # fmt: skip
     for one in report.decodes:
         if one.profile:
-            _show_profile(out, one)
+            name = f"batch {one.batch}, context {one.context}"
+            _show_kinds(out, name, one.profile, one.step)
     if report.generations:
         out.table(
-            ("requests", "tokens/s, answered", "to the first token"),
+            ("requests", "drafts", "kept", "tokens/s, answered", "to the first token"),
             [
-                (one.batch, f"{one.tokens_per_s:.1f}", seconds_text(one.first_token))
+                (
+                    one.batch,
+                    one.drafts,
+                    f"{one.kept:.2f}" if one.drafts else "-",
+                    f"{one.tokens_per_s:.1f}",
+                    seconds_text(one.first_token),
+                )
                 for one in report.generations
             ],
         )
+    if report.speculations:
+        _show_rounds(out, report)
     if report.prefills:
         out.table(
             ("prompt", "tokens/s", "to the first token", "10-90 %", "predicted"),
@@ -258,6 +280,47 @@ def _show_cuda(out: Output, report: "Report") -> None:
                 for one in report.prefills
             ],
         )
+
+
+def _show_rounds(out: Output, report: "Report") -> None:
+    out.table(
+        ("drafts", "batch", "context", "kept by force", "kept", "tokens/s", "a round", "predicted",
+         "a run", "launches"),
+        [
+            (
+                one.drafts,
+                one.batch,
+                one.context,
+                "-" if one.acceptance is None else f"{100 * one.acceptance:.0f} %",
+                f"{one.kept:.2f}",
+                f"{one.tokens_per_s:.1f}",
+                f"{1e3 * one.round.p50:.3f} ms",
+                f"{1e3 * one.predicted:.3f} ms",
+                f"{1e3 * one.run.p50:.3f} ms",
+                one.launches,
+            )
+            for one in report.speculations
+        ],
+    )  # fmt: skip
+    out.table(
+        ("step", "batch", "context", "tokens", "a step", "predicted", "launches"),
+        [
+            (
+                one.phase,
+                one.batch,
+                one.context,
+                one.tokens,
+                f"{1e3 * one.step.p50:.3f} ms",
+                f"{1e3 * one.predicted:.3f} ms",
+                one.launches,
+            )
+            for one in report.parts
+        ],
+    )
+    for one in report.parts:
+        if one.profile:
+            name = f"{one.phase} of {one.tokens} tokens, batch {one.batch}, context {one.context}"
+            _show_kinds(out, name, one.profile, one.step)
 
 
 def _decode_row(one: "Decode", read: float | None) -> tuple[object, ...]:
@@ -276,11 +339,11 @@ def _decode_row(one: "Decode", read: float | None) -> tuple[object, ...]:
     )
 
 
-def _show_profile(out: Output, one: "Decode") -> None:
+def _show_kinds(out: Output, name: str, kinds: "Sequence[Profiled]", whole: "Spread") -> None:
+    took = 1e-6 * sum(kind.measured * kind.steps for kind in kinds)
     out.line(
-        f"batch {one.batch}, context {one.context}: the kinds of steps take "
-        f"{1e3 * one.profiled:.3f} ms, the whole {1e3 * one.step.p50:.3f} ms "
-        f"({100 * (one.profiled / one.step.p50 - 1):+.1f} %)"
+        f"{name}: the kinds of steps take {1e3 * took:.3f} ms, the whole {1e3 * whole.p50:.3f} ms "
+        f"({100 * (took / whole.p50 - 1):+.1f} %)"
     )
     out.table(
         ("op", "tactic", "steps", "launches", "µs a step", "predicted", "off", "GB/s", "by"),
@@ -296,7 +359,7 @@ def _show_profile(out: Output, one: "Decode") -> None:
                 f"{1e-3 * kind.moved_bytes / kind.measured:.0f}",
                 kind.origin,
             )
-            for kind in one.profile
+            for kind in kinds
         ],
     )
 

@@ -1,6 +1,7 @@
 """What the commands that measure share: lists of sizes, compiling elsewhere, records."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -36,16 +37,33 @@ def compiling(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def sizes(text: str, option: str) -> tuple[int, ...]:
+def sizes(text: str, option: str, *, least: int = 1) -> tuple[int, ...]:
     """A list of sizes as words give it, `1,8,32`, each once.
 
     Raises:
-        UsageError: something in it is no positive integer; `option` is named.
+        UsageError: something in it is no integer of `least` or more; `option` is named.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise UsageError(f"{option} {text!r} is not a list of sizes", hint="for example: 1,8,32")
     return tuple(dict.fromkeys(map(int, parts)))
+
+
+def shares(text: str, option: str) -> tuple[float, ...]:
+    """A list of shares as words give it, `0.5,0.8`, each once.
+
+    Raises:
+        UsageError: something in it is no number from 0 to 1; `option` is named.
+    """
+    try:
+        found = tuple(dict.fromkeys(map(float, text.split(","))))
+    except ValueError:
+        found = (math.nan,)
+    if not all(0 <= one <= 1 for one in found):
+        raise UsageError(
+            f"{option} {text!r} is not a list of shares from 0 to 1", hint="for example: 0.5,0.8"
+        )
+    return found
 
 
 def keep(out: Output, path: Path | None, record: object) -> None:

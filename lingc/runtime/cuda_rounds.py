@@ -4,7 +4,7 @@
 what is known before the round ahead of it is read: pages, and how much room there is in them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ import numpy as np
 from lingc.device import Binary, Device, Graph, Pinned
 from lingc.errors import ResourceError, UsageError
 from lingc.kernel import align
-from lingc.launch_table import Bucket, TablePhase
+from lingc.launch_table import Bucket, LaunchTable, TablePhase, TableStep, TableTactic
 from lingc.plan import Plan, TensorType
 from lingc.round_memory import LOGITS, ROUND, pitch, round_program
 from lingc.runtime.backend import Array, Limits, RoundStart
-from lingc.runtime.cuda_bucket import DRAWN, WHOLE, BoundBucket, BoundLaunch, record
+from lingc.runtime.cuda_bucket import DRAWN, SAMPLE, WHOLE, BoundBucket, BoundLaunch, record
 from lingc.runtime.cuda_code import CudaCode, all_sizes
 from lingc.runtime.cuda_inputs import NUMPY_DTYPE, view_of
 from lingc.runtime.cuda_memory import DeviceMemory, Held
@@ -209,6 +209,14 @@ class CudaRounds:
         places = self._places(self._now)
         return self._fetch(places["draft_logits"]), self._fetch(places["chained"])
 
+    def tactics(self) -> list[TableTactic]:
+        """What the launches of a round come from; for measurements."""
+        assert self._now is not None, "begin comes first"
+        table, sizes = self._code.table, self._now
+        model = [index for step, index in _steps(table, sizes.verify) if step.op != SAMPLE]
+        drafts = [*sizes.draft.tactics, *sizes.single.tactics * (self.drafts - 1)]
+        return [table.tactics[index] for index in (*model, *sizes.round.tactics, *drafts)]
+
     def seconds(self, replays: int) -> list[float]:
         """Seconds of each of some more rounds; for measurements."""
         assert self._now is not None, "begin comes first"
@@ -374,7 +382,7 @@ def _sizes(code: CudaCode, buckets: Mapping[str, Sequence[Bucket]], each: int) -
     phases = code.table.phases
     if ROUND not in phases or _gathered(phases["draft"], code.plan) is None:
         return []
-    if not any(step.op == "sample" for step in phases["draft"].steps):
+    if not any(step.op == SAMPLE for step in phases["draft"].steps):
         return []
     known = {
         (phase, one.sizes.get("T"), one.sizes["B"], one.sizes["P"]): one
@@ -396,6 +404,11 @@ def _sizes(code: CudaCode, buckets: Mapping[str, Sequence[Bucket]], each: int) -
             verify, single, draft = (known[key] for key in wanted)
             found.append(_Sizes(round=one, verify=verify, single=single, draft=draft))
     return sorted(found, key=lambda one: (one.sequences, one.pages))
+
+
+def _steps(table: LaunchTable, bucket: Bucket) -> Iterable[tuple[TableStep, int]]:
+    """The steps of a bucket, with their tactics."""
+    return zip(table.phases[bucket.phase].steps, bucket.tactics, strict=True)
 
 
 def _output(code: CudaCode, phase: str, role: str) -> str:
