@@ -4,8 +4,9 @@ Two programs do the same: `lightning_prefill.cu`, for sm_90a, and `triton_lightn
 architectures. Both cut sequences into segments of `span` tokens, so that few heads fill a device.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lingc.kernel import Kernel, Launch, Operand, Tactic, Tensor, Workspace
@@ -80,13 +81,31 @@ def tactics(target: Target, given: Sequences) -> list[Tactic]:
     """Ways to attend, best guess first."""
     programs = ("wgmma", "turns") if target.arch == "sm_90a" else ("triton",)
     return [
-        _tactic(program, span, given)
+        _tactic(program, span, given, target)
         for span in spans(target, given.tokens, given.heads)
         for program in programs
     ]
 
 
-def _tactic(program: str, span: int, given: Sequences) -> Tactic:
+def _padded(launch: Launch, target: Target, given: Sequences, span: int) -> Launch:
+    """With what idle multiprocessors could have multiplied: most blocks of a grid have no tokens.
+
+    One sequence is padding, and the others are as long as each other; the model of time knows the
+    grid alone.
+    """
+    slots = (target.sms or 1) * launch.blocks_per_sm
+
+    def waves(blocks: int) -> float:
+        return -(-blocks // slots) * slots / blocks
+
+    meant = max(given.sequences - 1, 1)
+    segments = meant * max(-(-given.tokens // (meant * span)), 1)
+    every = math.prod(launch.grid)
+    working = min(every // max(launch.grid[1:]) * segments, every)
+    return replace(launch, flops=launch.flops * waves(working) / waves(every))
+
+
+def _tactic(program: str, span: int, given: Sequences, target: Target) -> Tactic:
     """One way.
 
     Args:
@@ -104,7 +123,7 @@ def _tactic(program: str, span: int, given: Sequences) -> Tactic:
         spaces.append(Workspace(name="starts", bytes=states * given.heads * _STATE_BYTES))
     return Tactic(
         name=f"{program}.segments{-(-given.tokens // span)}" if split else f"{program}.whole",
-        launches=tuple(launches),
+        launches=tuple(_padded(one, target, given, span) for one in launches),
         workspaces=tuple(spaces),
         config={"span": span if split else 0, "chunk": CHUNK},
         sums=f"{program}, segments of {span}" if split else "",

@@ -13,6 +13,7 @@ from lingc.kernels.lightning import CHUNK, WHOLE, WIDTH, Sequences, spans
 from lingc.op import type_of
 from lingc.plugins.table import OPS
 from lingc.targets.cuda.binaries import FEATURES, compile_all, kernels
+from lingc.targets.cuda.tactics import rank
 from lingc.targets.spec import Target
 
 H200, H20, SPARK = (targets.get(name) for name in ("h200-sxm", "h20", "spark"))
@@ -75,3 +76,19 @@ def test_other_architectures_run_through_triton(target: Target, tmp_path: Path) 
     assert all(
         binary.shared_bytes <= (target.smem_per_block_bytes or 0) for binary in made.values()
     )
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, 32768])
+def test_a_prompt_alone_is_cut_into_segments_and_many_prompts_are_not(tokens: int) -> None:
+    """By the model of time: a grid has room for a sequence of padding, which does nothing."""
+
+    def first(sequences: int) -> str:
+        q = Tensor("q")
+        given = Sequences(
+            tokens=tokens, sequences=sequences, heads=32, q=q, k=q, v=q, o=q, pitch=4096,
+            v_pitch=4096,
+        )  # fmt: skip
+        return rank(lightning.tactics(H200, given), H200)[0].tactic.name
+
+    assert ".segments" in first(2)
+    assert first(9) == first(65) == "wgmma.whole"
