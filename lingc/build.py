@@ -38,7 +38,7 @@ from lingc.quantize.recipes import Recipe, load_recipe
 from lingc.runtime.stopping import stop_ids
 from lingc.runtime.tokenizer import FILES, Tokenizer
 from lingc.targets.spec import EngineKind, Target
-from lingc.weights import write_weights
+from lingc.weights import CheckpointWeights, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,10 @@ def build(
                 config, recipe, target, replace(request, target=target.name), has_mtp=has_mtp,
                 stage=stage, capturer=capturer, cache_dir=cache_dir,
             )  # fmt: skip
-            code_of = code.make(compiled, kind, request, cache_dir=cache_dir, stage=stage)
+            code_of = code.make(
+                compiled, kind, request, weights=_weights(compiled.plan, checkpoint, request),
+                cache_dir=cache_dir, stage=stage,
+            )  # fmt: skip
             made.append((compiled, code_of))
             _refuse_other_plan(made[0][1].plan, code_of.plan)
         compiled, first = made[0]
@@ -123,6 +126,15 @@ def build(
             manifest = writer.commit(contents)
     log.info("wrote %s", output)
     return Built(path=output, manifest=manifest, compiled=compiled, code=first)
+
+
+def _weights(
+    plan: Plan, checkpoint: Checkpoint | None, request: Request
+) -> CheckpointWeights | None:
+    """The plan's weights, for engines that hold some of them; None where they come later."""
+    if checkpoint is None or request.weights != "embed":
+        return None
+    return CheckpointWeights(plan.weights.values(), checkpoint, checkpoint.config)
 
 
 def _asked(request: Request, also: Sequence[str]) -> tuple[EngineKind, list[Target]]:

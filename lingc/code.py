@@ -12,12 +12,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from numpy.typing import NDArray
+
 from lingc import launch_table
 from lingc.compile import Compiled, Request, Stage
 from lingc.engine import canonical
 from lingc.errors import UsageError
 from lingc.plan import Plan
 from lingc.targets.spec import EngineKind
+
+Array = NDArray[Any]
 
 TABLE = "table.json.xz"
 """The launch table of a CUDA engine among its variant's files."""
@@ -46,19 +50,28 @@ class Code:
 
 
 def make(
-    compiled: Compiled, kind: EngineKind, request: Request, *, cache_dir: Path | None, stage: Stage
+    compiled: Compiled,
+    kind: EngineKind,
+    request: Request,
+    *,
+    weights: Mapping[str, Array] | None,
+    cache_dir: Path | None,
+    stage: Stage,
 ) -> Code:
     """Lower a plan to an engine of a kind that `lingc.compile.engine_kind` let through.
 
     Args:
         compiled: Whose plan to lower.
-        kind: `onnx` or `cuda`.
+        kind: Of the engine.
         request: Whose options that kind may read.
+        weights: Of the plan, for engines that hold some as constants; None where they come later.
         cache_dir: Where compiled kernels are kept; not at all where None.
         stage: How progress is shown.
     """
     if kind == "cuda":
         return _cuda(compiled, request, cache_dir, stage)
+    if kind == "tensorrt":
+        return _tensorrt(compiled, weights, cache_dir, stage)
     return _onnx(compiled, request, stage)
 
 
@@ -68,7 +81,7 @@ def refuse(kind: EngineKind, request: Request) -> None:
     Raises:
         UsageError: It would be ignored.
     """
-    if kind == "cuda" and request.widen != "auto":
+    if kind != "onnx" and request.widen != "auto":
         raise UsageError(
             f"--widen {request.widen} is for CPU engines: a GPU multiplies weights as stored",
             hint="leave --widen out",
@@ -147,6 +160,26 @@ def _cuda(compiled: Compiled, request: Request, cache_dir: Path | None, stage: S
         request={"batch_invariant": invariant},
         producer={"nvidia-cuda-nvrtc": compilers.nvrtc, "triton": compilers.triton},
         kernels=engine.kernels,
+    )
+
+
+def _tensorrt(
+    compiled: Compiled,
+    weights: Mapping[str, Array] | None,
+    cache_dir: Path | None,
+    stage: Stage,
+) -> Code:
+    from lingc import tensorrt_code  # noqa: PLC0415
+
+    made = tensorrt_code.make(compiled, weights, cache_dir=cache_dir, stage=stage)
+    return Code(
+        kind="tensorrt",
+        plan=compiled.plan,
+        files=made.files,
+        info=made.info,
+        request={},
+        producer=made.producer,
+        kernels=made.kernels,
     )
 
 

@@ -230,7 +230,7 @@ def run(
 
 def _check_left_over(program: Captured, stage: Stage, context: Context, waived: list[Line]) -> None:
     """Check the contract after a stage; what was waived may be why it does not hold."""
-    is_for = stage.engine in ("", context.target.default_engine)
+    is_for = stage.engine in ("", context.engine_kind)
     try:
         stages.check(program, stage.ensures if is_for else stage.requires)
     except StageError as error:

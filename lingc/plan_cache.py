@@ -43,6 +43,7 @@ def key(
         "config": [dict(config.raw), config.quantization],
         "recipe": asdict(recipe),
         "target": asdict(target),
+        "engine": request.engine,
         "sizes": sizes,
         "waived": waived,
         "has_mtp": has_mtp,

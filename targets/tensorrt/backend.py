@@ -6,12 +6,14 @@ used to the published bindings of each version.
 """
 
 import importlib
+import platform
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from lingc.engine.machine import this_machine
 from lingc.errors import IncompatibleError, MissingExtraError, StageError
 from lingc.runtime import tensorrt_library
 from lingc.runtime.tensorrt_plugin import OpPlugin
@@ -48,6 +50,8 @@ class Backend(ABC):
     _kept: list[Any] = field(init=False, default_factory=list)
 
     flavour = ""
+    hosts: ClassVar[list[str]] = []
+    """CPU architectures that its engines run beside."""
 
     def __post_init__(self) -> None:
         self.log = log_class(self.trt)()
@@ -85,6 +89,10 @@ class Backend(ABC):
         return config
 
     @abstractmethod
+    def tuned_on(self) -> dict[str, str]:
+        """What an engine was timed on while it was built, for its manifest."""
+
+    @abstractmethod
     def _aim(self, config: Any, target: Target) -> None:
         """Say what an engine is to run on."""
 
@@ -115,7 +123,11 @@ class RtxBackend(Backend):
     """TensorRT for RTX: builds on any machine; its network takes plugins from a parser alone."""
 
     flavour = "rtx"
+    hosts: ClassVar[list[str]] = ["x86_64", "aarch64"]
     __slots__ = ("_seeds",)
+
+    def tuned_on(self) -> dict[str, str]:
+        return {}  # nothing is timed: its kernels are compiled where they run
 
     def _prepare(self, network: Any, plugins: Sequence[OpPlugin]) -> None:
         from lingc.targets.tensorrt.seeds import seed  # noqa: PLC0415 (needs onnx)
@@ -149,7 +161,12 @@ class StandardBackend(Backend):
     """Standard TensorRT: builds where a GPU of the target's kind is."""
 
     flavour = "standard"
+    hosts: ClassVar[list[str]] = [platform.machine()]
     __slots__ = ()
+
+    def tuned_on(self) -> dict[str, str]:
+        gpu = this_machine().gpu()
+        return {"tuned_on": gpu if isinstance(gpu, str) else f"{gpu.name}, {gpu.capability}"}
 
     def _prepare(self, network: Any, plugins: Sequence[OpPlugin]) -> None: ...
 

@@ -34,6 +34,11 @@ Compile = Callable[[tuple[Kernel, ...]], Mapping[Kernel, Binary]]
 Array = NDArray[Any]
 
 
+PLUGIN, INT4, FP8 = "plugin ", "int4", "fp8"
+"""What becomes of a step, where a report is to show it: a plugin (its op follows), or a product
+with a constant matrix in such a format."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tabled:
     """The plugins of a plan before any network is made.
@@ -64,8 +69,14 @@ class Network:
     builder: Any
     network: Any
     body: Body
-    plugins: Mapping[str, OpPlugin] = field(default_factory=dict)
+    plugins: dict[str, OpPlugin] = field(default_factory=dict)
     """Name of the layer -> its plugin."""
+
+    roles: dict[str, str] = field(default_factory=dict)
+    """First value of a step -> what became of it, where a report is to show that."""
+
+    embedded: set[str] = field(default_factory=set)
+    """Weights that became constants."""
 
 
 def calls_of(
@@ -182,7 +193,6 @@ class _Phase:
         self._plugins = plugins
         self._lowering = lowering
         self._values: dict[str, Value] = {}
-        self._held: dict[str, OpPlugin] = {}
 
     def lower(self, numbers: tuple[int | None, ...]) -> None:
         program, body = self._program, self._made.body
@@ -205,7 +215,6 @@ class _Phase:
                 seen += 1
         for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
             body.output(self._values[name], name)
-        self._made.plugins = self._held
 
     def _native(self, step: Step) -> None:
         if _is_embedded(step):
@@ -229,6 +238,8 @@ class _Phase:
             else self._argument(arg)
             for arg in step.args
         ]
+        self._made.embedded |= {name for name in refs(step.args) if name in weights}
+        self._made.roles[step.outputs[0]] = INT4
         made = EMBEDDED[step.op.removeprefix("lingc.")](self._made.body, *args)
         self._values[step.outputs[0]] = made
 
@@ -237,7 +248,8 @@ class _Phase:
         inputs = [self._values[arg.name].tensor for arg in step.args if isinstance(arg, Ref)]
         layer = self._lowering.backend.plugin(self._made.network, seen, plugin, inputs)
         self._made.body.named(layer, plugin.call.op)
-        self._held[layer.name] = plugin
+        self._made.plugins[layer.name] = plugin
+        self._made.roles[step.outputs[0]] = PLUGIN + plugin.call.op
         for index, name in enumerate(step.outputs):
             self._values[name] = Value(layer.get_output(index), self._program.types[name])
 

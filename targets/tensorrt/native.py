@@ -66,6 +66,8 @@ def int4_refusal(width: int, group: int) -> str | None:
     """Why a matrix of INT4 groups is no layer of TensorRT's, or None."""
     if width % group or width % 8:
         return f"{width} channels are not whole groups of {group}"
+    if width == group:
+        return "a matrix of one group is dequantized apart from its product"
     return None
 
 

@@ -1,0 +1,148 @@
+"""The code of a TensorRT engine from its plan: networks built, kernels compiled, reports made."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingc.compile import Compiled, Stage
+from lingc.engine import canonical
+from lingc.errors import FusionError
+from lingc.plan import Plan
+from lingc.targets.cuda import binaries
+from lingc.targets.cuda.lower import compressed
+from lingc.targets.spec import Target
+from lingc.targets.tensorrt import report
+from lingc.targets.tensorrt.backend import Backend, backend
+from lingc.targets.tensorrt.lower import Array, Lowering, Tabled, tabled
+
+TABLE = "plugins.json.xz"
+REPORT = "report.json.xz"
+"""What plugins launch, and what TensorRT says of the engines, among a variant's files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What stands in a package for one target.
+
+    Attributes:
+        files: Of the variant, by name.
+        info: For `variant.json`, `runs_on` included.
+        kernels: Digest -> compressed device code.
+        producer: Versions of what made it.
+    """
+
+    files: Mapping[str, bytes]
+    info: Mapping[str, Any]
+    kernels: Mapping[str, bytes]
+    producer: Mapping[str, str]
+
+
+def engine_file(phase: str) -> str:
+    return f"{phase}.engine"
+
+
+def make(
+    compiled: Compiled,
+    weights: Mapping[str, Array] | None,
+    *,
+    cache_dir: Path | None,
+    stage: Stage,
+) -> Made:
+    """Build the engines of a plan.
+
+    Args:
+        compiled: Whose plan to lower.
+        weights: Of the plan, for layers of TensorRT that want constants; None leaves those to
+            plugins.
+        cache_dir: Where compiled kernels are kept; not at all where None.
+        stage: How progress is shown.
+
+    Raises:
+        MissingExtraError: TensorRT, or what compiles kernels, is not installed.
+        InputError: An op has no kernel for the target.
+        StageError: TensorRT refuses a network.
+    """
+    plan, target = compiled.plan, compiled.target
+    builder = backend(target)
+    plugins = _plugins(plan, target, embeds=weights is not None, cache_dir=cache_dir, stage=stage)
+    lowering = Lowering(builder, plan, target, plugins, weights=weights)
+    files: dict[str, bytes] = {TABLE: plugins.data}
+    reports: dict[str, Any] = {}
+    embedded: set[str] = set()
+    with stage("build engines", total=len(plan.programs), unit="phases") as advance:
+        for phase in plan.programs:
+            network = lowering.network(phase)
+            begin = len(builder.log.messages)
+            files[engine_file(phase)] = lowering.engine(network)
+            messages = [text for _, text in builder.log.messages[begin:]]
+            found = report.parse(messages, network)
+            _refuse(phase, report.faults(found, network))
+            reports[phase] = report.to_value(found)
+            embedded |= network.embedded
+            advance(1)
+    files[REPORT] = compressed(canonical.encode({"format": report.FORMAT, "phases": reports}))
+    info = {
+        "flavour": builder.flavour,
+        "tensorrt": builder.version,
+        "table": TABLE,
+        "table_sha256": plugins.digest,
+        "report": REPORT,
+        "engines": {phase: engine_file(phase) for phase in plan.programs},
+        "embedded_weights": sorted(embedded),
+        "runs_on": _runs_on(plan, target, builder),
+        **builder.tuned_on(),
+    }
+    compilers = binaries.installed()
+    producer = {
+        builder.trt.__name__: builder.version,
+        "nvidia-cuda-nvrtc": compilers.nvrtc,
+        "triton": compilers.triton,
+    }
+    return Made(files=files, info=info, kernels=plugins.kernels, producer=producer)
+
+
+def _refuse(phase: str, faults: Sequence[str]) -> None:
+    """Refuse an engine that does otherwise than was meant.
+
+    Raises:
+        FusionError: TensorRT made something else of a step.
+    """
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise FusionError(
+            f"the {phase} engine is not what was lowered: {faults[0]}{more}",
+            hint="this TensorRT fuses otherwise; docs/tensorrt.md names the versions known",
+        )
+
+
+def _plugins(
+    plan: Plan, target: Target, *, embeds: bool, cache_dir: Path | None, stage: Stage
+) -> Tabled:
+    place = nullcontext(cache_dir) if cache_dir else tempfile.TemporaryDirectory(prefix="lingc-")
+    with place as folder, stage("compile kernels") as advance:
+        return tabled(
+            plan,
+            target,
+            lambda kernels: binaries.compile_all(
+                kernels, target.arch, Path(folder), advance=advance
+            ),
+            embeds=embeds,
+        )
+
+
+def _runs_on(plan: Plan, target: Target, builder: Backend) -> dict[str, Any]:
+    """What a machine must have; an engine is read by the very TensorRT that wrote it."""
+    major, minor = target.compute_capability or (0, 0)
+    return {
+        "os": ["linux"],
+        "arch": builder.hosts,
+        "libraries": {"cuda.bindings": ">=13", builder.trt.__name__: f"=={builder.version}"},
+        "gpu": {
+            "capability": f"{major}.{minor}",
+            "driver": ">=13.0",
+            "memory_bytes": sum(spec.type.bytes() for spec in plan.weights.values()),
+        },
+    }

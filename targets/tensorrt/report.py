@@ -1,0 +1,188 @@
+"""What TensorRT says of an engine: the layers that it fused, read from the log of its build.
+
+No GPU is needed: at full verbosity the builder lists every layer of the engine with its inputs,
+constants, types and the metadata of what was fused, and the memory that it takes. The format of the
+log is observed, not promised; `parse` refuses what it cannot read rather than report less.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lingc.errors import StageError
+from lingc.targets.tensorrt.lower import FP8, INT4, PLUGIN, Network
+
+FORMAT = 1
+"""Version of the report's JSON form."""
+
+CUSTOM = "custom_layer"
+"""A call of a plugin, as TensorRT for RTX names it."""
+
+_LAYERS, _ROW = "Layers:", "Name: "
+_TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_FIELD = re.compile(r"(?:^|, )(LayerType|Inputs|Constants|Outputs|TacticName|Metadata): ")
+_TOTAL = re.compile(
+    r"(Total Activation Memory|Total Weights Memory|Max Scratch Memory): (\d+) bytes"
+)
+_BETWEEN = "\x1f"
+"""Between the metadata of two layers that were fused."""
+
+_TOTALS = {
+    "Total Activation Memory": "activation_bytes",
+    "Total Weights Memory": "weight_bytes",
+    "Max Scratch Memory": "scratch_bytes",
+}
+_TOTAL = re.compile(rf"({'|'.join(_TOTALS)}): (\d+) bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operand:
+    """A tensor of a layer: its dtype as TensorRT calls it, and its shape, open sizes as -1."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One kernel, or one call of a plugin.
+
+    Attributes:
+        name: As TensorRT calls it; a fused one has parts of several names.
+        kind: `gemm`, `kgen` (generated code), `runtime_fusion`, `custom_layer` (a plugin), …
+        origins: Values of the plan that it is for, from the layers' metadata.
+        op: Of a plugin, the op; else empty.
+    """
+
+    name: str
+    kind: str
+    origins: tuple[str, ...]
+    op: str
+    inputs: tuple[Operand, ...]
+    constants: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """An engine's layers and its memory."""
+
+    phase: str
+    layers: tuple[Layer, ...]
+    activation_bytes: int
+    weight_bytes: int
+    scratch_bytes: int
+
+
+def parse(messages: Sequence[str], network: Network) -> Report:
+    """Read the log of one build.
+
+    Args:
+        messages: Of the logger, from before the build to after it.
+        network: That was built.
+
+    Raises:
+        StageError: The log does not list the engine's layers.
+    """
+    listed = [text for text in messages if text.startswith(_LAYERS)]
+    if len(listed) != 1:
+        raise StageError(
+            f"the build of {network.phase!r} listed its layers {len(listed)} times, not once",
+            hint="another version of TensorRT logs otherwise; docs/tensorrt.md names those known",
+        )
+    rows = [row for row in listed[0].splitlines() if row.startswith(_ROW)]
+    totals = dict.fromkeys(_TOTALS.values(), 0)
+    for text in messages:
+        if (match := _TOTAL.match(text)) is not None:
+            totals[_TOTALS[match[1]]] = int(match[2])
+    layers = tuple(_layer(row, network.roles) for row in rows)
+    return Report(phase=network.phase, layers=layers, **totals)
+
+
+def faults(report: Report, network: Network) -> list[str]:
+    """What an engine does otherwise than its lowering meant, in sentences.
+
+    Each plugin is one layer and no other; each matrix that the recipe stores in INT4 is a constant
+    of the product that dequantizes it; nothing else dequantizes or quantizes by itself.
+    """
+    by_origin: dict[str, list[Layer]] = {}
+    for layer in report.layers:
+        for origin in layer.origins:
+            by_origin.setdefault(origin, []).append(layer)
+    told = []
+    for origin, role in network.roles.items():
+        layers = by_origin.get(origin, [])
+        kinds = [layer.kind for layer in layers]
+        if role.startswith(PLUGIN):
+            calls = [layer for layer in layers if layer.kind == CUSTOM]
+            if len(calls) != 1 or len(layers) != 1:
+                told.append(
+                    f"{origin}: plugin {role.removeprefix(PLUGIN)} is {len(calls)} calls among "
+                    f"{len(layers)} layers ({', '.join(kinds) or 'none'}), not one call alone"
+                )
+        elif role == INT4:
+            fused = [one for one in layers if any(c.dtype == "Int4" for c in one.constants)]
+            if len(fused) != 1 or len(layers) != 1:
+                told.append(
+                    f"{origin}: the INT4 matrix is dequantized apart from its product, in "
+                    f"{len(layers)} layers ({', '.join(kinds) or 'none'})"
+                )
+        elif role == FP8:
+            fused = [one for one in layers if _multiplies_fp8(one)]
+            if len(fused) != 1:
+                told.append(
+                    f"{origin}: no product of FP8 by FP8 among its layers "
+                    f"({', '.join(kinds) or 'none'})"
+                )
+    expected = sum(role.startswith(PLUGIN) for role in network.roles.values())
+    found = sum(layer.kind == CUSTOM for layer in report.layers)
+    if found != expected:
+        told.append(f"the engine calls {found} plugins, the network has {expected}")
+    return told
+
+
+def _multiplies_fp8(layer: Layer) -> bool:
+    operands = (*layer.inputs, *layer.constants)
+    return layer.kind == "gemm" and sum(one.dtype.startswith("FP8") for one in operands) >= 2
+
+
+def to_value(report: Report) -> dict[str, Any]:
+    """In JSON's types."""
+    return {key: value for key, value in asdict(report).items() if key != "phase"}
+
+
+def _layer(row: str, roles: Mapping[str, str]) -> Layer:
+    """A row of the log: `Name: …, LayerType: …, Inputs: [ … ], …, Metadata: …`."""
+    parts = _FIELD.split(row.removeprefix(_ROW))
+    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    if {"LayerType", "Inputs", "Constants", "Outputs", "Metadata"} - found.keys():
+        raise StageError(
+            f"a layer of the build log cannot be read: {row[:200]!r}",
+            hint="another version of TensorRT logs otherwise; docs/tensorrt.md names those known",
+        )
+    origins = _origins(found["Metadata"])
+    kind = found["LayerType"]
+    role = roles.get(origins[0], "") if kind == CUSTOM and origins else ""
+    return Layer(
+        name=parts[0],
+        kind=kind,
+        origins=origins,
+        op=role.removeprefix(PLUGIN),
+        inputs=_operands(found["Inputs"]),
+        constants=_operands(found["Constants"]),
+        outputs=_operands(found["Outputs"]),
+    )
+
+
+def _operands(text: str) -> tuple[Operand, ...]:
+    return tuple(
+        Operand(dtype=dtype, shape=tuple(int(d) for d in dims.split(",") if d))
+        for dims, dtype in _TENSOR.findall(text)
+    )
+
+
+def _origins(metadata: str) -> tuple[str, ...]:
+    """Values of the plan among a layer's metadata, each once, in order."""
+    parts = (part.partition(" ")[0] for part in metadata.strip().split(_BETWEEN))
+    return tuple(dict.fromkeys(part for part in parts if part))
