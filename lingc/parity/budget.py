@@ -9,6 +9,10 @@
       "mean_abs": null, "max_abs": null,      of logits
       "top1_disagreements_above_margin": 0,   tokens
       "top1_agreement": null,                 least share of tokens, near ties included
+      "top5_agreement": null,                 least share whose winner is among the other's five
+      "perplexity_ratio": null,               of the other's to the reference's
+      "layer_error": null,                    behind any layer, mean over tokens
+      "state_error": null,                    of any linear state, at any position
       "expert_gap": 1e-5                      of any token that goes to other experts
     }
 
@@ -28,7 +32,10 @@ from lingc.parity.compare import Summary
 
 _FOLDER = Path(__file__).parent / "budgets"
 _COUNTS = {"top1_disagreements_above_margin"}
-_NUMBERS = ("mean_kl", "max_kl", "mean_abs", "max_abs", "top1_agreement", "expert_gap")
+_NUMBERS = (
+    "mean_kl", "max_kl", "mean_abs", "max_abs", "top1_agreement", "top5_agreement",
+    "perplexity_ratio", "layer_error", "state_error", "expert_gap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,10 @@ class Budget:
     max_abs: float | None = None
     top1_disagreements_above_margin: int | None = None
     top1_agreement: float | None = None
+    top5_agreement: float | None = None
+    perplexity_ratio: float | None = None
+    layer_error: float | None = None
+    state_error: float | None = None
     expert_gap: float | None = None
 
 
@@ -116,15 +127,43 @@ def _checks(summary: Summary, budget: Budget) -> Iterator[Check]:
             found=f"{count} of {summary.tokens} tokens, margin {budget.margin:g}",
             ok=count <= most,
         )
-    if budget.top1_agreement is not None:
+    for name in ("top1_agreement", "top5_agreement"):
+        least = getattr(budget, name)
+        if least is not None:
+            share = getattr(summary, name)
+            yield Check(
+                name=name, limit=f"at least {least:g}", found=f"{share:.5f}", ok=share >= least
+            )
+    if budget.perplexity_ratio is not None:
+        pair = (summary.other_perplexity, summary.perplexity)
+        ratio = float("nan") if pair[0] is None or pair[1] is None else pair[0] / pair[1]
         yield Check(
-            name="top1_agreement",
-            limit=f"at least {budget.top1_agreement:g}",
-            found=f"{summary.top1_agreement:.5f}",
-            ok=summary.top1_agreement >= budget.top1_agreement,
+            name="perplexity_ratio",
+            limit=_below(budget.perplexity_ratio),
+            found=f"{ratio:.5f}",
+            ok=ratio <= budget.perplexity_ratio,
         )
+    yield from _inside_checks(summary, budget)
     if budget.expert_gap is not None:
         yield _expert_check(summary, budget.expert_gap)
+
+
+def _inside_checks(summary: Summary, budget: Budget) -> Iterator[Check]:
+    found = {
+        "layer_error": [(error.mean, f"behind layer {error.layer}") for error in summary.layers],
+        "state_error": [
+            (error.max, f"of layer {error.layer} after {error.position} tokens")
+            for error in summary.states
+        ],
+    }
+    for name, errors in found.items():
+        limit = getattr(budget, name)
+        if limit is None:
+            continue
+        worst, where = max(errors, default=(float("nan"), "not compared: a side does not tell it"))
+        # What was not compared is not within a limit.
+        text = f"{worst:.3g} {where}" if errors else where
+        yield Check(name=name, limit=_below(limit), found=text, ok=worst <= limit)
 
 
 def _expert_check(summary: Summary, limit: float) -> Check:

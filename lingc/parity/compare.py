@@ -7,17 +7,20 @@ For token t with reference logits a and other logits b, over the vocabulary in f
     margin(t) = a's largest logit less its second largest
 
 Top-1 disagrees where the largest logit of a and of b are different tokens; where a's margin is
-small that is a near tie, counted apart.
+small that is a near tie, counted apart. The surprise of a side is -log p of the token that came;
+its perplexity is the exponential of the mean over all tokens that have one behind them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lingc.parity.experts import Flip, Routing, flips
+from lingc.parity.layers import Inside, LayerError, StateError
 from lingc.parity.side import F32, Scores
+from lingc.parity.usage import Usage
 
 F64 = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -30,7 +33,11 @@ _BLOCK = 1 << 22  # logits worked on at a time: 32 MiB of float64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One scored token; `reference` and `other` are the likeliest next tokens of each side."""
+    """One scored token; `reference` and `other` are the likeliest next tokens of each side.
+
+    `in_five` is whether the reference's is among the other's five likeliest. The surprises are NaN
+    for a row's last token, which nothing follows.
+    """
 
     row: int
     position: int
@@ -40,6 +47,9 @@ class Token:
     margin: float
     reference: int
     other: int
+    in_five: bool
+    surprise: float
+    other_surprise: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,9 @@ class Tokens:
     margin: F64
     reference: Ints
     other: Ints
+    in_five: NDArray[np.bool_]
+    surprise: F64
+    other_surprise: F64
 
     def __len__(self) -> int:
         return len(self.row)
@@ -103,9 +116,16 @@ class Summary:
         not_finite: Tokens with a logit that is NaN or infinite on either side.
         top1_above_margin: Tokens with another winner though the reference had a clear one.
         top1_within_margin: Tokens with another winner where the reference had a near tie.
+        top5_agreement: Share of tokens whose winner is among the other's five likeliest.
+        perplexity: Of the reference; None where no token follows another.
+        other_perplexity: Of the other side.
         expert_layers: Layers of which both sides told the experts.
         flips: Tokens that went to other experts.
         buckets: By position.
+        layers: Errors behind the layers that both sides tell of.
+        states: Errors of linear states, by layer and position.
+        usage: Layer -> tokens that each expert got, of the other side, or of the reference where
+            the other does not tell.
     """
 
     mode: str
@@ -119,9 +139,15 @@ class Summary:
     max_abs: float
     top1_above_margin: int
     top1_within_margin: int
+    top5_agreement: float
+    perplexity: float | None
+    other_perplexity: float | None
     expert_layers: tuple[int, ...]
     flips: tuple[Flip, ...]
     buckets: tuple[Bucket, ...]
+    layers: tuple[LayerError, ...]
+    states: tuple[StateError, ...]
+    usage: Mapping[int, Sequence[int]]
 
     @property
     def top1_agreement(self) -> float:
@@ -143,14 +169,26 @@ class Comparison:
     routing: Routing | None
     rows: int = 0
     flips: list[Flip] = field(default_factory=list)
+    inside: Inside = field(default_factory=Inside)
+    _usage: Usage | None = None
     _parts: list[Tokens] = field(default_factory=list)
     _layers: set[int] = field(default_factory=set)
 
-    def add(self, row: int, reference: Scores, other: Scores) -> None:
-        """Compare one row."""
+    def add(self, row: int, reference: Scores, other: Scores, came: Sequence[int] = ()) -> None:
+        """Compare one row.
+
+        Args:
+            row: Its number.
+            came: What followed each scored token; shorter where nothing did.
+        """
         a, b = reference.logits, other.logits
         assert a.shape == b.shape, f"scores {a.shape} and {b.shape} of row {row} cannot be compared"
-        self._parts.extend(_tokens(row, a, b))
+        self._parts.extend(_tokens(row, a, b, came))
+        self.inside.add(reference, other)
+        if self.routing is not None and self.routing.experts:
+            if self._usage is None:
+                self._usage = Usage(self.routing.experts)
+            self._usage.add(other.experts or reference.experts)
         self._layers |= reference.experts.keys() & other.experts.keys()
         if self.routing is not None:
             self.flips += flips(row, reference.experts, other.experts, self.routing)
@@ -181,9 +219,15 @@ class Comparison:
             max_abs=float(tokens.max_abs.max()),
             top1_above_margin=above,
             top1_within_margin=within,
+            top5_agreement=float(tokens.in_five.mean()),
+            perplexity=_perplexity(tokens.surprise),
+            other_perplexity=_perplexity(tokens.other_surprise),
             expert_layers=tuple(sorted(self._layers)),
             flips=tuple(self.flips),
             buckets=tuple(_buckets(tokens, margin)),
+            layers=self.inside.layers,
+            states=self.inside.states,
+            usage={} if self._usage is None else self._usage.counts,
         )
 
 
@@ -201,13 +245,32 @@ def log_softmax(logits: F32) -> F64:
     return x
 
 
-def _tokens(row: int, a: F32, b: F32) -> Iterator[Tokens]:
+def _perplexity(surprise: F64) -> float | None:
+    known = surprise[~np.isnan(surprise)]
+    with np.errstate(over="ignore"):
+        return float(np.exp(known.mean())) if len(known) else None
+
+
+def _tokens(row: int, a: F32, b: F32, came: Sequence[int]) -> Iterator[Tokens]:
     step = max(1, _BLOCK // a.shape[1])
     for first in range(0, len(a), step):
-        yield _block(row, first, a[first : first + step], b[first : first + step])
+        part = slice(first, first + step)
+        yield _block(row, first, a[part], b[part], came[part])
 
 
-def _block(row: int, first: int, a: F32, b: F32) -> Tokens:
+def surprise(logarithms: F64, came: Sequence[int]) -> F64:
+    """-log p of what came after each row of `log_softmax` [N, V]; NaN where nothing did.
+
+    It is infinite where the logits are not finite.
+    """
+    found = np.full(len(logarithms), np.nan)
+    known = np.asarray(came, np.int64)
+    told = -logarithms[np.arange(len(known)), known]
+    found[: len(known)] = np.where(np.isnan(told), np.inf, told)
+    return found
+
+
+def _block(row: int, first: int, a: F32, b: F32, came: Sequence[int]) -> Tokens:
     # Infinities and NaN are counted, not warned about.
     with np.errstate(invalid="ignore", over="ignore"):
         p, q = log_softmax(a), log_softmax(b)
@@ -219,6 +282,7 @@ def _block(row: int, first: int, a: F32, b: F32) -> Tokens:
     np.put_along_axis(rest, best[:, None], -np.inf, axis=-1)
     with np.errstate(invalid="ignore"):
         margin = top - rest.max(axis=-1)
+    won = np.take_along_axis(b, best[:, None], axis=-1)
     return Tokens(
         row=np.full(len(a), row),
         position=np.arange(first, first + len(a)),
@@ -228,6 +292,9 @@ def _block(row: int, first: int, a: F32, b: F32) -> Tokens:
         margin=margin,
         reference=best.astype(np.int64),
         other=np.argmax(b, axis=-1).astype(np.int64),
+        in_five=(b > won).sum(axis=-1) < 5,
+        surprise=surprise(p, came),
+        other_surprise=surprise(q, came),
     )
 
 

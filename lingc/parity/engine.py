@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lingc.errors import IncompatibleError
-from lingc.parity.side import F32, Choice, Mode, Scores, Tokens
-from lingc.plan import Plan
+from lingc.parity.side import F32, STATE_POSITIONS, Choice, Mode, Scores, Seen, Tokens
+from lingc.plan import Plan, Ref, Step
 from lingc.runtime.backend import Array, Backend
 from lingc.runtime.slots import Lease, Piece, SlotTable
 
 LEAD = 16
 """Tokens by prefill before the steps of decode and verify, so that the handing over is compared."""
 
-Tap = Callable[[Mapping[str, Array]], Mapping[int, Choice]]
-"""The experts of a run's packed tokens by layer, given what the run returned."""
+Tap = Callable[[Mapping[str, Array]], Seen]
+"""What was seen of a run's packed tokens, given what the run returned."""
 
 _PHASES: Mapping[Mode, tuple[str, ...]] = {
     "prefill": ("prefill",),
@@ -40,12 +40,46 @@ def router_outputs(plan: Plan) -> dict[str, int]:
     return {step.outputs[0]: step.layer for step in steps if step.op in ROUTERS}
 
 
+def layer_outputs(plan: Plan) -> dict[str, int]:
+    """Name of the residual stream behind each layer -> the layer.
+
+    It is what the norm of the next layer reads, or the last norm of all.
+    """
+    layers = plan.config["num_hidden_layers"]
+    norms = {f"model.layers.{i + 1}.input_layernorm.weight": i for i in range(layers - 1)}
+    norms |= {"model.norm.weight": layers - 1}
+    norms |= {f"model.layers.{layers}.final_layernorm.weight": layers}
+    found: dict[str, int] = {}
+    for program in plan.programs.values():
+        for step in program.steps:
+            for name in (arg.name for arg in step.args if isinstance(arg, Ref)):
+                spec = plan.weights.get(name)
+                if spec is not None and len(spec.sources) == 1 and spec.sources[0] in norms:
+                    found[_normed(step)] = norms[spec.sources[0]]
+    return found
+
+
+def _normed(step: Step) -> str:
+    """What a norm is taken of: the sum that it makes, or what it reads."""
+    if step.op in ("lingc.add_rms_norm", "lingc.add_rms_norm_fp8"):
+        return step.outputs[1]
+    first = step.args[0]
+    assert isinstance(first, Ref), "a norm reads a tensor"
+    return first.name
+
+
 def tap_outputs(plan: Plan) -> Tap:
-    """A tap for a backend that returns the routers' ids beside its outputs."""
-    layers = router_outputs(plan)
-    return lambda out: {
-        layer: Choice(ids=out[name]) for name, layer in layers.items() if name in out
-    }
+    """A tap for a backend that returns, beside its outputs, what `taps` names."""
+    experts, layers = router_outputs(plan), layer_outputs(plan)
+    return lambda out: Seen(
+        experts={layer: Choice(ids=out[name]) for name, layer in experts.items() if name in out},
+        layers={layer: out[name] for name, layer in layers.items() if name in out},
+    )
+
+
+def taps(plan: Plan) -> tuple[str, ...]:
+    """Values that `tap_outputs` wants to see."""
+    return (*router_outputs(plan), *layer_outputs(plan))
 
 
 def phases(mode: Mode) -> tuple[str, ...]:
@@ -63,6 +97,8 @@ class _Running:
         accepted: Of the tokens that the last verify left pending, how many to commit.
         logits: Blocks of scored tokens, in order.
         experts: Layer -> blocks of choices.
+        layers: Layer -> blocks of the residual stream.
+        states: (Layer, position) -> state.
     """
 
     tokens: Tokens
@@ -71,6 +107,8 @@ class _Running:
     accepted: int = 0
     logits: list[F32] = field(default_factory=list)
     experts: dict[int, list[Choice]] = field(default_factory=dict)
+    layers: dict[int, list[F32]] = field(default_factory=dict)
+    states: dict[tuple[int, int], F32] = field(default_factory=dict)
 
     @property
     def left(self) -> int:
@@ -120,7 +158,13 @@ class _Scoring:
         self.table = table
         self.tap = tap
         self.chunk = chunk
-        self.choices: Mapping[int, Choice] = {}
+        stem = "linear_state."
+        self.linear = {
+            int(name.removeprefix(stem)): name
+            for name in backend.plan.states
+            if name.startswith(stem)
+        }
+        self.seen = Seen()
 
     def run(self, rows: list[_Running], mode: Mode) -> None:
         if mode == "draft":
@@ -160,13 +204,16 @@ class _Scoring:
             counts = [min(self.chunk, row.left - 1) for row in ready]
             pieces = [_piece(row, count) for row, count in zip(ready, counts, strict=True)]
             hidden = self._run("prefill", pieces)["hidden"]
-            main = self.choices
+            main = self.seen
             later = [
                 Piece(lease=p.lease, position=p.position, tokens=row.tokens[p.position + 1 :][:n])
                 for row, p, n in zip(ready, pieces, counts, strict=True)
             ]
             out = self._run("draft", later, hidden=hidden)
-            self.choices = {**main, **self.choices}
+            self.seen = Seen(
+                experts={**main.experts, **self.seen.experts},
+                layers={**main.layers, **self.seen.layers},
+            )
             self._keep(ready, counts, counts, out["logits"])
 
     def _step(
@@ -181,6 +228,15 @@ class _Scoring:
         accepted = np.array([row.accepted for row in rows], np.int32)
         out = self._run(phase, pieces, accepted=accepted)
         self._keep(rows, counts, widths, out["logits"])
+        if phase != "verify":  # which leaves its tokens out of the state
+            self._keep_states(rows)
+
+    def _keep_states(self, rows: list[_Running]) -> None:
+        for row in rows:
+            if row.fed in STATE_POSITIONS or not row.left:
+                for layer, name in self.linear.items():
+                    state = self.backend.state(name)[row.lease.slot]
+                    row.states[layer, row.fed] = np.array(state, np.float32)
 
     def _wrong(self, row: _Running, count: int, more: int) -> list[int]:
         start = row.fed + count
@@ -201,7 +257,7 @@ class _Scoring:
         given |= {} if hidden is None else {"hidden": hidden}
         wanted = self.backend.plan.programs[phase].inputs
         out = self.backend.run(phase, {name: given[name] for name in wanted})
-        self.choices = {} if self.tap is None else self.tap(out)
+        self.seen = Seen() if self.tap is None else self.tap(out)
         return out
 
     def _keep(
@@ -211,8 +267,10 @@ class _Scoring:
         for row, count, width in zip(rows, counts, widths, strict=True):
             part = slice(first, first + count)
             row.logits.append(logits[part])
-            for layer, choice in self.choices.items():
+            for layer, choice in self.seen.experts.items():
                 row.experts.setdefault(layer, []).append(_part(choice, part))
+            for layer, stream in self.seen.layers.items():
+                row.layers.setdefault(layer, []).append(np.array(stream[part], np.float32))
             row.fed += count
             first += width
 
@@ -235,4 +293,9 @@ def _scores(row: _Running) -> Scores:
             ids=np.concatenate([part.ids for part in parts]),
             biased=np.concatenate(scores) if len(scores) == len(parts) else None,
         )
-    return Scores(logits=np.concatenate(row.logits), experts=experts)
+    return Scores(
+        logits=np.concatenate(row.logits),
+        experts=experts,
+        layers={layer: np.concatenate(parts) for layer, parts in row.layers.items()},
+        states=row.states,
+    )

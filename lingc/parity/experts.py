@@ -20,11 +20,12 @@ from lingc.parity.side import Choice
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """How the model chooses: groups, groups kept, experts a token."""
+    """How the model chooses: groups, groups kept, experts a token, and experts in all."""
 
     groups: int
     kept_groups: int
     top_k: int
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

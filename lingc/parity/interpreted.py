@@ -1,4 +1,4 @@
-"""An interpreted plan tells its experts: what it routes by is seen between its steps."""
+"""An interpreted plan tells its experts and its residual stream, seen between its steps."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lingc.interpret import InterpreterBackend
 from lingc.math import rms
-from lingc.parity.engine import ROUTERS
-from lingc.parity.side import Choice
+from lingc.parity.engine import ROUTERS, layer_outputs
+from lingc.parity.side import F32, Choice, Seen
 from lingc.plan import Ref, Step
 from lingc.runtime.backend import Array
 
 
-class RouterWatch:
-    """Collects the experts of a run, layer by layer. Call it after each run to take them.
+class PlanWatch:
+    """Collects experts and residual stream of a run, by layer. Call it after each run to take them.
 
     Args:
         backend: Its `watch` is set to this.
@@ -30,10 +30,13 @@ class RouterWatch:
         }
         self._values: dict[str, Tensor] = {}
         self._found: dict[int, Choice] = {}
+        self._streams = layer_outputs(backend.plan) if backend.plan.config else {}
+        self._layers: dict[int, F32] = {}
         backend.watch = self._see
 
-    def __call__(self, _out: Mapping[str, Array]) -> Mapping[int, Choice]:
-        found, self._found = self._found, {}
+    def __call__(self, _out: Mapping[str, Array]) -> Seen:
+        found = Seen(experts=self._found, layers=self._layers)
+        self._found, self._layers = {}, {}
         self._values.clear()
         return found
 
@@ -41,6 +44,8 @@ class RouterWatch:
         for name, value in zip(step.outputs, results, strict=True):
             if name in self._inputs:
                 self._values[name] = value
+            if name in self._streams:
+                self._layers[self._streams[name]] = value.float().cpu().numpy()
         if step.op in ROUTERS:
             known = {**self._backend.weights, **self._values}
             self._found[step.layer] = Choice(

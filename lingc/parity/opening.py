@@ -14,7 +14,7 @@ from lingc.engine import Package, open_package, read_manifest
 from lingc.engine.bind import with_weights
 from lingc.errors import InputError, IntegrityError
 from lingc.model.config import ModelConfig
-from lingc.parity.engine import EngineSide, router_outputs, tap_outputs
+from lingc.parity.engine import EngineSide, tap_outputs, taps
 from lingc.parity.experts import Routing
 from lingc.parity.side import Side
 from lingc.parity.weights import RoundedWeights
@@ -96,6 +96,7 @@ class Subject:
             groups=config.n_group,
             kept_groups=config.topk_group,
             top_k=config.num_experts_per_tok,
+            experts=config.num_experts,
         )
 
     def start(self, given: Start) -> Side:
@@ -205,7 +206,7 @@ def _engine(engine: OpenedEngine, given: Start, title: str) -> Side:
         open_weights(engine.package.shards()),
         limits,
         threads=given.threads,
-        taps=tuple(router_outputs(engine.plan)),
+        taps=taps(engine.plan),
     )
     return EngineSide(backend, title, tap=tap_outputs(engine.plan))
 
@@ -213,11 +214,11 @@ def _engine(engine: OpenedEngine, given: Start, title: str) -> Side:
 def _interpreted(package: Package, given: Start, title: str) -> Side:
     # Here and below: what needs torch is imported when a side needs it.
     from lingc.interpret import InterpreterBackend  # noqa: PLC0415
-    from lingc.parity.interpreted import RouterWatch  # noqa: PLC0415
+    from lingc.parity.interpreted import PlanWatch  # noqa: PLC0415
 
     plan = package.plan
     backend = InterpreterBackend(plan, open_weights(package.shards()), given.limits(plan))
-    return EngineSide(backend, title, tap=RouterWatch(backend))
+    return EngineSide(backend, title, tap=PlanWatch(backend))
 
 
 def _eager(checkpoint: Checkpoint, given: Start, title: str) -> Side:

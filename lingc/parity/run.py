@@ -206,8 +206,8 @@ def compare(
                 continue
             ids = [tokens for _, tokens in scored]
             pairs = zip(reference.score(ids, mode), other.score(ids, mode), strict=True)
-            for (index, _), (a, b) in zip(scored, pairs, strict=True):
-                comparison.add(index, a, b)
+            for (index, tokens), (a, b) in zip(scored, pairs, strict=True):
+                comparison.add(index, a, b, tokens[2 if mode == "draft" else 1 :])
         advance(len(part))
     for mode, comparison in found:
         if not comparison.rows:

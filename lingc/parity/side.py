@@ -7,7 +7,7 @@ Axis letters: N scored tokens of a row, V vocabulary, E experts, k experts a tok
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -51,10 +51,27 @@ class Scores:
     Attributes:
         logits: After each token, [N, V]; N is one less than the row's length in draft mode.
         experts: Layer -> choice, of the layers that the side can tell of.
+        layers: Layer -> residual stream behind it [N, D], likewise.
+        states: (Linear layer, position) -> its state [H, K, V] when so many tokens have been seen,
+            at some of `STATE_POSITIONS` and at the row's end.
     """
 
     logits: F32
     experts: Mapping[int, Choice]
+    layers: Mapping[int, F32] = field(default_factory=dict)
+    states: Mapping[tuple[int, int], F32] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What was seen inside of one run, of all its packed tokens."""
+
+    experts: Mapping[int, Choice] = field(default_factory=dict)
+    layers: Mapping[int, F32] = field(default_factory=dict)
+
+
+STATE_POSITIONS = tuple(4**n for n in range(2, 10))
+"""Tokens after which linear states are looked at: 16, 64, 256 and so on."""
 
 
 class Side(Protocol):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lingc.errors import IncompatibleError
 from lingc.parity.engine import LEAD, EngineSide
-from lingc.parity.side import MODES, Choice, Mode
+from lingc.parity.side import MODES, Choice, Mode, Seen
 from lingc.runtime import Limits
 from tests.runtime.toy import VOCAB, ToyBackend, expected_logits, plan
 
@@ -99,7 +99,12 @@ def test_experts_go_to_their_rows_and_positions(mode: Mode) -> None:
     backend.run = noted  # type: ignore[method-assign]
     tapped = EngineSide(
         backend, "toy", chunk=5,
-        tap=lambda _out: {2: Choice(ids=np.stack([fed[-1]["token_ids"], fed[-1]["positions"]], 1))},
+        tap=lambda _out: Seen(
+            experts={
+                2: Choice(ids=np.stack([fed[-1]["token_ids"], fed[-1]["positions"]], 1))
+            },
+            layers={4: fed[-1]["positions"][:, None].astype(np.float32)},
+        ),
     )  # fmt: skip
     rows = [[(3 * t) % VOCAB for t in range(30)], [(5 * t + 1) % VOCAB for t in range(21)]]
 
@@ -108,3 +113,4 @@ def test_experts_go_to_their_rows_and_positions(mode: Mode) -> None:
     for row, scores in zip(rows, found, strict=True):
         want = np.stack([np.array(row), np.arange(len(row))], 1)
         np.testing.assert_array_equal(scores.experts[2].ids, want)
+        np.testing.assert_array_equal(scores.layers[4][:, 0], np.arange(len(row)))

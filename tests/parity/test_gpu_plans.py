@@ -17,7 +17,7 @@ from lingc.graph import Captured
 from lingc.lower import lower
 from lingc.model.config import ModelConfig
 from lingc.parity.engine import EngineSide
-from lingc.parity.interpreted import RouterWatch
+from lingc.parity.interpreted import PlanWatch
 from lingc.parity.side import MODES, Scores
 from lingc.plan import PHASES, Plan
 from lingc.quantize.recipes import built_in, load_recipe
@@ -92,7 +92,7 @@ def scored(precision: str, target: str) -> Iterator[tuple[str, list[Scores]]]:
     checkpoint = open_checkpoint(LING_TINY)
     weights = CheckpointWeights(plan.weights.values(), checkpoint, CONFIG)
     backend = in_float64(plan, weights, CONFIG, Limits(slots=2, pages=4))
-    side = EngineSide(backend, target, tap=RouterWatch(backend), chunk=16)
+    side = EngineSide(backend, target, tap=PlanWatch(backend), chunk=16)
     for mode in MODES:
         yield mode, side.score(ROWS, mode)
 

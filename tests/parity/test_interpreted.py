@@ -5,7 +5,7 @@ import pytest
 
 from lingc.interpret import InterpreterBackend
 from lingc.parity.experts import Routing, gap
-from lingc.parity.interpreted import RouterWatch
+from lingc.parity.interpreted import PlanWatch
 from lingc.plan import Plan, Program, Ref, Step, TensorType, WeightSpec
 from lingc.runtime import Limits
 
@@ -56,11 +56,11 @@ def test_choices_are_those_of_the_step_with_the_scores_behind_them(op: str) -> N
         "norm": rng.random(WIDTH).astype(np.float32),
     }
     backend = InterpreterBackend(routed_plan(op), weights, Limits(slots=1, pages=1))
-    watch = RouterWatch(backend)
+    watch = PlanWatch(backend)
     x = rng.standard_normal((TOKENS, WIDTH)).astype(np.float32)
 
     out = backend.run("prefill", {"x": x})
-    found = watch(out)
+    found = watch(out).experts
 
     assert list(found) == [7]
     choice = found[7]
@@ -74,4 +74,4 @@ def test_choices_are_those_of_the_step_with_the_scores_behind_them(op: str) -> N
     routing = Routing(groups=3, kept_groups=2, top_k=2)
     for scores, ids in zip(choice.biased, choice.ids, strict=True):
         assert gap(scores, ids.tolist(), routing) == 0
-    assert watch(out) == {}
+    assert watch(out).experts == {}
