@@ -2,12 +2,8 @@
 
 import json
 import lzma
-import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +29,7 @@ from lingc.runtime.cuda_code import read_code
 from lingc.targets.cuda import buckets as all_buckets
 from lingc.targets.cuda.buckets import Sizes
 from lingc.weights import open_weights
+from tests import full_size_builds
 
 CHECKPOINTS = Path(__file__).parents[1] / "artifacts" / "checkpoints"
 TINY, FULL = CHECKPOINTS / "ling-tiny", CHECKPOINTS / "ling-2.6-flash"
@@ -390,29 +387,16 @@ def test_a_changed_table_is_not_shown(
 
 
 @pytest.mark.long
-def test_the_full_size_engine_is_small_and_soon_made_again(tmp_path: Path) -> None:
-    """Two builds in processes of their own; of time, what two cores have in 180 s and in 15 s."""
-    first, cold = full_size(tmp_path / "a", tmp_path / "cache")
-    second, warm = full_size(tmp_path / "b", tmp_path / "cache")
+@pytest.mark.parametrize("precision", full_size_builds.PRECISIONS)
+@pytest.mark.parametrize("target", full_size_builds.TARGETS)
+def test_the_full_size_engine_is_small_and_soon_made_again(
+    target: str, precision: str, tmp_path: Path
+) -> None:
+    """Processes of their own in folders of their own; two cores have 180 s and 15 s."""
+    cold, warm = full_size_builds.pair(target, precision, tmp_path)
 
-    assert first.manifest.bundle_id == second.manifest.bundle_id
-    assert sum(entry.size for entry in first.manifest.files.values()) < 5_000_000
-    assert cold < 2 * 180
-    assert warm < 2 * 15
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6_000_000
-
-
-def full_size(folder: Path, cache: Path) -> tuple[Package, float]:
-    """A package, and the processor time that it took."""
-    folder.mkdir()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = ["--target", "h20", "--precision", "fp8", "--weights", "external", "-o", "x.ling"]
-    subprocess.run(
-        [sys.executable, "-m", "lingc", "build", str(FULL), *words],
-        check=True,
-        cwd=folder,
-        env={**os.environ, "LINGC_CACHE": str(cache), "PYTHONPATH": str(CHECKPOINTS.parents[1])},
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return open_package(folder / "x.ling", level="integrity"), seconds
+    assert cold.bundle_id == warm.bundle_id
+    assert cold.bytes < 5_000_000
+    assert cold.busy < 2 * 180
+    assert warm.busy < 2 * 15
+    assert max(cold.peak_bytes, warm.peak_bytes) < 6e9
