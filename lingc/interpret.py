@@ -117,6 +117,22 @@ class InterpreterBackend:
         for name, value in saved.items():
             self.states[name][slot] = stored_tensor(value, self.plan.states[name]).to(self.device)
 
+    def save_rows(self, rows: Array) -> dict[str, Array]:
+        """Rows of every cache."""
+        index = torch.from_numpy(np.asarray(rows, np.int64)).to(self.device)
+        return {
+            name: _stored_array(state[index].cpu())
+            for name, state in self.states.items()
+            if self.plan.states[name].shape[0] == "R"
+        }
+
+    def load_rows(self, rows: Array, saved: Mapping[str, Array]) -> None:
+        """Put back what `save_rows` gave."""
+        index = torch.from_numpy(np.asarray(rows, np.int64)).to(self.device)
+        for name, value in saved.items():
+            kept = stored_tensor(value, self.plan.states[name])
+            self.states[name][index] = kept.to(self.device, self.states[name].dtype)
+
     def close(self) -> None:
         """Release weights and state."""
         self.weights.clear()

@@ -6,16 +6,19 @@ backend.
 """
 
 from lingc.runtime.backend import Backend, Limits
-from lingc.runtime.generate import Event, Generator, Run, Stats
+from lingc.runtime.generate import Event, Generator, Run
 from lingc.runtime.sampling import Sampling
+from lingc.runtime.saved import Prefix
 from lingc.runtime.sequence import (
     Acceptance,
     Completion,
     Finish,
+    Parked,
     Request,
     Token,
     TokenLogprob,
 )
+from lingc.runtime.stats import Stats
 from lingc.runtime.tokenizer import Tokenizer
 
 __all__ = [
@@ -26,6 +29,8 @@ __all__ = [
     "Finish",
     "Generator",
     "Limits",
+    "Parked",
+    "Prefix",
     "Request",
     "Run",
     "Sampling",

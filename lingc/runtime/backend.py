@@ -97,6 +97,19 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Keeping(Protocol):
+    """A backend that gives and takes rows of its caches, beside what `save_slot` gives."""
+
+    def save_rows(self, rows: Array) -> SlotState:
+        """Copy these rows of every cache, in their order: [len(rows), ...] by state name."""
+        ...
+
+    def load_rows(self, rows: Array, saved: SlotState) -> None:
+        """Put back what `save_rows` returned, into these rows or others."""
+        ...
+
+
+@runtime_checkable
 class Bounded(Protocol):
     """A backend whose steps are best of a certain size."""
 

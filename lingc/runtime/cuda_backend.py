@@ -13,10 +13,9 @@ import numpy as np
 
 from lingc.device import Binary, Device, Pinned
 from lingc.engine import Package
-from lingc.errors import IncompatibleError, InputError, UsageError
+from lingc.errors import IncompatibleError, UsageError
 from lingc.launch_table import Bucket
 from lingc.plan import Plan, Program, TensorType
-from lingc.quantize.formats import widen_bf16
 from lingc.runtime.backend import Array, Limits, SlotState, Ticket
 from lingc.runtime.cuda_bucket import AGAIN, DRAWN, SAMPLE, WHOLE, BoundBucket
 from lingc.runtime.cuda_code import CudaCode, all_sizes, check, read_code, read_kernel
@@ -38,6 +37,7 @@ from lingc.runtime.cuda_inputs import (
 )
 from lingc.runtime.cuda_memory import DeviceMemory, Held
 from lingc.runtime.cuda_rounds import CudaRounds
+from lingc.runtime.cuda_state import CudaState
 from lingc.runtime.cuda_weights import upload_weights
 from lingc.weights import Progress
 
@@ -122,6 +122,8 @@ class CudaBackend:
         """Where the step before drew its tokens, if it was queued."""
         used = [bucket for buckets in self._buckets.values() for bucket in buckets]
         self._memory = DeviceMemory(self.device, code, limits, used)
+        axes = {name: str(kind.shape[0]) for name, kind in code.plan.states.items()}
+        self._state = CudaState(self.device, self._memory.states, axes, self._fetch)
         try:
             if weights is not None:
                 upload_weights(
@@ -218,25 +220,19 @@ class CudaBackend:
 
     def state(self, name: str) -> Array:
         """A copy of a state tensor, scratch included; bf16 widened."""
-        found = self._fetch(self._state(name))
-        return widen_bf16(found) if found.dtype == np.uint16 else found
+        return self._state.whole(name)
 
     def save_slot(self, slot: int) -> SlotState:
-        return {name: self._fetch(held) for name, held in self._slot(slot).items()}
+        return self._state.save_slot(slot)
 
     def load_slot(self, slot: int, saved: SlotState) -> None:
-        for name, held in self._slot(slot).items():
-            if name not in saved:
-                raise InputError(f"the saved slot lacks {name!r}")
-            dtype, shape = NUMPY_DTYPE[held.kind.dtype], held.kind.shape
-            given = np.ascontiguousarray(saved[name])
-            if given.dtype != dtype or given.shape != shape:
-                raise InputError(
-                    f"{name!r} of the saved slot is {given.dtype} {list(given.shape)}, "
-                    f"not {held.kind}"
-                )
-            self.device.upload(held.address, given.ctypes.data, held.bytes)
-            self._finish()
+        self._state.load_slot(slot, saved)
+
+    def save_rows(self, rows: Array) -> SlotState:
+        return self._state.save_rows(rows)
+
+    def load_rows(self, rows: Array, saved: SlotState) -> None:
+        self._state.load_rows(rows, saved)
 
     @property
     def code(self) -> CudaCode:
@@ -249,7 +245,7 @@ class CudaBackend:
 
     def held_state(self, name: str) -> Held:
         """Where a state tensor lies on the device, scratch included."""
-        return self._state(name)
+        return self._state.place(name)
 
     def prepare(self, phase: str, inputs: Mapping[str, Array]) -> BoundBucket:
         """The bucket that a step runs in, with its inputs in place and nothing run; see `run`.
@@ -438,28 +434,6 @@ class CudaBackend:
 
     def _finish(self) -> None:
         self.device.wait(self.device.mark())
-
-    # -------------------------------------------------------------------------------------- state
-
-    def _state(self, name: str) -> Held:
-        if name not in self._memory.states:
-            known = ", ".join(self._memory.states)
-            raise UsageError(f"the engine has no state {name!r}", hint=f"it has: {known}")
-        return self._memory.states[name]
-
-    def _slot(self, slot: int) -> dict[str, Held]:
-        """One slot's share of every state that has slots."""
-        if not 0 <= slot < self._limits.slots:
-            raise UsageError(f"slot {slot} is not one of {self._limits.slots}")
-        found = {}
-        for name, kind in self.plan.states.items():
-            if kind.shape[0] != "S":
-                continue
-            whole = self._memory.states[name]
-            one = TensorType(kind.dtype, whole.kind.shape[1:])
-            size = one.bytes()
-            found[name] = Held(kind=one, address=whole.address + slot * size, bytes=size)
-        return found
 
     def _pin(self, size: int) -> Pinned:
         self._pinned.append(self.device.pin(size))

@@ -8,20 +8,28 @@ requests without a slot wait in order and join between steps.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from lingc.errors import UsageError
 from lingc.plan import Plan
-from lingc.runtime import sampling
+from lingc.runtime import prefixes, sampling
 from lingc.runtime.ahead import Ahead, checked, wanted
 from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits, Speculating
 from lingc.runtime.rounds import Rounds
-from lingc.runtime.sequence import Completion, Request, Token, check_prompt, never_started
+from lingc.runtime.saved import Prefix, restore, save
+from lingc.runtime.sequence import (
+    Completion,
+    Parked,
+    Request,
+    Token,
+    check_prompt,
+    never_started,
+)
 from lingc.runtime.sequence import Sequence as Running
-from lingc.runtime.slots import Piece, SlotTable
+from lingc.runtime.slots import Lease, Piece, SlotTable
 from lingc.runtime.speculative import Forced, Speculator
+from lingc.runtime.stats import Stats
 from lingc.runtime.steps import Steps
 from lingc.runtime.tokenizer import Tokenizer
 
@@ -31,25 +39,6 @@ PREFILL_TOKENS = 512
 """Most tokens of a prefill step, for a backend that does not say what is best."""
 BESIDE_TOKENS = 8192
 """Most of them while other sequences wait for their next token."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Stats:
-    """What a run did, and for how long.
-
-    Attributes:
-        prompt_tokens: Fed in prefill.
-        prefill_s: Time in prefill, the draft layer's part included.
-        decoded_tokens: Produced by decode steps or rounds.
-        decode_s: Time in those.
-        steps: Decode steps or rounds.
-    """
-
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    decoded_tokens: int = 0
-    decode_s: float = 0.0
-    steps: int = 0
 
 
 def longest_sequence(plan: Plan, limits: Limits) -> tuple[int, str]:
@@ -62,7 +51,7 @@ def longest_sequence(plan: Plan, limits: Limits) -> tuple[int, str]:
 
 
 def check_requests(
-    requests: Sequence[Request], plan: Plan, limits: Limits, *, has_tokenizer: bool
+    requests: Sequence[Request], plan: Plan, limits: Limits, *, has_tokenizer: bool, first: int = 0
 ) -> None:
     """Refuse what an engine with those limits could not run; needs no backend yet.
 
@@ -72,7 +61,7 @@ def check_requests(
     """
     longest, reason = longest_sequence(plan, limits)
     vocab: int = plan.config["vocab_size"]
-    for index, request in enumerate(requests):
+    for index, request in enumerate(requests, first):
         check_prompt(request, index=index, vocab=vocab, capacity=longest, reason=reason)
         if request.stop and not has_tokenizer:
             raise UsageError(
@@ -142,10 +131,37 @@ class Generator:
             PromptError: A prompt is empty, too long or out of range.
             UsageError: A request has stop strings and there is no tokenizer.
         """
+        self.check(requests)
+        return Run(self, requests)
+
+    def check(self, requests: Sequence[Request], first: int = 0) -> None:
+        """Refuse requests that cannot be run; they are numbered from `first` on.
+
+        Raises:
+            PromptError: A prompt is empty, too long or out of range.
+            UsageError: A request has stop strings and there is no tokenizer, or a prefix that is
+                not its own.
+        """
         backend = self.steps.backend
         has_text = self.tokenizer is not None
-        check_requests(requests, backend.plan, backend.limits, has_tokenizer=has_text)
-        return Run(self, requests)
+        check_requests(requests, backend.plan, backend.limits, has_tokenizer=has_text, first=first)
+        for index, request in enumerate(requests, first):
+            if request.prefix is not None:
+                has_drafts = self.speculator is not None
+                request.prefix.check(request.tokens, index=index, has_drafts=has_drafts)
+
+    def prefix(self, tokens: Sequence[int]) -> Prefix:
+        """Compute what several prompts begin with, once; not while a run is under way.
+
+        Raises:
+            PromptError: It is empty, too long or out of range.
+            UsageError: This kind of engine cannot keep it.
+        """
+        request = Request(tokens=tuple(tokens), max_tokens=1)
+        self.check([request])
+        return prefixes.compute(
+            self.steps, self.speculator, request, prefill_tokens=self.prefill_tokens
+        )
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Tokens as they come, and each request's completion when it ends."""
@@ -167,13 +183,18 @@ class Generator:
 
 
 class Run:
-    """A set of requests under way. Close it, or use it as a context, to free their slots."""
+    """A set of requests under way. Close it, or use it as a context, to free their slots.
+
+    Between steps requests may be added, and such that run be parked and go on later.
+    """
 
     def __init__(self, generator: Generator, requests: Sequence[Request]) -> None:
         self._generator = generator
         self._steps = generator.steps
-        self._waiting = deque(enumerate(requests))
+        self._waiting: deque[tuple[int, Request | Parked]] = deque(enumerate(requests))
+        self._count = len(requests)
         self._running: list[Running] = []
+        self._owed: list[Event] = []
         self._ahead = _ahead(generator)
         self._rounds = _rounds(generator)
         self._start = time.perf_counter()
@@ -192,10 +213,55 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        return not (self._waiting or self._running)
+        return not (self._waiting or self._running or self._owed)
+
+    def add(self, request: Request) -> int:
+        """Have one more request wait for its turn; returns its index.
+
+        Raises:
+            PromptError, UsageError: As `Generator.start`.
+        """
+        self._generator.check([request], self._count)
+        self._waiting.append((self._count, request))
+        self._count += 1
+        return self._count - 1
+
+    def park(self, index: int) -> Parked:
+        """Take a running request out, with all that it needs to go on; its room is free then.
+
+        What was under way for it is told by the next step.
+
+        Raises:
+            UsageError: It does not run, or this kind of engine cannot save what it holds.
+        """
+        self._owed += self._settle()
+        found = [s for s in self._running if s.index == index and s.finish is None]
+        if not found:
+            raise UsageError(f"request {index} does not run", hint="park one that has begun")
+        (s,) = found
+        table = self._steps.table
+        saved = save(self._steps.backend, table, s.lease, s.fed)
+        self._running.remove(s)
+        table.release(s.lease)
+        return Parked(sequence=s, saved=saved)
+
+    def resume(self, parked: Parked) -> None:
+        """Have a request that was parked wait for its turn to go on.
+
+        Raises:
+            UsageError: It goes on already.
+        """
+        if parked.is_resumed:
+            raise UsageError(f"request {parked.sequence.index} was resumed before")
+        parked.is_resumed = True
+        self._waiting.append((parked.sequence.index, parked))
 
     def step(self) -> list[Event]:
         """Take every sequence as far as one step takes it."""
+        owed, self._owed = self._owed, []
+        return [*owed, *self._step()]
+
+    def _step(self) -> list[Event]:
         self._admit()
         prompt_tokens = self.stats.prompt_tokens
         events = self._prefill()
@@ -207,7 +273,7 @@ class Run:
             if self._rounds is not None and (
                 self._rounds.is_under_way or (self._draws(ready) and self._rounds.fits(ready))
             ):
-                events += self._device_round(self._rounds, ready)
+                events += self._device_round(self._rounds, ready, follow=self._draws(ready))
             elif speculator is not None:
                 if self._rounds is not None:
                     self._rounds.hand_back()
@@ -226,7 +292,12 @@ class Run:
         """End every request now, and say how far each came that has not ended yet."""
         now = self._elapsed()
         partial = [s.complete(total_s=now) for s in self._running]
-        partial += [never_started(request, index, total_s=now) for index, request in self._waiting]
+        for index, one in self._waiting:
+            partial.append(
+                one.sequence.complete(total_s=now)
+                if isinstance(one, Parked)
+                else never_started(one, index, total_s=now)
+            )
         self.close()
         return partial
 
@@ -239,29 +310,43 @@ class Run:
             self._steps.table.release(s.lease)
         self._running.clear()
         self._waiting.clear()
+        self._owed.clear()
 
     def _admit(self) -> None:
         table = self._steps.table
         while self._waiting:
-            index, request = self._waiting[0]
-            limit = self._generator.limit(request)
+            index, one = self._waiting[0]
+            limit = one.sequence.limit if isinstance(one, Parked) else self._generator.limit(one)
             if self._running and not table.has_room(limit - 1):
                 return
             lease = table.admit(limit - 1)
             self._waiting.popleft()
-            tokenizer = self._generator.tokenizer
-            own = request.stop_ids
-            self._running.append(
-                Running(
-                    index=index,
-                    request=request,
-                    lease=lease,
-                    limit=limit,
-                    text=None if tokenizer is None else tokenizer.stream(),
-                    stop_ids=self._generator.stop_ids if own is None else own,
-                    histogram=[0] * (self._generator.drafts + 1),
-                )
-            )
+            if isinstance(one, Parked):
+                s = one.sequence
+                s.lease = lease
+                restore(self._steps.backend, table, lease, one.saved)
+            else:
+                s = self._admitted(index, one, lease, limit)
+            self._running.append(s)
+
+    def _admitted(self, index: int, request: Request, lease: Lease, limit: int) -> Running:
+        generator, own, prefix = self._generator, request.stop_ids, request.prefix
+        tokenizer = generator.tokenizer
+        s = Running(
+            index=index,
+            request=request,
+            lease=lease,
+            limit=limit,
+            text=None if tokenizer is None else tokenizer.stream(),
+            stop_ids=generator.stop_ids if own is None else own,
+            histogram=[0] * (generator.drafts + 1),
+        )
+        if prefix is not None:
+            restore(self._steps.backend, self._steps.table, lease, prefix.saved)
+            s.fed = prefix.saved.count
+            if generator.speculator is not None and prefix.hidden is not None:
+                generator.speculator.feed([s], [prefix.hidden[None]])
+        return s
 
     def _prefill(self) -> list[Event]:
         """One chunk of prompts, in the order in which they came."""
@@ -333,9 +418,23 @@ class Run:
         self._feed(ready, [result.hidden for result in verified])
         return events
 
-    def _device_round(self, rounds: Rounds, ready: list[Running]) -> list[Event]:
+    def _settle(self) -> list[Event]:
+        """Read what is under way, and begin nothing: the state is then that of the tokens."""
+        ready = [s for s in self._running if not s.is_prefilling and s.finish is None]
         events: list[Event] = []
-        for s, tokens in rounds.step(ready, follow=self._draws(ready)):
+        if self._ahead is not None and self._ahead.is_under_way:
+            chosen = self._ahead.step(ready, follow=False, disturbed=False)
+            events += [self._emit(s, token) for s, token in chosen]
+            self.stats.decoded_tokens += len(chosen)
+        if self._rounds is not None:
+            if self._rounds.is_under_way:
+                events += self._device_round(self._rounds, ready, follow=False)
+            self._rounds.hand_back()
+        return events
+
+    def _device_round(self, rounds: Rounds, ready: list[Running], *, follow: bool) -> list[Event]:
+        events: list[Event] = []
+        for s, tokens in rounds.step(ready, follow=follow):
             for token in tokens:
                 events.append(self._emit(s, token))
                 if s.finish is not None:

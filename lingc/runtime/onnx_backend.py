@@ -146,6 +146,14 @@ class OnnxBackend:
                 raise InputError(f"the saved slot lacks {name!r}")
             self._states[name][slot] = saved[name]
 
+    def save_rows(self, rows: Array) -> SlotState:
+        kinds = self.plan.states
+        return {n: self._states[n][rows] for n, kind in kinds.items() if kind.shape[0] == "R"}
+
+    def load_rows(self, rows: Array, saved: SlotState) -> None:
+        for name, value in saved.items():
+            self._states[name][rows] = value
+
     def close(self) -> None:
         self._runners.clear()
         self._values.clear()

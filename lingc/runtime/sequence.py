@@ -9,6 +9,7 @@ import numpy as np
 from lingc.errors import PromptError, UsageError
 from lingc.runtime.backend import Array
 from lingc.runtime.sampling import Row, Sampling, log_softmax
+from lingc.runtime.saved import Prefix, Saved
 from lingc.runtime.slots import Lease
 from lingc.runtime.stopping import StopFilter
 from lingc.runtime.tokenizer import TextStream
@@ -37,6 +38,8 @@ class Request:
         stop: Strings that end the completion; the text goes up to the first.
         logprobs: How many of the likeliest tokens to report at each position beside the chosen
             one; None reports nothing.
+        prefix: The state behind the first tokens of the prompt, where it is known; they are not
+            computed again.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +48,7 @@ class Request:
     stop_ids: frozenset[int] | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prefix: Prefix | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -246,6 +250,15 @@ class Sequence:
             first_token_s=self.first_token_s,
             total_s=total_s,
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class Parked:
+    """A request that was taken out of a run between steps; `Run.resume` goes on with it."""
+
+    sequence: Sequence
+    saved: Saved
+    is_resumed: bool = False
 
 
 def never_started(request: Request, index: int, *, total_s: float) -> Completion:

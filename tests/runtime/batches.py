@@ -65,7 +65,7 @@ def differences(want: Sequence[Completion], got: Sequence[Completion]) -> list[s
             at = _first(one.tokens, other.tokens)
             found.append(f"request {index}: token {at} is {other.tokens[at:at + 1]}, not "
                          f"{one.tokens[at:at + 1]}")  # fmt: skip
-        elif one.logprobs is not None and other.logprobs is not None:
+        elif one.logprobs and other.logprobs:
             pairs = zip(one.logprobs, other.logprobs, strict=True)
             at = next((i for i, (a, b) in enumerate(pairs) if a != b), -1)
             if at >= 0:
@@ -99,8 +99,8 @@ def apart(want: Sequence[Completion], got: Sequence[Completion]) -> Apart:
     largest, positions, margins = 0.0, 0, {}
     for index, other in enumerate(got):
         one = want[index % len(want)]
-        assert one.logprobs is not None, "they were asked for"
-        assert other.logprobs is not None, "they were asked for"
+        assert one.logprobs, "they were asked for"
+        assert other.logprobs, "they were asked for"
         first = _first(one.tokens, other.tokens)
         for a, b in zip(one.logprobs[:first], other.logprobs[:first], strict=True):
             mine, theirs = dict(a.top), dict(b.top)

@@ -159,6 +159,13 @@ class ToyBackend:
         for name, value in saved.items():
             self.state(name)[slot] = value
 
+    def save_rows(self, rows: Array) -> SlotState:
+        return {name: self.state(name)[rows] for name in ("latent_cache.1", "latent_cache.2")}
+
+    def load_rows(self, rows: Array, saved: SlotState) -> None:
+        for name, value in saved.items():
+            self.state(name)[rows] = value
+
     def close(self) -> None:
         self._cache = self._draft_cache = np.empty(0, np.int64)
 
