@@ -157,6 +157,7 @@ def _asked(request: Request, also: Sequence[str]) -> tuple[EngineKind, list[Targ
         )
     kind = kinds[request.target]
     code.refuse(kind, request)
+    code.require(kind, wanted)
     return kind, wanted
 
 

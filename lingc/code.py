@@ -4,7 +4,7 @@ What a kind needs is imported where that kind is made: building one asks for no 
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -19,7 +19,8 @@ from lingc.compile import Compiled, Request, Stage
 from lingc.engine import canonical
 from lingc.errors import UsageError
 from lingc.plan import Plan
-from lingc.targets.spec import EngineKind
+from lingc.runtime import tensorrt_library
+from lingc.targets.spec import EngineKind, Target
 
 Array = NDArray[Any]
 
@@ -91,6 +92,17 @@ def refuse(kind: EngineKind, request: Request) -> None:
             f"--batch-invariant is for engines of the kind 'cuda', not {kind!r}",
             hint="leave it out, or build for a GPU: `lingc targets` lists them",
         )
+
+
+def require(kind: EngineKind, wanted: Sequence[Target]) -> None:
+    """Ask for what builds a kind of engine before anything is compiled.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    if kind == "tensorrt":
+        for target in wanted:
+            tensorrt_library.require(target)
 
 
 def _onnx(compiled: Compiled, request: Request, stage: Stage) -> Code:

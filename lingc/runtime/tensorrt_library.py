@@ -5,13 +5,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lingc.errors import ResourceError
+from lingc.errors import MissingExtraError, ResourceError
+from lingc.targets.spec import Target
 
-INSTALL: Mapping[str, str] = {
-    "tensorrt_rtx": "pip install 'lingc[tensorrt]'",
-    "tensorrt": "on the machine with the GPU: pip install tensorrt 'lingc[tensorrt]'",
+RTX_CAPABILITIES: Mapping[tuple[int, int], str] = {
+    (8, 9): "SM89",
+    (12, 0): "SM120",
+    (12, 1): "SM121",
 }
-"""Module -> how to get it."""
+"""What TensorRT for RTX builds for, as its `ComputeCapability` calls it; it has no sm_90."""
+
+RTX, STANDARD = "tensorrt_rtx", "tensorrt"
+"""Modules of the two flavours."""
+
+
+def module_of(target: Target) -> str:
+    """The flavour whose engines a target runs."""
+    return RTX if target.compute_capability in RTX_CAPABILITIES else STANDARD
+
+
+def require(target: Target) -> Any:
+    """The module that builds for a target.
+
+    Raises:
+        MissingExtraError: It is not installed; the hint says what builds here instead.
+    """
+    name = module_of(target)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if name == RTX:
+            raise MissingExtraError(
+                f"a TensorRT engine for {target.name!r} is built by TensorRT for RTX, and its "
+                f"package {name!r} is not installed",
+                hint="pip install 'lingc[tensorrt]'; it needs no GPU",
+            ) from error
+        instead = (
+            f"; without --engine, or with --engine cuda, an engine for {target.name!r} is built "
+            "here: no GPU, kernels compiled ahead of time"
+            if "cuda" in target.engines
+            else ""
+        )
+        raise MissingExtraError(
+            f"a TensorRT engine for {target.name!r} is built by standard TensorRT, which times its "
+            f"kernels on a GPU of compute capability "
+            f"{'.'.join(map(str, target.compute_capability or ()))}, and its package {name!r} is "
+            "not installed here",
+            hint=f"on a host with {target.title}: pip install 'tensorrt>=10.16' "
+            f"'lingc[tensorrt]'{instead}",
+        ) from error
+
 
 _WANTED, _SHIPPED = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1"
 
@@ -24,7 +67,7 @@ def mend(trt: Any) -> None:
     Raises:
         ResourceError: The folder of the libraries cannot be written.
     """
-    if trt.__name__ != "tensorrt_rtx":
+    if trt.__name__ != RTX:
         return
     folder = Path(str(importlib.import_module("tensorrt_rtx_libs").__file__)).parent
     link = folder / _WANTED

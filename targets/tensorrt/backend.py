@@ -5,22 +5,17 @@ into it, and what an engine is built for. `tests/tensorrt/test_surface.py` holds
 used to the published bindings of each version.
 """
 
-import importlib
 import platform
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lingc.engine.machine import this_machine
-from lingc.errors import IncompatibleError, MissingExtraError, StageError
+from lingc.errors import IncompatibleError, StageError
 from lingc.runtime import tensorrt_library
 from lingc.runtime.tensorrt_plugin import OpPlugin
 from lingc.targets.spec import Target
-
-RTX_CAPABILITIES = {(8, 9): "SM89", (12, 0): "SM120", (12, 1): "SM121"}
-"""What RTX builds for here, as its `ComputeCapability` calls it."""
 
 
 def log_class(trt: Any) -> type[Any]:
@@ -145,16 +140,16 @@ class RtxBackend(Backend):
 
     def _aim(self, config: Any, target: Target) -> None:
         capability = target.compute_capability or (0, 0)
-        name = RTX_CAPABILITIES.get(capability)
-        if name is None:
-            known = ", ".join(f"{major}.{minor}" for major, minor in RTX_CAPABILITIES)
+        names = tensorrt_library.RTX_CAPABILITIES
+        if capability not in names:
+            known = ", ".join(f"{major}.{minor}" for major, minor in names)
             raise IncompatibleError(
                 f"TensorRT for RTX builds nothing for {target.name!r} (compute capability "
                 f"{capability[0]}.{capability[1]})",
                 hint=f"it builds for {known}",
             )
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(self.trt.ComputeCapability, name), 0)
+        config.set_compute_capability(getattr(self.trt.ComputeCapability, names[capability]), 0)
 
 
 class StandardBackend(Backend):
@@ -187,21 +182,5 @@ def backend(target: Target) -> Backend:
     Raises:
         MissingExtraError: It is not installed.
     """
-    rtx = target.compute_capability in RTX_CAPABILITIES
-    module, kind = ("tensorrt_rtx", RtxBackend) if rtx else ("tensorrt", StandardBackend)
-    try:
-        trt = importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"building a TensorRT engine for {target.name!r} needs the package {module!r}, which "
-            "is not installed",
-            hint=tensorrt_library.INSTALL[module],
-        ) from error
-    return kind(trt)
-
-
-def major_minor(version: str) -> tuple[int, int]:
-    """`(10, 16)` of `10.16.1.11`."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    assert found is not None, version
-    return int(found[1]), int(found[2])
+    trt = tensorrt_library.require(target)
+    return (RtxBackend if trt.__name__ == tensorrt_library.RTX else StandardBackend)(trt)
