@@ -64,9 +64,10 @@ class CudaState:
         """See `lingc.runtime.backend.Keeping`."""
         found = {}
         for name in self._names("R"):
-            parts = [self._fetch(self._rows(name, *run)) for run in runs(rows)]
             whole = self._held[name].kind
-            empty = np.empty((0, *whole.shape[1:]), NUMPY_DTYPE[whole.dtype])
+            kind = TensorType(whole.dtype, (0, *whole.shape[1:]))
+            empty = np.empty(kind.bind({}), NUMPY_DTYPE[kind.dtype])
+            parts = [self._fetch(self._rows(name, *run)) for run in runs(rows)]
             found[name] = np.concatenate([empty, *parts])
         return found
 

@@ -1,18 +1,21 @@
 """Weights from files to the device, as fast as the link takes them.
 
 Device memory is cut into windows. A few threads take one after another: each reads what belongs
-into the window from the files, straight into pinned memory, and has it copied on a stream of its
-own while it fills another buffer. Reading and copying release the interpreter's lock, so threads
+into the window from the files, straight into pinned memory, and has it copied on the buffer's
+stream while it fills another buffer. Reading and copying release the interpreter's lock, so threads
 really run at once; together they must outrun the link, since one alone copies from the page cache
 at a fraction of its rate.
+
+Buffers are small and few, so that what is read is copied from the processor's caches, and in large
+pages. What is done between two windows is little, because all threads take turns at it.
 """
 
 import os
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -25,16 +28,19 @@ from lingc.runtime.backend import Array
 from lingc.runtime.cuda_memory import Held
 from lingc.weights import Progress, StoredWeights
 
-WINDOW_BYTES = 8 << 20
-MOST_THREADS = 12
+WINDOW_BYTES = 4 << 20
+MOST_THREADS = 16
 BUFFERS = 2
 """Of each thread: one is filled while the other is copied from."""
+
+TOLD_BYTES = 64 << 20
+"""Progress is told about so often."""
 
 
 class Source(Protocol):
     """A stored weight."""
 
-    def read(self, into: Array, start: int) -> None:
+    def read(self, into: memoryview, start: int) -> None:
         """Fill `into` with its bytes from `start` on."""
         ...
 
@@ -47,16 +53,16 @@ class FileSource:
     offset: int
     name: str
 
-    def read(self, into: Array, start: int) -> None:
-        view, done = into.data, 0
-        while done < len(view):
-            count = os.preadv(self.file, [view[done:]], self.offset + start + done)
-            if count == 0:
+    def read(self, into: memoryview, start: int) -> None:
+        done, size, begin = 0, len(into), self.offset + start
+        while done < size:
+            read = os.preadv(self.file, [into[done:] if done else into], begin + done)
+            if read == 0:
                 raise IntegrityError(
                     f"weight {self.name!r} ends early: its file was cut while it was read",
                     hint="let nothing write to a package that is in use; get it again",
                 )
-            done += count
+            done += read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +71,8 @@ class ArraySource:
 
     bytes: Array
 
-    def read(self, into: Array, start: int) -> None:
-        np.copyto(into, self.bytes[start : start + len(into)])
+    def read(self, into: memoryview, start: int) -> None:
+        np.copyto(np.frombuffer(into, np.uint8), self.bytes[start : start + len(into)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,18 +144,15 @@ def _source(name: str, where: Held, weights: Mapping[str, Array], files: dict[Pa
     return source
 
 
-@dataclass(slots=True, kw_only=True)
 class _Buffer:
-    """Pinned memory of one window.
+    """Pinned memory of one window, and the stream that its copies are on."""
 
-    Attributes:
-        size: Bytes that were put into it last.
-        copied: The event behind their copy.
-    """
-
-    pinned: Pinned
-    size: int = 0
-    copied: Any = None
+    def __init__(self, device: Device, size: int) -> None:
+        self.pinned: Pinned = device.pin_large(size)
+        self.view = memoryview(self.pinned.array)
+        self.stream: Any = device.new_stream()
+        self.used = 0
+        """Bytes that were put into it last."""
 
 
 class _Upload:
@@ -165,17 +168,16 @@ class _Upload:
         self._end = parts[-1].offset + parts[-1].size
         self._progress = progress
         self._lock = Lock()
-        self._next = 0
-        self._done = 0
+        self._turns = count()
+        self._done = self._told = 0
         self._failed = False
 
     def run(self, threads: int | None) -> None:
         windows = -(-self._end // WINDOW_BYTES)
         asked = threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
-        count = max(1, min(asked, windows))
-        workers = ThreadPoolExecutor(count)
+        workers = ThreadPoolExecutor(number := max(1, min(asked, windows)))
         try:
-            for job in [workers.submit(self._work) for _ in range(count)]:
+            for job in [workers.submit(self._work) for _ in range(number)]:
                 job.result()
         except BaseException:
             self._failed = True
@@ -188,42 +190,34 @@ class _Upload:
 
         Pinning takes longer than filling, so each thread pins its own, while others copy already.
         """
-        device = self._device
+        device, base, end = self._device, self._base, self._end
         device.attach()
-        stream = device.new_stream()
-        buffers: deque[_Buffer] = deque()
+        buffers: list[_Buffer] = []
         try:
-            while (start := self._take()) is not None:
+            turn = 0
+            while (start := next(self._turns) * WINDOW_BYTES) < end and not self._failed:
                 if len(buffers) < BUFFERS:
-                    pinned = device.pin(min(WINDOW_BYTES, self._end))
-                    buffers.append(_Buffer(pinned=pinned))
+                    buffers.append(_Buffer(device, min(WINDOW_BYTES, end)))
+                    now = buffers[-1]
                 else:
-                    buffers.rotate(-1)
-                    self._settle(buffers[-1])
-                now = buffers[-1]
-                now.size = self._fill(now.pinned.array, start)
-                device.upload(self._base + start, now.pinned.address, now.size, stream=stream)
-                now.copied = device.mark(stream=stream)
+                    now = buffers[turn % BUFFERS]
+                    self._settle(now)
+                turn += 1
+                now.used = self._fill(now.view, start)
+                address = now.pinned.address
+                device.upload(base + start, address, now.used, stream=now.stream)
             for one in buffers:
                 self._settle(one)
         except BaseException:
             self._failed = True
             raise
         finally:
-            device.end_stream(stream)
             for one in buffers:
+                device.end_stream(one.stream)
+                one.view.release()
                 device.unpin(one.pinned)
 
-    def _take(self) -> int | None:
-        """The beginning of the next window."""
-        with self._lock:
-            start = self._next
-            if start >= self._end or self._failed:
-                return None
-            self._next += WINDOW_BYTES
-            return start
-
-    def _fill(self, into: Array, start: int) -> int:
+    def _fill(self, into: memoryview, start: int) -> int:
         """Read what lies in the window that begins there; gaps keep what the buffer held."""
         size = min(WINDOW_BYTES, self._end - start)
         for part in self._within(start, start + size):
@@ -234,16 +228,18 @@ class _Upload:
 
     def _within(self, start: int, end: int) -> Iterator[_Part]:
         index = max(bisect_right(self._starts, start) - 1, 0)
-        for part in self._parts[index:]:
-            if part.offset >= end:
-                return
+        while index < len(self._parts) and (part := self._parts[index]).offset < end:
             if part.offset + part.size > start:
                 yield part
+            index += 1
 
     def _settle(self, buffer: _Buffer) -> None:
-        """Wait for what is copied from a buffer, and tell of it."""
-        self._device.wait(buffer.copied)
+        """Wait for what is copied from a buffer, and tell of it now and then."""
+        self._device.settle(buffer.stream)
         with self._lock:
-            self._done += buffer.size
-            if self._progress is not None:
+            self._done += buffer.used
+            buffer.used = 0
+            is_due = self._done - self._told >= min(TOLD_BYTES, self._end - self._told)
+            if self._progress is not None and is_due:
+                self._told = self._done
                 self._progress(self._done, self._end)

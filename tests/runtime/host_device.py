@@ -122,6 +122,9 @@ class HostDevice(Device):
         self.pinned[address] = block
         return Pinned(address=address, array=np.ctypeslib.as_array(block))
 
+    def pin_large(self, size: int) -> Pinned:
+        return self.pin(size)
+
     def unpin(self, pinned: Pinned) -> None:
         del self.pinned[pinned.address]
 
@@ -158,8 +161,11 @@ class HostDevice(Device):
             self.streams[stream], self.done[stream] = [], 0
             return stream
 
-    def end_stream(self, stream: Any) -> None:
+    def settle(self, stream: Any) -> None:
         self._run(stream, len(self.streams[stream]))
+
+    def end_stream(self, stream: Any) -> None:
+        self.settle(stream)
 
     def mark(self, *, stream: Any = None) -> Any:
         on = stream or 0

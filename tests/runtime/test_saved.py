@@ -8,7 +8,7 @@ import pytest
 
 from lingc.errors import InputError, PromptError, UsageError
 from lingc.interpret import InterpreterBackend
-from lingc.runtime import Completion, Finish, Generator, Limits, Request, Run, Token
+from lingc.runtime import Completion, Finish, Generator, Limits, Prefix, Request, Run, Token
 from lingc.runtime.backend import Backend
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_state import runs
@@ -21,9 +21,8 @@ def toy(slots: int = 1, pages: int = 8) -> ToyBackend:
     return ToyBackend(Limits(slots=slots, pages=pages), plan(page_size=4))
 
 
-def request(prompt: list[int], count: int, **more: object) -> Request:
-    made = Request(tokens=tuple(prompt), max_tokens=count, stop_ids=frozenset())
-    return replace(made, **more) if more else made
+def request(prompt: list[int], count: int, prefix: Prefix | None = None) -> Request:
+    return Request(tokens=tuple(prompt), max_tokens=count, stop_ids=frozenset(), prefix=prefix)
 
 
 def finished(run: Run) -> dict[int, Completion]:
