@@ -1,7 +1,8 @@
 // Numbers drawn on the device, which depend on the seed and the place alone.
 //
 // KIND 0: bf16, 1: f32, both offset + scale * n with n of mean 0 and deviation 1, at most 3.5;
-// 2: E4M3 codes of at most 1.875, no NaN among them; 3: bytes.
+// 2: E4M3 codes of at most 1.875, no NaN among them; 3: nibbles from 1 to 15, which are of mean 0
+// less 8: a weight that is not makes all tokens alike, and sends them to the same experts.
 // `bytes` is a multiple of 4. Nothing comes before it that it would have to wait for: launched
 // alone, never dependent.
 
@@ -38,8 +39,12 @@ extern "C" __global__ void fill(unsigned char* out, long long bytes, int seed, f
     to[i] = low | nearest_bf16(offset + scale * normal(mix(start + 2 * i + 1))) << 16;
 #elif KIND == 1
     to[i] = __float_as_uint(offset + scale * normal(drawn));
+#elif KIND == 2
+    to[i] = (u32)drawn & 0xbfbfbfbfu;
 #else
-    to[i] = (u32)drawn & (KIND == 2 ? 0xbfbfbfbfu : 0xffffffffu);
+    const u32 word = (u32)drawn;
+    const u32 zero = ~(word | word >> 1 | word >> 2 | word >> 3) & 0x11111111u;
+    to[i] = word | zero << 3;
 #endif
   }
 }
