@@ -149,7 +149,7 @@ class _Buffer:
 
     def __init__(self, device: Device, size: int) -> None:
         self.pinned: Pinned = device.pin_large(size)
-        self.view = memoryview(self.pinned.array)
+        self.view = self.pinned.array.data
         self.stream: Any = device.new_stream()
         self.used = 0
         """Bytes that were put into it last."""
