@@ -17,6 +17,7 @@ from lingc.model.config import ModelConfig
 from lingc.parity.engine import EngineSide, tap_outputs, taps
 from lingc.parity.experts import Routing
 from lingc.parity.side import Side
+from lingc.parity.stored import StoredAs, of_plan, of_source
 from lingc.parity.weights import RoundedWeights
 from lingc.plan import Plan
 from lingc.runtime.backend import Limits
@@ -87,6 +88,18 @@ class Subject:
                 return f"interpreted plan of {name} ({self.facts['precision']})"
             case "eager":
                 return f"eager {name}"
+
+    @property
+    def word(self) -> str:
+        """What it is called on the command line."""
+        return f"{INTERPRET}{self.path}" if self.kind == "plan" else str(self.path)
+
+    def stored(self) -> tuple[StoredAs, ...]:
+        """How its weights are stored."""
+        if self.plan is not None:
+            return of_plan(self.plan)
+        assert isinstance(self.opened, Checkpoint), "eager is a checkpoint"
+        return of_source(self.opened)
 
     @property
     def routing(self) -> Routing:

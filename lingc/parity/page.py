@@ -8,6 +8,8 @@ import jinja2
 
 from lingc import __version__
 from lingc.parity import plots, report
+from lingc.parity.answers import answers, passes
+from lingc.parity.layers import StateError
 from lingc.parity.run import ModeResult, Result
 from lingc.staging import sync, writing
 
@@ -25,15 +27,21 @@ def render(result: Result) -> str:
     )
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     flips = list(report.flip_rows(result))
+    counts = result.modes[0].summary.usage if result.modes else {}
     return template.render(
         result=result,
         verdict=report.verdict(result),
-        modes=[(mode, *_plots(mode)) for mode in result.modes],
+        answers=answers(result),
+        passes=passes(result),
+        modes=[(mode, _plots(mode)) for mode in result.modes],
         summary=(report.SUMMARY_COLUMNS, list(report.summary_rows(result))),
         checks=(report.CHECK_COLUMNS, list(report.check_rows(result))),
         buckets=(report.BUCKET_COLUMNS, list(report.bucket_rows(result))),
         flips=(report.FLIP_COLUMNS, flips[:_MOST_FLIPS]),
         flip_count=len(flips),
+        usage=plots.heat(counts, label="layer by expert") if counts else "",
+        layers=(report.LAYER_COLUMNS, list(report.layer_rows(result))),
+        states=(report.STATE_COLUMNS, list(report.state_rows(result))),
         version=__version__,
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     )
@@ -64,8 +72,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
-def _plots(mode: ModeResult) -> tuple[str, str]:
-    """Markup, of numbers and our own labels, with nothing from outside in it."""
-    tokens = mode.tokens
-    lines = plots.by_position(tokens.position, tokens.kl, label="KL")
-    return lines, plots.histogram(tokens.max_abs, label="largest |Δ logit| of a token")
+def _plots(mode: ModeResult) -> list[tuple[str, str, bool]]:
+    """Markup, caption, and whether there is a mean and a largest; numbers and our own labels."""
+    tokens, found = mode.tokens, mode.summary
+    made = [
+        (plots.by_position(tokens.position, tokens.kl, label="KL"), "KL at each position", True),
+        (plots.histogram(tokens.kl, label="KL of a token"), "Tokens by their KL", False),
+        (
+            plots.histogram(tokens.max_abs, label="largest |Δ logit| of a token"),
+            "Tokens by their largest difference of a logit",
+            False,
+        ),
+    ]
+    if found.layers:
+        columns = zip(*((e.layer, e.mean, e.max) for e in found.layers), strict=True)
+        made.append((plots.by_layer(*columns), "Error of the residual stream, by layer", True))
+    if found.states:
+        at: dict[int, list[StateError]] = {}
+        for one in found.states:
+            at.setdefault(one.position, []).append(one)
+        positions = sorted(at)
+        mean = [sum(e.mean for e in at[p]) / len(at[p]) for p in positions]
+        most = [max(e.max for e in at[p]) for p in positions]
+        made.append((plots.growth(positions, mean, most), "Error of the linear states", True))
+    if found.flips:
+        layers = [float(flip.layer) for flip in found.flips]
+        made.append((plots.counts(layers), "Tokens with other experts, by layer", False))
+    return made

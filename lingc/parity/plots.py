@@ -1,11 +1,11 @@
 """Plots as SVG text, for a page that loads nothing.
 
-Colours are the page's: classes `axis`, `grid`, `mean`, `most` and `bar`. All values are on a
-logarithmic scale, where zero stands at the lower end.
+Colours are the page's: classes `axis`, `grid`, `mean`, `most`, `bar`, `cell` and `none`. All errors
+are on a logarithmic scale, where zero stands at the lower end.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,85 @@ def histogram(values: F64, *, label: str) -> str:
     top = f'<text x="{_LEFT - 6}" y="{_TOP + 10}" text-anchor="end">{tallest}</text>'
     parts = [*_frame(), top, *bars, *_x_axis(ticks, high - low, label)]
     return _svg(f"tokens by {label}", parts)
+
+
+def by_layer(layers: Sequence[int], mean: Sequence[float], most: Sequence[float]) -> str:
+    """Mean and largest error behind each layer, from the first to the last."""
+    shown, upper = _shown(np.array(mean)), _shown(np.array(most))
+    low, high = _decades(np.concatenate((shown, upper)))
+    x: F64 = np.arange(len(layers)) + np.float64(0.5)
+    step = max(1, math.ceil(len(layers) / 16))
+    ticks = [(float(i) + 0.5, str(layers[i])) for i in range(0, len(layers), step)]
+    parts = [
+        *_y_axis(low, high, "error"),
+        *_x_axis(ticks, len(layers), "behind layer"),
+        _line("most", x, upper, len(layers), low, high),
+        _line("mean", x, shown, len(layers), low, high),
+    ]
+    return _svg("error behind each layer: mean and largest", parts)
+
+
+def growth(positions: Sequence[int], mean: Sequence[float], most: Sequence[float]) -> str:
+    """Mean and largest error after so many tokens, both on logarithmic scales."""
+    shown, upper = _shown(np.array(mean)), _shown(np.array(most))
+    low, high = _decades(np.concatenate((shown, upper)))
+    places = np.log2(np.maximum(np.array(positions, np.float64), 1))
+    start = math.floor(float(places.min(initial=0)))
+    end = max(math.ceil(float(places.max(initial=1))) - start, 1)
+    step = max(1, math.ceil(end / 8))
+    ticks = [(float(i), f"{1 << (start + i)}") for i in range(0, end + 1, step)]
+    x: F64 = places - start
+    parts = [
+        *_y_axis(low, high, "error"),
+        *_x_axis(ticks, end, "tokens"),
+        _line("most", x, upper, end, low, high),
+        _line("mean", x, shown, end, low, high),
+    ]
+    return _svg("error after so many tokens: mean and largest", parts)
+
+
+def counts(layers: Sequence[float]) -> str:
+    """How many there are in each layer."""
+    found = np.bincount(np.array(layers, np.int64))
+    tallest, span = int(found.max(initial=1)), _plot_width() / len(found)
+    bars = [
+        f'<rect class="bar" x="{_LEFT + i * span + 0.5:.1f}" '
+        f'y="{_TOP + _plot_height() * (1 - count / tallest):.1f}" width="{span - 1:.1f}" '
+        f'height="{_plot_height() * count / tallest:.1f}"><title>layer {i}: {count}</title></rect>'
+        for i, count in enumerate(found.tolist())
+        if count
+    ]
+    step = max(1, math.ceil(len(found) / 16))
+    ticks = [(i + 0.5, str(i)) for i in range(0, len(found), step)]
+    top = f'<text x="{_LEFT - 6}" y="{_TOP + 10}" text-anchor="end">{tallest}</text>'
+    parts = [*_frame(), top, *bars, *_x_axis(ticks, len(found), "layer")]
+    return _svg("tokens with other experts, by layer", parts)
+
+
+def heat(counts: Mapping[int, Sequence[int]], *, label: str) -> str:
+    """A square a layer and expert, the darker the more; those without any are crossed out."""
+    layers = list(counts)
+    experts = max((len(each) for each in counts.values()), default=1)
+    most = max((max(each, default=0) for each in counts.values()), default=0)
+    left, top, width = 34, 18, 720
+    size = (width - left) / experts
+    tall = min(max(size, 8.0), 22.0)
+    parts = []
+    for row, layer in enumerate(layers):
+        y = top + row * tall
+        text = f"{y + tall / 2 + 4:.1f}"
+        parts.append(f'<text x="{left - 6}" y="{text}" text-anchor="end">{layer}</text>')
+        for expert, count in enumerate(counts[layer]):
+            x = left + expert * size
+            box = f'x="{x:.1f}" y="{y:.1f}" width="{size - 0.6:.1f}" height="{tall - 0.6:.1f}"'
+            name = f"<title>layer {layer}, expert {expert}: {count}</title>"
+            if count:
+                depth = 0.12 + 0.88 * math.log1p(count) / math.log1p(most)
+                parts.append(f'<rect class="cell" {box} opacity="{depth:.2f}">{name}</rect>')
+            else:
+                parts.append(f'<rect class="none" {box}>{name}</rect>')
+    parts.append(f'<text x="{left}" y="12">{label}</text>')
+    return _svg(label, parts, width, math.ceil(top + len(layers) * tall + 4))
 
 
 def _shown(values: F64) -> F64:
@@ -128,9 +207,9 @@ def _line(name: str, x: F64, values: F64, end: float, low: int, high: int) -> st
     return f'<polyline class="{name}" points="{points}"/>'
 
 
-def _svg(title: str, parts: list[str]) -> str:
+def _svg(title: str, parts: list[str], width: int = WIDTH, height: int = HEIGHT) -> str:
     body = "".join(parts)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">'
         f"<title>{title}</title>{body}</svg>"
     )

@@ -47,8 +47,8 @@ def verdict(result: Result) -> str:
 
 
 SUMMARY_COLUMNS = (
-    "mode", "tokens", "mean KL", "max KL", "mean |Δ|", "max |Δ|", "top-1 agrees",
-    "differs, clear", "differs, near tie", "other experts",
+    "mode", "tokens", "mean KL", "max KL", "mean |Δ|", "max |Δ|", "top-1 agrees", "in top 5",
+    "differs, clear", "differs, near tie", "other experts", "perplexity", "of the reference",
 )  # fmt: skip
 
 
@@ -64,9 +64,14 @@ def summary_rows(result: Result) -> Iterator[Cells]:
             f"{found.mean_abs:.3g}",
             f"{found.max_abs:.3g}",
             f"{found.top1_agreement:.5f}",
+            f"{found.top5_agreement:.5f}",
             found.top1_above_margin,
             found.top1_within_margin,
             flip_count(found),
+            *(
+                None if value is None else f"{value:.6g}"
+                for value in (found.other_perplexity, found.perplexity)
+            ),
         )
 
 
@@ -88,6 +93,33 @@ def bucket_rows(result: Result) -> Iterator[Cells]:
                 f"{bucket.max_abs:.3g}",
                 bucket.top1_above_margin,
                 bucket.top1_within_margin,
+            )
+
+
+LAYER_COLUMNS = ("mode", "behind layer", "mean error", "max error")
+
+
+def layer_rows(result: Result) -> Iterator[Cells]:
+    """One line a mode and layer."""
+    for mode in result.modes:
+        for error in mode.summary.layers:
+            yield mode.summary.mode, error.layer, f"{error.mean:.3g}", f"{error.max:.3g}"
+
+
+STATE_COLUMNS = ("mode", "layer", "after tokens", "rows", "mean error", "max error")
+
+
+def state_rows(result: Result) -> Iterator[Cells]:
+    """One line a mode, linear layer and position."""
+    for mode in result.modes:
+        for error in mode.summary.states:
+            yield (
+                mode.summary.mode,
+                error.layer,
+                error.position,
+                error.rows,
+                f"{error.mean:.3g}",
+                f"{error.max:.3g}",
             )
 
 

@@ -13,6 +13,7 @@ from lingc.parity.engine import phases
 from lingc.parity.experts import Routing
 from lingc.parity.opening import Start, Subject, Weights, open_pair, refuse_other_weights
 from lingc.parity.side import Mode, Side
+from lingc.parity.stored import StoredAs
 from lingc.runtime.tokenizer import Tokenizer
 
 WORST = 12
@@ -98,11 +99,15 @@ class SideFacts:
         name: For a person.
         facts: Bundle id, precision, target, engine kind of a package.
         checkpoint: Identity of the checkpoint that the weights come from, where it is known.
+        word: As it was given on the command line.
+        stored: How its weights are stored.
     """
 
     name: str
     facts: Mapping[str, str]
     checkpoint: str | None
+    word: str = ""
+    stored: tuple[StoredAs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +239,13 @@ def ordered(a: Subject, b: Subject) -> tuple[Subject, Subject]:
 
 
 def _facts(subject: Subject, side: Side) -> SideFacts:
-    return SideFacts(name=side.name, facts=subject.facts, checkpoint=subject.identity)
+    return SideFacts(
+        name=side.name,
+        facts=subject.facts,
+        checkpoint=subject.identity,
+        word=subject.word,
+        stored=subject.stored(),
+    )
 
 
 def _start(settings: Settings, rows: Sequence[Row], opposite: Subject) -> Start:

@@ -10,8 +10,8 @@ from lingc.parity.side import F32, Choice, Mode, Scores, Tokens
 
 VOCAB = 12
 LAYERS = (1, 2, 3)
-ROUTING = Routing(groups=4, kept_groups=2, top_k=2)
 EXPERTS = 8
+ROUTING = Routing(groups=4, kept_groups=2, top_k=2, experts=EXPERTS)
 
 
 def rows(*lengths: int) -> list[Row]:

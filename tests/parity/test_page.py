@@ -62,7 +62,10 @@ def result(*, bump: float = 0.0, context: str = "def f():") -> Result:
     )  # fmt: skip
     return Result(
         reference=SideFacts(name="eager", facts={}, checkpoint=None),
-        other=SideFacts(name="engine <b>", facts={"bundle_id": "f" * 64}, checkpoint="0" * 64),
+        other=SideFacts(
+            name="engine <b>", facts={"bundle_id": "f" * 64}, checkpoint="0" * 64,
+            word="tiny.ling",
+        ),
         data="rows.jsonl", weights="engine", budget=budget, lines=(1, 2),
         modes=tuple(
             ModeResult(
@@ -105,7 +108,7 @@ def test_what_is_quoted_is_text_and_not_markup() -> None:
 def test_the_page_says_what_is_over_and_where() -> None:
     found = outline(page.render(result(bump=9.0)))
 
-    assert "over budget 'engine-vs-eager'; prefill: mean_kl is" in found.text
+    assert "Fails: over budget 'engine-vs-eager'; prefill: mean_kl is" in found.text
     assert "Tokens with other experts" in found.text
     assert "line 2, position 33" in found.text
 
