@@ -115,12 +115,17 @@ class SlotTable:
             lease.pages.append(self._pages.pop())
 
     def pack(self, pieces: Sequence[Piece]) -> dict[str, Array]:
-        """The arrays of a step that name its tokens, slots and pages; grows the leases."""
+        """The arrays of a step that name its tokens, slots and pages; grows the leases.
+
+        A token behind the last position of all stands at that one, so that nothing looks for
+        more pages than there are; nobody reads what is made of it.
+        """
         for piece in pieces:
             self.grow(piece.lease, piece.position + len(piece.tokens))
         spans = [np.arange(p.position, p.position + len(p.tokens)) for p in pieces]
-        width = max(int(span[-1]) // self.page_size + 1 for span in spans)
         rows = [self.rows(p.lease, span) for p, span in zip(pieces, spans, strict=True)]
+        spans = [np.minimum(span, self.capacity - 1) for span in spans]
+        width = max(int(span[-1]) // self.page_size + 1 for span in spans)
         return {
             "token_ids": np.concatenate([np.asarray(p.tokens, np.int32) for p in pieces]),
             "positions": np.concatenate(spans).astype(np.int32),

@@ -157,6 +157,20 @@ def test_a_sequence_that_stops_within_a_round_leaves_the_queued_one_behind() -> 
         same(by_device(requests, 3), by_host(requests, 3))
 
 
+def test_drafts_beyond_the_last_page_of_the_longest_bucket_need_no_longer_one() -> None:
+    """On the host too: what lies there stands at the last position that there is."""
+    limits = Limits(slots=1, pages=12)
+    room = limits.pages * plan_and_weights()[0].page_size
+    asked = [Request(tokens=tuple(range(room - 6)), stop_ids=frozenset())]
+    plain = Generator(backend(limits, has_rounds=False)).generate(asked)
+
+    got, want = by_device(asked, 3, limits), by_host(asked, 3, limits)
+
+    same(got, want)
+    assert got[0].tokens == plain[0].tokens
+    assert len(got[0].tokens) == 7
+
+
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_a_sequence_goes_to_the_end_of_the_cache(drafts: int) -> None:
     """Rounds reach beyond the last row, and what lies there is of nobody."""

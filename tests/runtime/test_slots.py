@@ -74,6 +74,17 @@ def test_beyond_what_is_free_tokens_go_to_the_scratch_row() -> None:
     assert packed["page_table"].tolist() == [[0, 0]]
 
 
+def test_behind_all_pages_tokens_stand_at_the_last_position() -> None:
+    """So that no table is asked for that has more pages than there are."""
+    held = table(pages=2)
+
+    packed = held.pack([Piece(lease=held.admit(8), position=6, tokens=[1, 2, 3, 4])])
+
+    assert packed["positions"].tolist() == [6, 7, 7, 7]
+    assert packed["cache_rows"].tolist() == [6, 7, -1, -1]
+    assert packed["page_table"].shape == (1, 2)
+
+
 def test_a_sequence_that_never_fits_is_refused_with_the_numbers() -> None:
     with pytest.raises(PromptError, match="of 21 tokens does not fit the cache of 20") as caught:
         table().admit(21)
