@@ -18,6 +18,8 @@
 #include "device.cuh"
 
 #define VECTORS ((WIDTH + 255) / 256)  // of 8 channels, a lane
+#define PAIRED (FORMAT == 1 && WIDTH % 512 == 0)  // two neighbouring lanes make 16 bytes of codes of two vectors
+#define BLOCKS (WIDTH / 128)
 
 // Where byte `at` of a row stands.
 DEVICE i64 place(i64 padded, i64 row, int at) {
@@ -130,24 +132,72 @@ extern "C" __global__ void __launch_bounds__(256, 2)
       asm volatile("" : "+r"(raw[i].x), "+r"(raw[i].y), "+r"(raw[i].z), "+r"(raw[i].w));
   }
 
+  // Codes of a vector, and the scale that its 16 lanes share.
+  auto quantized = [&](float* v, float& step) {
+    float most = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++) most = fmaxf(most, fabsf(v[e]));
+    // Correctly rounded quotients: bf16 inputs meet ties of E4M3 often.
+    const float amax = warp_max<16>(most);
+    step = amax > 1e-30f ? __fdiv_rn(amax, E4M3_MAX) : 1.0f;
+    const float inverse = __frcp_rn(step);
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const float q = v[e] * inverse;
+      v[e] = fmaf(fmaf(-q, step, v[e]), inverse, q);
+    }
+    return uint2{to_e4m3(v[0], v[1], v[2], v[3]), to_e4m3(v[4], v[5], v[6], v[7])};
+  };
+
+  if (PAIRED) {
+    // Even lanes have the first vector's 16 bytes, odd ones the second's; lane i has the scales of blocks i, 32 + i, ...
+    constexpr int PAIRS = VECTORS / 2, KEPT = SCATTER == 1 && PAIRED ? PAIRS : 1, ROUNDS = (BLOCKS + 31) / 32;
+    constexpr int AHEAD = (BEFORE || SCATTER == 1) && PAIRED ? PAIRS : 2;
+    const int odd = lane % 2, panel = odd * 4 + lane / 8, quarter = lane / 2 % 4;
+    const i64 pitch = (i64)padded * 64;
+    float steps[ROUNDS];
+    uint4 kept[KEPT];
+    auto at = [&](int row_to) { return codes + panel * pitch + (i64)row_to * 64 + (quarter ^ row_to / 2 % 4) * 16; };
+#pragma unroll AHEAD
+    for (int j = 0; j < PAIRS; j++) {
+      uint2 made[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float v[8], step;
+        value(2 * j + h, v);
+        made[h] = quantized(v, step);
+        const float other = __shfl_sync(FULL_WARP, step, odd * 16);
+#pragma unroll
+        for (int r = 0; r < ROUNDS; r++)
+          if (2 * j + h == r * 16 + lane / 2) steps[r] = other;
+      }
+      const u32 x = __shfl_xor_sync(FULL_WARP, odd ? made[0].x : made[1].x, 1);
+      const u32 y = __shfl_xor_sync(FULL_WARP, odd ? made[0].y : made[1].y, 1);
+      const uint4 whole = odd ? uint4{x, y, made[1].x, made[1].y} : uint4{made[0].x, made[0].y, x, y};
+      if (SCATTER == 1) kept[j % KEPT] = whole;
+      else if (mine >= 0) *(uint4*)(at(mine) + j * 8 * pitch) = whole;
+    }
+    for (int c = 0; c < copies; c++) {
+      const int row_to = SCATTER == 1 ? __shfl_sync(FULL_WARP, mine, c) : mine;
+      if (row_to < 0) continue;
+      u8* to = at(row_to);
+#pragma unroll
+      for (int j = 0; j < (SCATTER == 1 ? PAIRS : 0); j++) *(uint4*)(to + j * 8 * pitch) = kept[j % KEPT];
+#pragma unroll
+      for (int r = 0; r < ROUNDS; r++)
+        if (BLOCKS % 32 == 0 || r * 32 + lane < BLOCKS) scales[(i64)(r * 32 + lane) * padded + row_to] = steps[r];
+    }
+  }
+
 #pragma unroll TOGETHER
-  for (int i = 0; i < VECTORS; i++) {
+  for (int i = 0; i < (PAIRED ? 0 : VECTORS); i++) {
     const int channel = i * 256 + lane * 8;
     const bool live = WIDTH % 256 == 0 || channel < WIDTH;
     float v[8];
     value(i, v);
     if (FORMAT == 1) {
-      float most = 0;
-#pragma unroll
-      for (int e = 0; e < 8; e++) most = fmaxf(most, fabsf(v[e]));
-      // Correctly rounded quotients: bf16 inputs meet ties of E4M3 often.
-      const float amax = warp_max<16>(most), step = amax > 1e-30f ? __fdiv_rn(amax, E4M3_MAX) : 1.0f, inverse = __frcp_rn(step);
-#pragma unroll
-      for (int e = 0; e < 8; e++) {
-        const float q = v[e] * inverse;
-        v[e] = fmaf(fmaf(-q, step, v[e]), inverse, q);
-      }
-      const uint2 made = {to_e4m3(v[0], v[1], v[2], v[3]), to_e4m3(v[4], v[5], v[6], v[7])};
+      float step;
+      const uint2 made = quantized(v, step);
       for (int c = 0; c < copies; c++) {
         const int row_to = __shfl_sync(FULL_WARP, mine, SCATTER == 1 ? c : 0);
         if (row_to < 0 || !live) continue;
