@@ -1,6 +1,6 @@
 """Tactics of `expert_down_one.cu`: the experts' way down for one token in INT4."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, align
 from lingc.kernels.experts import BLOCK, BLOCK_BYTES, TILE_ROWS, Shape, exclusive
@@ -15,15 +15,18 @@ class One:
         tiles: Of 16 rows that a block makes.
         warps: That multiply; K of a tile is split among those of a tile.
         depth: Experts in shared memory at a time.
+        blocks: Blocks a multiprocessor.
     """
 
     tiles: int
     warps: int
     depth: int
+    blocks: int = 1
 
     @property
     def name(self) -> str:
-        return f"down.one.t{self.tiles}.w{self.warps}.d{self.depth}"
+        more = f".b{self.blocks}" if self.blocks > 1 else ""
+        return f"down.one.t{self.tiles}.w{self.warps}.d{self.depth}{more}"
 
     def suits(self, shape: Shape) -> bool:
         """Whether the experts' sizes can be split so."""
@@ -55,7 +58,7 @@ def tactic(shape: Shape, config: One) -> Tactic:
             ("BYTES", shared),
         ),
         warps=config.warps + 1,
-        shared_bytes=exclusive(shared, 1),
+        shared_bytes=exclusive(shared, config.blocks),
         features=("bulk",),
     )  # fmt: skip
     names = ("a", "ids", "weights", "down", "scale", "residual", "y")
@@ -67,6 +70,7 @@ def tactic(shape: Shape, config: One) -> Tactic:
         moved_bytes=shape.hit * shape.matrix_bytes(shape.width, shape.inner),
         flops=2.0 * shape.hit * shape.inner * shape.width * 8,
         rate="bf16",
+        blocks_per_sm=config.blocks,
     )
     return Tactic(name=config.name, launches=(launch,), config=asdict(config))
 
@@ -83,4 +87,7 @@ def tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
         return ()
     most = (target.smem_per_block_bytes or 0) - BLOCK_BYTES
     fit = [one for one in _CONFIGS if one.suits(shape) and one.shared_bytes(shape) <= most]
-    return tuple(tactic(shape, config) for config in fit[:2])
+    if fit and shape.width // TILE_ROWS // fit[0].tiles > (target.sms or shape.width):
+        pair = replace(fit[0], depth=3, blocks=2)  # all tiles at once, on few multiprocessors
+        fit = [pair, *fit] if 2 * (pair.shared_bytes(shape) + BLOCK_BYTES) <= most else fit
+    return tuple(tactic(shape, config) for config in fit[: 3 if fit and fit[0].blocks > 1 else 2])

@@ -444,8 +444,24 @@ def down_tactics(target: Target, shape: Shape) -> tuple[Tactic, ...]:
     for limit in ((most + BLOCK_BYTES) // 2, most):
         good = [c for c in fitting if down_shared_bytes(shape, c) + BLOCK_BYTES <= limit]
         if good:
-            return tuple(down_tactic(shape, config) for config in good[:3])
+            wave = _one_wave(target, shape, good[0])
+            return tuple(down_tactic(shape, config) for config in (*wave, *good[:3]))
     return ()
+
+
+_SHORT_RINGS = {"fp8": 2, "bf16": 1, "int4": 6}
+
+
+def _one_wave(target: Target, shape: Shape, config: Config) -> list[Config]:
+    """As many blocks a multiprocessor as take all tiles at once, on a device with few of them.
+
+    Their rings are shorter. For few tokens: more would not find the registers.
+    """
+    blocks = -(-shape.width // TILE_ROWS // (target.sms or shape.width))
+    made = replace(config, depth=_SHORT_RINGS[shape.format], blocks=blocks)
+    fits = blocks * (down_shared_bytes(shape, made) + BLOCK_BYTES) <= _SM_BYTES
+    few = (shape.most or shape.tokens) <= 4
+    return [made] if few and config.blocks < blocks <= 4 and fits else []
 
 
 def _fitting(shape: Shape, chosen: tuple[Config, ...], channels: int) -> Iterator[Config]:

@@ -59,6 +59,27 @@ def test_one_token_goes_down_through_four_bits_by_blocks_that_are_alone() -> Non
     assert not expert_down_one.tactics(H200, replace(shape, tokens=2))
 
 
+@pytest.mark.parametrize(
+    ("stored", "group", "tokens"),
+    [("fp8", 0, 1), ("bf16", 0, 4), ("int4", 128, 1), ("int4", 128, 4)],
+)
+def test_all_tiles_go_down_at_once_on_a_device_of_few_multiprocessors(
+    stored: str, group: int, tokens: int
+) -> None:
+    h20 = targets.get("h20")
+    shape = replace(FULL, tokens=tokens, format=stored, group=group)
+    first, *others = expert_down_one.tactics(h20, shape) or experts.down_tactics(h20, shape)
+
+    (launch,) = first.launches
+    fit = 228 * 1024 // (launch.kernel.shared_bytes + 1024)
+    assert fit == launch.blocks_per_sm
+    assert launch.grid[0] <= fit * (h20.sms or 0)
+    assert [one.name for one in others] == [
+        one.name
+        for one in expert_down_one.tactics(H200, shape) or experts.down_tactics(H200, shape)
+    ]
+
+
 def test_rows_of_many_tokens_are_quantized_once() -> None:
     shape = replace(FULL, tokens=32)
 
