@@ -173,6 +173,31 @@ def _measured_ops(name: str, record: Mapping[str, Any]) -> list[str]:
         "The fastest tactic of each shape:",
         "",
         *_table(columns, rows),
+        *_measured_peers(record["peers"], fastest),
+    ]
+
+
+def _measured_peers(
+    peers: Sequence[Mapping[str, Any]], ours: Mapping[tuple[str, str, int], Mapping[str, Any]]
+) -> list[str]:
+    """Kernels of other projects in the same run, those that ran."""
+    rows = []
+    for one in peers:
+        own = ours.get((one["op"], one["benchmark"], one["tokens"]))
+        if one["microseconds"] is None or own is None:
+            continue
+        theirs, mine = one["microseconds"][1], own["microseconds"][1]
+        name = f"{one['peer']} {one['version']}".strip()
+        times = (f"{theirs:.2f}", f"{mine:.2f}", f"{theirs / mine:.2f}")
+        row = (f"`{one['op']}`", one["benchmark"], one["tokens"], name, *times, one["difference"])
+        rows.append(row)
+    if not rows:
+        return []
+    columns = ("op", "shape", "tokens", "kernel", "µs", "ours", "ratio", "what differs")
+    return [
+        "Kernels of other projects, in the same run, on the same data:",
+        "",
+        *_table(columns, rows),
     ]
 
 
