@@ -224,8 +224,14 @@ class DeviceRounds(Protocol):
         """
         ...
 
-    def leads(self) -> tuple[Array, Array]:
-        """What the next drafts would be made of: logits f32 [B, vocab], hidden [B, D]."""
+    def leads(self, *, has_logits: bool) -> tuple[Array, Array | None, Array]:
+        """Where the next drafts begin.
+
+        Returns:
+            The first of each sequence i32 [B]; the logits f32 [B, vocab] that it was drawn from,
+            or None where they are not asked for; the hidden states [B, D] that the next ones start
+            from.
+        """
         ...
 
 

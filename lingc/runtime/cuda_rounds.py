@@ -204,10 +204,11 @@ class CudaRounds:
         accepted = found[align(tokens.nbytes) // 4 :]
         return tokens[: ticket.sequences].copy(), accepted[: ticket.sequences].copy()
 
-    def leads(self) -> tuple[Array, Array]:
+    def leads(self, *, has_logits: bool) -> tuple[Array, Array | None, Array]:
         assert self._now is not None, "a round was run"
         places = self._places(self._now)
-        return self._fetch(places["draft_logits"]), self._fetch(places["chained"])
+        logits = self._fetch(places["draft_logits"]) if has_logits else None
+        return self._fetch(places["drafts"]), logits, self._fetch(places["chained"])
 
     def tactics(self) -> list[TableTactic]:
         """What the launches of a round come from; for measurements."""

@@ -85,13 +85,18 @@ class Rounds:
                 found.append((s, [checked(token) for token in row[:count]]))
         return found
 
-    def hand_back(self) -> None:
-        """Give the sequences back to the host, once every round is read."""
+    def hand_back(self, *, has_logits: bool = True) -> None:
+        """Give the sequences back to the host, once every round is read.
+
+        Args:
+            has_logits: Whether the host will draw drafts of them.
+        """
         assert self._queued is None, "a round is under way"
         if any(s.finish is None for s in self._held):
-            logits, hidden = self._device.leads()
-            for s, row, state in zip(self._held, logits, hidden, strict=True):
-                s.lead = Lead(logits=row, hidden=state)
+            drafts, logits, hidden = self._device.leads(has_logits=has_logits)
+            for b, s in enumerate(self._held):
+                row = None if logits is None else logits[b]
+                s.lead = Lead(logits=row, hidden=hidden[b], draft=int(drafts[b]))
         self._held = []
 
     def drop(self) -> None:
@@ -104,7 +109,7 @@ class Rounds:
     def _first(self, ready: list[Running]) -> _Round:
         """Begin a round behind those that were all read."""
         if not _same(self._held, ready):
-            self.hand_back()
+            self.hand_back(has_logits=not _is_greedy(self._held))
             self._begin(ready)
         return self._queue(ready)
 
@@ -118,16 +123,12 @@ class Rounds:
         leads = [s.lead for s in sequences]
         kept = [lead for lead in leads if lead is not None]
         assert len(kept) == len(sequences), "feed comes before a round"
-        drafts = [
-            sampling.propose(lead.logits, s.request.sampling, request=s.index, position=s.fed + 1)
-            for s, lead in zip(sequences, kept, strict=True)
-        ]
+        drafts = [_draft(s, lead) for s, lead in zip(sequences, kept, strict=True)]
         draws = [
             (s.request.sampling, s.index, s.fed + place + 1)
             for s in sequences
             for place in range(each)
         ]
-        is_greedy = all(s.request.sampling.is_greedy for s in sequences)
         start = RoundStart(
             tokens=_ints(s.tokens[s.fed] for s in sequences),
             slots=_ints(s.lease.slot for s in sequences),
@@ -135,7 +136,7 @@ class Rounds:
             positions=np.minimum(positions, rooms[:, None] - 1).astype(np.int32),
             cache_rows=np.stack(rows).astype(np.int32),
             drafts=_ints(drafts),
-            logits=None if is_greedy else np.stack([lead.logits for lead in kept]),
+            logits=None if _is_greedy(sequences) else _logits(kept),
             hidden=np.stack([lead.hidden for lead in kept]),
             draws=sampling.draws(draws, sampling.DRAFT),
             pages=_pages(sequences),
@@ -175,6 +176,25 @@ class Rounds:
                 if forced is not None and forced(s.index, position):
                     found |= 1 << (shift + position % 16)
         return found - (1 << 32) if found >> 31 else found
+
+
+def _is_greedy(sequences: Sequence[Running]) -> bool:
+    return all(s.request.sampling.is_greedy for s in sequences)
+
+
+def _logits(leads: Sequence[Lead]) -> Array:
+    """What drafts were drawn from; zeros for greedy ones whose logits nobody fetched."""
+    known = next(lead.logits for lead in leads if lead.logits is not None)
+    rows = [np.zeros_like(known) if lead.logits is None else lead.logits for lead in leads]
+    return np.stack(rows)
+
+
+def _draft(s: Running, lead: Lead) -> int:
+    """The first draft of a round."""
+    if lead.draft is not None:
+        return lead.draft
+    assert lead.logits is not None, "one of the two is known"
+    return sampling.propose(lead.logits, s.request.sampling, request=s.index, position=s.fed + 1)
 
 
 def _same(some: Sequence[Running], others: Sequence[Running]) -> bool:

@@ -149,12 +149,14 @@ class Lead:
     """The draft layer's output after the last token of a sequence.
 
     Attributes:
-        logits: For the token after next.
+        logits: For the token after next; None where only the draft is known that is drawn of them.
         hidden: What the next draft in the chain starts from, [D].
+        draft: That draft, where it is drawn already.
     """
 
-    logits: Row
+    logits: Row | None
     hidden: Array
+    draft: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)

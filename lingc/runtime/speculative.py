@@ -144,6 +144,7 @@ class Speculator:
         for place in range(1, self._drafts + 1):
             for s, proposal, lead in zip(sequences, proposals, leads, strict=True):
                 assert lead is not None, "feed comes before run"
+                assert lead.logits is not None, "who hands back says that they are wanted"
                 _propose(s, proposal, lead.logits)
             if place == self._drafts:
                 break

@@ -129,6 +129,19 @@ def test_sampled_tokens_are_the_hosts() -> None:
         same(by_device(requests, drafts), by_host(requests, drafts))
 
 
+def test_who_draws_may_join_those_who_do_not() -> None:
+    """Their drafts are known without logits; those of the others are judged by them."""
+    drawn = Sampling(temperature=0.9, seed=5)
+    asked = [replace(one, max_tokens=6) for one in REQUESTS[:4]]
+    requests = [*asked[:3], replace(asked[3], sampling=drawn), *asked[:2]]
+
+    got, want = by_device(requests, 2), by_host(requests, 2)
+
+    greedy = [i for i, one in enumerate(requests) if one.sampling.is_greedy]
+    same([got[i] for i in greedy], [want[i] for i in greedy])
+    assert len(got[3].tokens) == 6
+
+
 def test_the_next_round_is_queued_before_this_one_is_read() -> None:
     device = HostDevice()
     request = Request(tokens=(7, 8, 9), max_tokens=8, stop_ids=frozenset())
