@@ -1,0 +1,125 @@
+"""Requests alone and in company, on a GPU: the same bits, or the same tokens where it matters."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lingc.build import build
+from lingc.compile import Request as BuildRequest
+from lingc.engine import open_package
+from lingc.runtime import Completion, TokenLogprob
+from lingc.runtime.backend import Limits
+from lingc.runtime.cuda_backend import CudaBackend
+from lingc.runtime.sequence import Acceptance, Finish
+from lingc.weights import open_weights
+from tests.runtime import batches
+
+TINY = Path(__file__).parents[2] / "artifacts" / "checkpoints" / "ling-tiny"
+TOKENS = 1280
+"""Room of a sequence: more than the longest prompt and what follows it."""
+
+Start = Callable[[int], CudaBackend]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["invariant", "free"])
+def engine(
+    request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[bool, Start]]:
+    """Whether it is batch-invariant, and what loads it for so many sequences."""
+    path = tmp_path_factory.mktemp("engine") / "tiny.ling"
+    asked = BuildRequest(precision="fp8", target="h200-sxm", batch_invariant=request.param)
+    build(TINY, path, asked, cache_dir=cache)
+    package, loaded = open_package(path), []
+
+    def start(slots: int) -> CudaBackend:
+        limits = Limits.from_tokens(
+            slots=slots, tokens_per_sequence=TOKENS, page_size=package.plan.page_size
+        )
+        loaded.append(CudaBackend(package, open_weights(package.shards()), limits))
+        return loaded[-1]
+
+    yield request.param, start
+    for backend in loaded:
+        backend.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+def test_company_and_drafts_change_no_bit_or_no_token_that_is_far_ahead(
+    engine: tuple[bool, Start],
+) -> None:
+    is_invariant, start = engine
+    one, many = start(1), start(64)
+    asked = batches.requests(one.plan.config["vocab_size"])
+    want = batches.alone(one, asked)
+    others = {
+        "again": batches.alone(one, asked),
+        "drawn on the device": batches.alone(one, batches.without_logprobs(asked)),
+        **{f"{n} drafts": batches.alone(one, asked, drafts=n) for n in (1, 3)},
+        **{f"together, {n} drafts": batches.together(many, asked, drafts=n) for n in (0, 1, 3)},
+        "sixty": batches.together(many, asked, copies=6),
+        "sixty, drawn": batches.together(many, batches.without_logprobs(asked), copies=6),
+    }
+
+    found = {name: batches.differences(want, got) for name, got in others.items()}
+
+    assert found["again"] == []
+    if is_invariant:
+        assert {name: what for name, what in found.items() if what} == {}
+        return
+    for name, got in others.items():
+        if "drawn" not in name:
+            apart = batches.apart(want, got)
+            beyond = {i: m for i, m in apart.margins.items() if m > apart.tolerance}
+            assert not beyond, f"{name}: {apart}"
+
+
+# ------------------------------------------------------------------------ what the comparison sees
+
+
+def completion(index: int, *choices: tuple[int, float, float]) -> Completion:
+    """Tokens with their own log-probability, and that of token 9."""
+    logprobs = tuple(
+        TokenLogprob(logprob=own, top=((token, own), (9, other))) for token, own, other in choices
+    )
+    return Completion(
+        request=index, prompt_tokens=1, tokens=tuple(token for token, _, _ in choices), text="",
+        finish=Finish.LENGTH, logprobs=logprobs, acceptance=Acceptance(histogram=(0,)),
+        first_token_s=0.0, total_s=0.0,
+    )  # fmt: skip
+
+
+def test_a_last_bit_is_seen() -> None:
+    one = completion(0, (1, -0.5, -2.0), (2, -0.25, -3.0))
+    other = completion(0, (1, -0.5, -2.0), (2, -0.25000001, -3.0))
+
+    assert batches.differences([one], [one, one]) == []
+    assert batches.differences([one], [one, other]) == [
+        "request 1: log-probabilities of token 1 differ"
+    ]
+
+
+def test_another_token_is_seen() -> None:
+    one = completion(0, (1, -0.5, -2.0), (2, -0.25, -3.0))
+    other = completion(0, (1, -0.5, -2.0), (9, -0.3, -0.3))
+
+    assert batches.differences([one], [other]) == ["request 0: token 1 is (9,), not (2,)"]
+
+
+def test_a_token_that_was_far_behind_is_beyond_the_tolerance() -> None:
+    one = completion(0, (1, -0.5, -2.0), (2, -0.25, -3.0))
+    near = completion(0, (1, -0.5001, -2.0), (2, -0.25, -3.0))
+    far = completion(0, (1, -0.5001, -2.0), (9, -0.3, -0.3))
+
+    assert batches.apart([one], [near]).margins == {}
+    found = batches.apart([one], [far])
+    assert found.positions == 1
+    assert found.tolerance == pytest.approx(2e-4)
+    assert found.margins == {0: pytest.approx(2.75)}
+    assert found.margins[0] > found.tolerance
