@@ -90,6 +90,8 @@ def test_what_is_verified_has_whole_sequences_behind_a_filled_cache() -> None:
     assert inputs["offsets"].tolist() == [0, 4, 8]
     assert inputs["positions"].tolist() == [512, 513, 514, 515] * 2
     assert inputs["page_table"].shape == (2, 640 // plan().page_size)
+    assert inputs["accepted"].tolist() == [4, 4]
+    assert inputs_of(plan(), some[0])[0]["accepted"].tolist() == [0, 0]
     inputs, _ = inputs_of(plan(), some[3])
     assert inputs["hidden"].shape == (2, plan().config["hidden_size"])
     assert inputs["logit_rows"].tolist() == [0, 1]

@@ -99,7 +99,9 @@ def inputs_of(plan: Plan, work: Work) -> tuple[dict[str, Array], Limits]:
         first = 0 if is_prompt else int(FILLED * work.context)
         tokens = tuple((7919 * (i + 1) + 104_729 * j + 11) % vocab for j in range(length))
         pieces.append(Piece(lease=table.admit(first + length), position=first, tokens=tokens))
-    given = table.pack(pieces) | {"accepted": np.zeros(work.sequences, np.int32)}
+    # What was verified before is kept whole: a step then has the most to write.
+    kept = lengths[0] if work.phase == "verify" else 0
+    given = table.pack(pieces) | {"accepted": np.full(work.sequences, kept, np.int32)}
     width = -(-work.context // plan.page_size)
     missing = width - given["page_table"].shape[1]
     given["page_table"] = np.pad(given["page_table"], ((0, 0), (0, max(missing, 0))))
