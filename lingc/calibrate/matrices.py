@@ -50,7 +50,7 @@ class Method:
 
     int4: str = "gptq"
     fp8: str = "search"
-    damping: float = 0.01
+    damping: float = 0.05
     rounds: int = 2
 
     def is_used(self, chosen: Format) -> bool:
@@ -109,34 +109,43 @@ def make(
         chosen: Its format, not plain.
         method: How.
     """
-    parts: list[list[Array]] = [[], []]
+    codes: list[Array] = []
+    scales: list[Array] = []
     values = torch.empty_like(weight)
     sums = torch.zeros(3, weight.shape[0], dtype=torch.float64)
-    whole_scale = None
-    if chosen.kind == "fp8_tensor":
-        whole_scale = _tensor_scale(weight, hessian.diagonal())
+    whole = _tensor_scales(weight, hessian) if chosen.kind == "fp8_tensor" else None
     for top in range(0, weight.shape[0], ROWS):
         rows = weight[top : top + ROWS]
         if chosen.kind == "int4_group":
-            codes, scales, got = _int4(rows, hessian, curve, chosen.group, method)
+            found = _int4(rows, hessian, curve, chosen.group, method)
             plain = _nearest_int4(rows, chosen.group)
         else:
-            scale = _block_scales(rows, hessian.diagonal()) if whole_scale is None else whole_scale
-            codes, scales, got = _fp8(rows, scale)
-            plain = _fp8(rows, _largest_scales(rows, whole_scale))[2]
-        values[top : top + ROWS] = got
-        parts[0].append(codes)
-        parts[1].append(scales)
-        for i, error in enumerate((rows - got, rows - plain, rows)):
-            energy = ((error @ hessian) * error).sum(1, dtype=torch.float64)
-            sums[i, top : top + ROWS] = energy.cpu()
-    scales = parts[1][0] if whole_scale is not None else np.concatenate(parts[1])
-    return Made(pieces=(np.concatenate(parts[0]), scales), values=values, sums=sums)
+            tried, largest = whole or (
+                _block_scales(rows, hessian.diagonal()),
+                _largest_by_block(rows),
+            )
+            found = _better_fp8(rows, hessian, tried, largest)
+            plain = _fp8(rows, largest)
+        codes.append(found[0])
+        scales.append(found[1])
+        values[top : top + ROWS] = found[2]
+        for i, error in enumerate((rows - found[2], rows - plain[2], rows)):
+            sums[i, top : top + ROWS] = _energy(error, hessian).cpu()
+    joined = scales[0] if whole is not None else np.concatenate(scales)
+    return Made(pieces=(np.concatenate(codes), joined), values=values, sums=sums)
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """What rows of a matrix give on the samples, squared and added up: f64 [N]."""
+    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64)
+
+
+_Found = tuple[Array, Array, Tensor]  # codes, scales, values
 
 
 def _int4(
     rows: Tensor, hessian: Tensor, curve: rounding.Curvature | None, group: int, method: Method
-) -> tuple[Array, Array, Tensor]:
+) -> _Found:
     stack = rows.unsqueeze(0)
     if method.int4 == "gptq":
         assert curve is not None, "made for gptq"
@@ -149,14 +158,30 @@ def _int4(
     return codes, scales_bits, made.values(group)[0]
 
 
-def _nearest_int4(rows: Tensor, group: int) -> Tensor:
+def _nearest_int4(rows: Tensor, group: int) -> _Found:
     """As `lingc quantize` rounds without a calibration."""
     stack = rows.unsqueeze(0)
-    scales = rounding.plain_scales(stack, group)
-    return rounding.nearest(stack, scales, group).values(group)[0]
+    made = rounding.nearest(stack, rounding.plain_scales(stack, group), group)
+    empty = np.empty(0, np.int32)
+    return empty, empty, made.values(group)[0]
 
 
-def _fp8(rows: Tensor, scales: Tensor) -> tuple[Array, Array, Tensor]:
+def _better_fp8(rows: Tensor, hessian: Tensor, tried: Tensor, largest: Tensor) -> _Found:
+    """By the scales that were searched, but where outputs are nearer by the largest values.
+
+    The search knows the diagonal of the Hessian alone. Rows of blocks are decided one by one.
+    """
+    found, plain = _fp8(rows, tried), _fp8(rows, largest)
+    gains = _energy(rows - plain[2], hessian) - _energy(rows - found[2], hessian)
+    if tried.dim() == 1:  # decided for the whole matrix already
+        return found
+    short = -len(gains) % FP8_BLOCK
+    bands = torch.nn.functional.pad(gains, (0, short)).unflatten(0, (-1, FP8_BLOCK)).sum(1) > 0
+    scales = torch.where(bands.unsqueeze(1), tried, largest)
+    return _fp8(rows, scales)
+
+
+def _fp8(rows: Tensor, scales: Tensor) -> _Found:
     """Codes, scales and values of rows by scales [1] or [blocks, blocks]."""
     across = scales if scales.dim() == 1 else _spread(scales, rows.shape)
     ratio = rows / across
@@ -169,9 +194,7 @@ def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
     return wide.repeat_interleave(FP8_BLOCK, 1)[:, : shape[1]]
 
 
-def _largest_scales(rows: Tensor, whole: Tensor | None) -> Tensor:
-    if whole is not None:
-        return _some(rows.abs().amax().reshape(1) / float(E4M3_MAX))
+def _largest_by_block(rows: Tensor) -> Tensor:
     return _some(_by_block(rows).abs().amax((1, 3)) / float(E4M3_MAX))
 
 
@@ -192,23 +215,26 @@ def _block_scales(rows: Tensor, importance: Tensor) -> Tensor:
     tiles = _by_block(rows)
     short = tiles.shape[2] * FP8_BLOCK - importance.shape[0]
     counts = torch.nn.functional.pad(importance, (0, short)).unflatten(0, (-1, FP8_BLOCK))
-    return _least(tiles, counts, _largest_scales(rows, None), (1, 3))
+    return _least(tiles, counts, _largest_by_block(rows), (1, 3))
 
 
-def _tensor_scale(weight: Tensor, importance: Tensor) -> Tensor:
+def _tensor_scales(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of a matrix to take, and the one of its largest value."""
     top = _some(weight.abs().amax().reshape(1) / float(E4M3_MAX))
-    best, least = top, float("inf")
-    for share in _shares():
-        lost = sum(
-            float(
-                ((round_e4m3(rows / (top * share)) * (top * share) - rows).square() * importance)
-                .sum(dtype=torch.float64)
-            )
-            for rows in weight.split(ROWS)
-        )  # fmt: skip
-        if lost < least:
-            best, least = top * share, lost
-    return best
+    importance = hessian.diagonal()
+    lost = dict.fromkeys(_shares(), 0.0)
+    for rows in weight.split(ROWS):
+        for share in lost:
+            scale = top * share
+            error = (round_e4m3(rows / scale) * scale - rows).square() * importance
+            lost[share] += float(error.sum(dtype=torch.float64))
+    best = top * min(lost, key=lambda share: lost[share])
+    gain = sum(
+        float((_energy(rows - plain, hessian) - _energy(rows - found, hessian)).sum())
+        for rows in weight.split(ROWS)
+        for found, plain in [[round_e4m3(rows / scale) * scale for scale in (best, top)]]
+    )
+    return (best if gain > 0 else top), top
 
 
 def _least(tiles: Tensor, counts: Tensor, top: Tensor, axes: tuple[int, int]) -> Tensor:

@@ -140,8 +140,7 @@ class Rounder:
         values: dict[str, Tensor] = {}
         for modules in self._together(watch.modules):
             if is_fallback or not self.is_made(modules[0]):
-                how = "fallback" if is_fallback else "nearest"
-                values |= {module: self._left(module, how, watch.rows) for module in modules}
+                values |= {module: self._left(module, watch.rows) for module in modules}
             else:
                 values |= self._made(modules, watch)
             self._job.done(len(modules))
@@ -161,12 +160,14 @@ class Rounder:
             groups.setdefault(module if is_apart else chosen, []).append(module)
         return list(groups.values())
 
-    def _left(self, module: str, how: str, rows: int) -> Tensor:
+    def _left(self, module: str, rows: int) -> Tensor:
         """The values that rounding to nearest will give."""
-        chosen = self._job.recipe.format_of(module)
+        chosen, name = self._job.recipe.format_of(module), f"{module}.weight"
         if chosen.kind != "plain":
+            how = "fallback" if self.is_made(module) else "nearest"
+            if is_stored_as(self._job.source, name, chosen.kind, chosen.group):
+                how = "stored"
             self.seen.matrices.append(_line(module, str(chosen), how, rows))
-        name = f"{module}.weight"
         rounded = to_rounded(self._job.source, name, chosen.kind, chosen.group)
         return torch.from_numpy(rounded).to(self._job.device)
 

@@ -10,7 +10,7 @@ first step that is not behind, and comes to the same bytes.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Settings:
         device: `cpu` or `cuda`.
     """
 
-    method: Method
+    method: Method = field(default_factory=Method)
     observer: str = "absmax"
     percentile: float = 99.99
     fallback_below: int = FALLBACK_BELOW

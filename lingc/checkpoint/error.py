@@ -20,6 +20,8 @@ from lingc.quantize.formats import (
 
 Array = NDArray[Any]
 
+_SAMPLE = 4096
+_NORMAL_MEDIAN = 0.6745  # of |x|, x normal
 _TILE = 1 << 18  # elements looked at together: what that makes stays in a core's cache
 
 
@@ -31,18 +33,30 @@ class ErrorSums:
         lost: Of squared changes.
         whole: Of squared values.
         most: Largest change.
+        typical: Size of a typical value: the median magnitude over that of a normal distribution of
+            variance 1, of a sample.
         count: Elements.
     """
 
     lost: float
     whole: float
     most: float
+    typical: float
     count: int
 
     @property
     def relative(self) -> float:
         """Norm of the change over the norm of the matrix; 0 for a matrix of zeros."""
         return float(np.sqrt(self.lost / self.whole)) if self.whole else 0.0
+
+    @property
+    def of_typical(self) -> float:
+        """Root mean square of the change over a typical value.
+
+        As `relative` where values are spread normally; outliers, which cost the others digits and
+        hide that in a norm that they dominate, do not hide it here.
+        """
+        return float(np.sqrt(self.lost / self.count) / self.typical) if self.typical else 0.0
 
     @property
     def worst(self) -> float:
@@ -75,7 +89,16 @@ def error_sums(source: Source, item: Item, values: Sequence[Array]) -> ErrorSums
         flat = after.reshape(-1)
         lost += float(np.dot(flat, flat))
         most = max(most, float(flat.max(initial=0)), -float(flat.min(initial=0)))
-    return ErrorSums(lost=lost, whole=whole, most=most, count=rows * columns)
+    sample = before.reshape(-1)[:: max(1, before.size // _SAMPLE)]
+    if dtype == "bf16":
+        sample = widen_bf16(sample.view(np.uint16))
+    return ErrorSums(
+        lost=lost,
+        whole=whole,
+        most=most,
+        typical=float(np.median(np.abs(sample)) / _NORMAL_MEDIAN),
+        count=rows * columns,
+    )
 
 
 def _dequantized(item: Item, codes: Array, scales: Array, rows: slice, columns: int) -> F32:

@@ -8,11 +8,12 @@ from statistics import median
 
 from lingc.checkpoint.quantizer import Outcome
 
-OUTLIER = 1.3
+OUTLIER = 2.0
 """Of the median error of its format: from here a matrix is suggested to stay plain.
 
-Errors of one format are much alike where weights are: those of the shipped checkpoint lie within
-1.15 of their median in FP8. What lies farther out has outliers that cost every other value digits.
+Errors over a typical value are much alike where weights are: those of the shipped checkpoint lie
+within 1.6 of the median of their format. What lies farther out has outliers that cost every other
+value digits.
 """
 
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
@@ -91,19 +92,20 @@ def suggestions(outcomes: Sequence[Outcome]) -> tuple[Suggestion, ...]:
     """Matrices whose error stands out among those of their format, the worst first."""
     errors: dict[str, list[float]] = defaultdict(list)
     for one in outcomes:
-        if one.error is not None:
-            errors[one.format].append(one.error)
+        if one.typical_error is not None:
+            errors[one.format].append(one.typical_error)
     usual = {kind: median(found) for kind, found in errors.items()}
     found = [
-        (one.error / usual[one.format], one)
+        (one.typical_error / usual[one.format], one)
         for one in outcomes
-        if one.error is not None and one.error > OUTLIER * usual[one.format] > 0
+        if one.typical_error is not None and one.typical_error > OUTLIER * usual[one.format] > 0
     ]
     found.sort(key=lambda pair: -pair[0])
     return tuple(
         Suggestion(
             module=one.name,
-            reason=f"its error is {ratio:.1f} times the median of {one.format}",
+            reason=f"beside a typical value its error is {ratio:.1f} times the median of "
+            f"{one.format}, so outliers cost the others digits",
             bytes=one.input_bytes - one.bytes,
         )
         for ratio, one in found

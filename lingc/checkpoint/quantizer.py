@@ -63,6 +63,8 @@ class Outcome:
         why: In `plain`, why it is not quantized.
         error: Norm of what rounding changed over the norm of the matrix; None where nothing was
             rounded, and where calibration moved a scale from one matrix to another.
+        typical_error: Root mean square of the change over a typical value: where it is far above
+            `error`, outliers cost the other values digits; likewise.
         worst: Largest change of one element over the root mean square of the matrix, likewise.
         input_bytes: What it took in an unquantized checkpoint.
         bytes: What it takes now.
@@ -73,6 +75,7 @@ class Outcome:
     how: str
     why: str | None
     error: float | None
+    typical_error: float | None
     worst: float | None
     input_bytes: int
     bytes: int
@@ -85,11 +88,13 @@ class Quantized:
     Attributes:
         path: Its directory.
         is_resumed: Whether files of an earlier run were kept.
+        lacks_input_scales: Whether the recipe wants scales of inputs, and no calibration has them.
         outcomes: Of every matrix, in the order of the layers.
     """
 
     path: Path
     is_resumed: bool
+    lacks_input_scales: bool
     outcomes: tuple[Outcome, ...]
 
 
@@ -181,7 +186,12 @@ def quantize_checkpoint(
         for path in source.tokenizer_files():
             (content / path.name).write_bytes(path.read_bytes())
         folder.publish()
-    return Quantized(path=target, is_resumed=folder.is_resumed, outcomes=tuple(outcomes))
+    return Quantized(
+        path=target,
+        is_resumed=folder.is_resumed,
+        lacks_input_scales=recipe.activations == "fp8_static" and changes is None,
+        outcomes=tuple(outcomes),
+    )
 
 
 def report(recipe: Recipe, outcomes: Sequence[Outcome], changes: Changes | None) -> dict[str, Any]:
@@ -260,7 +270,10 @@ class _Work:
             layout = "int4" if "int4_group" in self.kinds else "fp8"
             said = quantization_config(model, layout, formats)
         else:
-            said = compressed_config(formats, self._recipe.activations)
+            activations = self._recipe.activations
+            if activations == "fp8_static" and self._changes is None:
+                activations = "plain"  # nobody knows the scales
+            said = compressed_config(formats, activations)
         return {**model.raw, **({"quantization_config": said} if said else {})}
 
     def _input_scales(self, shard: Sequence[Item]) -> dict[str, float]:
@@ -297,6 +310,7 @@ class _Work:
             how=how,
             why=self._why(_module(one.name)) if how == "plain" else None,
             error=None if sums is None else sums.relative,
+            typical_error=None if sums is None else sums.of_typical,
             worst=None if sums is None else sums.worst,
             input_bytes=self.input_bytes(one.name),
             bytes=one.length_bytes,

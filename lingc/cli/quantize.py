@@ -127,6 +127,11 @@ def _document(
 def _show(
     out: Output, result: "Quantized", found: Sequence["Family"], better: Sequence["Suggestion"]
 ) -> None:
+    if result.lacks_input_scales:
+        out.note(
+            "without a calibration there are no scales of inputs: what loads this rounds weights "
+            "alone, or rounds inputs on the fly"
+        )
     if result.is_resumed:
         out.note("went on with what an earlier run had written")
     quantized = [one for one in found if one.how != "plain"]

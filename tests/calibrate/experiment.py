@@ -168,7 +168,12 @@ def _round_experts(
 
 
 def compare(
-    names: Sequence[str], folder: Path, *, sample_count: int | None, window_count: int
+    names: Sequence[str],
+    folder: Path,
+    *,
+    sample_count: int | None,
+    window_count: int,
+    method: Method,
 ) -> list[dict[str, object]]:
     """A line a recipe: what rounding to nearest and calibration cost, with intervals."""
     source, text = open_checkpoint(CHECKPOINT), windows(window_count)
@@ -176,7 +181,7 @@ def compare(
     lines = []
     for name in names:
         recipe = load_recipe(name)
-        scored = score(_models(source, recipe, given, folder / name), text)
+        scored = score(_models(source, recipe, given, method, folder / name), text)
         ratio = ratio_interval(scored.kl["calibrated"], scored.kl["nearest"])
         reference = scored.nll["bf16"]
         lines.append(
@@ -197,10 +202,10 @@ def compare(
 
 
 def _models(
-    source: Checkpoint, recipe: Recipe, given: Samples, folder: Path
+    source: Checkpoint, recipe: Recipe, given: Samples, method: Method, folder: Path
 ) -> dict[str, LingModel]:
     nearest = quantize_checkpoint(source, recipe, folder / "nearest").path
-    settings = Settings(method=Method())
+    settings = Settings(method=method)
     made = calibrate(source, recipe, given, folder / "calibration", settings)
     changes = open_calibration(made.path, source, recipe)
     better = quantize_checkpoint(source, recipe, folder / "calibrated", changes=changes).path
@@ -218,10 +223,16 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=88)
+    parser.add_argument("--damping", type=float, default=Method().damping)
+    parser.add_argument("--rounds", type=int, default=Method().rounds)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for line in compare(
-            given.recipes, Path(folder), sample_count=given.samples, window_count=given.windows
+            given.recipes,
+            Path(folder),
+            sample_count=given.samples,
+            window_count=given.windows,
+            method=Method(damping=given.damping, rounds=given.rounds),
         ):
             print(json.dumps(line))  # noqa: T201 what the script is for
 

@@ -1,0 +1,140 @@
+"""Rounding by what inputs look like: less is lost, and what is made can be stored."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lingc.calibrate import rounding
+from lingc.calibrate.matrices import Method, make
+from lingc.calibrate.rounding import curvature, gptq, loss, nearest, plain_scales, search_scales
+from lingc.quantize.formats import (
+    dequantize_fp8_block,
+    dequantize_fp8_tensor,
+    dequantize_int4_group,
+    quantize_fp8_block,
+    quantize_fp8_tensor,
+    quantize_int4_group,
+)
+from lingc.quantize.recipes import Format
+
+
+def _case(rows: int = 24, columns: int = 80, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A matrix, and x x^T of inputs whose channels have much in common."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=draw) * 0.2 + torch.eye(columns)
+    x = torch.randn(600, columns, generator=draw) @ mix
+    return torch.randn(rows, columns, generator=draw), x.T @ x
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("seed", range(3))
+def test_gptq_loses_less_than_searched_scales_and_these_less_than_nearest(
+    group: int, seed: int
+) -> None:
+    weight, hessian = (x.unsqueeze(0) for x in _case(seed=seed))
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+
+    by_nearest = nearest(weight, plain_scales(weight, group), group)
+    by_search = nearest(weight, search_scales(weight, diagonal, group), group)
+    by_gptq = gptq(weight, curvature(hessian), group)
+
+    losses = [
+        loss(weight, x.values(group), hessian).item() for x in (by_nearest, by_search, by_gptq)
+    ]
+    assert losses[1] < losses[0]
+    assert losses[2] < 0.8 * losses[1]
+
+
+def test_moving_codes_and_scales_once_more_only_helps() -> None:
+    weight, hessian = (x.unsqueeze(0) for x in _case())
+    curve = curvature(hessian)
+
+    losses = [
+        loss(weight, gptq(weight, curve, 32, rounds=rounds).values(32), curve.hessian).item()
+        for rounds in range(4)
+    ]
+
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < 0.95 * losses[0]
+
+
+def test_what_is_made_can_be_stored() -> None:
+    weight, hessian = (x.unsqueeze(0) for x in _case(columns=77))
+    weight[0, :, 32:64] = 0  # a group of zeros
+
+    made = gptq(weight, curvature(hessian), 32)
+
+    assert made.codes.dtype == torch.int8
+    assert -8 <= made.codes.min() < made.codes.max() <= 7
+    assert made.scales.shape == (1, 24, 3)
+    assert made.scales.dtype == torch.bfloat16
+    assert bool((made.scales > 0).all())
+    assert bool(made.scales.isfinite().all())
+    assert not made.values(32)[0, :, 32:64].any()
+
+
+def test_a_stack_is_rounded_as_its_matrices_are() -> None:
+    cases = [_case(seed=seed) for seed in range(3)]
+    weights, hessians = (torch.stack(each) for each in zip(*cases, strict=True))
+
+    together = gptq(weights, curvature(hessians), 32)
+
+    for i, (weight, hessian) in enumerate(cases):
+        alone = gptq(weight.unsqueeze(0), curvature(hessian.unsqueeze(0)), 32)
+        same = (together.codes[i] == alone.codes[0]).float().mean()
+        assert same > 0.99  # sums of another order may tip a tie
+
+
+def test_without_a_token_nothing_is_better_than_the_weights_themselves() -> None:
+    weight, hessian = (x.unsqueeze(0) for x in _case())
+
+    made = gptq(weight, curvature(hessian * 0), 32)
+
+    error = (made.values(32) - weight).square().sum()
+    plain = (nearest(weight, plain_scales(weight, 32), 32).values(32) - weight).square().sum()
+    assert error < plain
+
+
+@pytest.mark.parametrize("kind", ["int4_group", "fp8_block", "fp8_tensor"])
+@pytest.mark.parametrize("rows", [24, 300])
+def test_pieces_give_back_the_values_and_are_never_worse_than_nearest(
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lingc.calibrate.matrices.ROWS", 128)  # several runs of rows
+    weight, hessian = _case(rows, 200)
+    chosen = Format(kind=kind, group=32 if kind == "int4_group" else 0)
+
+    made = make(weight, hessian, curvature(hessian.unsqueeze(0)), chosen, Method())
+
+    codes, scales = made.pieces
+    if kind == "int4_group":
+        values = dequantize_int4_group(codes, scales, 32, 200)
+        want = dequantize_int4_group(*quantize_int4_group(weight.numpy(), 32), 32, 200)
+    elif kind == "fp8_block":
+        values = dequantize_fp8_block(codes, scales)
+        want = dequantize_fp8_block(*quantize_fp8_block(weight.numpy()))
+    else:
+        values = dequantize_fp8_tensor(codes, scales)
+        want = dequantize_fp8_tensor(*quantize_fp8_tensor(weight.numpy()))
+    assert torch.equal(torch.from_numpy(values), made.values)
+    by_nearest = loss(weight[None], torch.from_numpy(want)[None], hessian[None]).item()
+    assert made.nearest_loss_of(0, rows) == pytest.approx(by_nearest, rel=1e-3)
+    assert made.loss_of(0, rows) <= made.nearest_loss_of(0, rows)
+
+
+def test_searching_scales_of_fp8_gains_something() -> None:
+    weight, hessian = _case(256, 256)
+
+    made = make(weight, hessian, None, Format(kind="fp8_block"), Method())
+
+    assert made.loss_of(0, 256) < 0.98 * made.nearest_loss_of(0, 256)
+
+
+def test_losses_of_rows_add_up() -> None:
+    weight, hessian = _case(40)
+    curve = curvature(hessian.unsqueeze(0))
+    made = make(weight, hessian, curve, Format(kind="int4_group", group=32), Method())
+
+    alone = rounding.loss(weight[None, :16], made.values[None, :16], hessian[None]).item()
+
+    assert made.loss_of(0, 16) == pytest.approx(alone, rel=1e-3)
