@@ -173,6 +173,12 @@ def test_an_engine_with_drawn_weights_is_right_and_gets_its_numbers(backend: Cud
     assert [made.batch for made in report.generations] == [1, 2]
     assert all(made.tokens_per_s > 0 for made in report.generations)
     (prompt,) = report.prefills
+    assert prompt.last is not None
+    launches = sum(kind.steps * kind.launches for kind in prompt.profile)
+    assert prompt.last.p50 == pytest.approx(1e-3 * launches)
+    assert [kind.measured for kind in prompt.profile] == pytest.approx(
+        [1e3 * kind.launches for kind in prompt.profile]
+    )
     assert (prompt.tokens, prompt.chunks) == (70, 2)
     assert one.predicted > 0
     assert prompt.predicted > 0

@@ -252,7 +252,7 @@ def measure(
         )
     for length in settings.prefills:
         tell(f"prefill, {length} tokens")
-        report.prefills.append(prefill(backend, length))
+        report.prefills.append(prefill(backend, length, profiled=settings.profile))
 
 
 def ceilings(device: Device, plan: Plan, settings: Settings) -> dict[str, float]:

@@ -26,6 +26,8 @@ TURNS_S = 0.3
 """Seconds that the turns of one of them may take, within limits."""
 PROMPT = 8
 """Tokens of a request's prompt."""
+REPEATS = 3
+"""Runs of a step by itself that count."""
 PREFILLS = 3
 PREFILLS_S = 5.0
 """Runs of a prompt that count, and seconds after which one will do."""
@@ -100,12 +102,16 @@ class Prefill:
     Attributes:
         run: Seconds until the token behind it is chosen, as generation has it.
         predicted: Seconds of its steps, as the engine was built to expect.
+        last: Seconds of the last chunk's graph.
+        profile: Of the last chunk, each kind of step by itself.
     """
 
     tokens: int
     chunks: int
     run: Spread
     predicted: float
+    last: Spread | None = None
+    profile: tuple[Profiled, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -237,25 +243,60 @@ def profile(backend: CudaBackend, bound: BoundBucket, seconds: float) -> Iterato
         seconds: Of the whole step.
     """
     steps = own_steps(backend, bound)
+    turns = max(5, min(15, int(TURNS_S / seconds)))
+    for places in _kinds(steps):
+        count = min(len(places), SAMPLED)
+        some = [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
+        took = statistics.mean(_added(bound, steps, i, turns) for i in some)
+        yield _profiled(backend, bound, steps, places, took)
+
+
+def alone(backend: CudaBackend, bound: BoundBucket) -> Iterator[Profiled]:
+    """What the first step of each kind takes by itself, of steps that take long.
+
+    One run of what is before it makes its inputs. It runs several times on them; what it does to
+    the state meanwhile changes no time.
+    """
+    steps = own_steps(backend, bound)
+    names = [step.name for step, _ in steps]
+    done = 0
+    for places in _kinds(steps):
+        first = places[0]
+        if first > done:
+            before = bound.record(names[done:first])
+            before.seconds(1)
+            before.close()
+        graph = bound.record(names[first : first + 1])
+        took = statistics.median(graph.seconds(1 + REPEATS)[1:])
+        graph.close()
+        done = first + 1
+        yield _profiled(backend, bound, steps, places, took)
+
+
+def _kinds(steps: Sequence[tuple[TableStep, TableTactic]]) -> list[list[int]]:
+    """Where the steps of each kind are: those of the same op, sizes and tactic."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for i, (_, tactic) in enumerate(steps):
         kinds.setdefault((tactic.op, tactic.key), []).append(i)
-    turns = max(5, min(15, int(TURNS_S / seconds)))
-    for places in kinds.values():
-        tactic = steps[places[0]][1]
-        count = min(len(places), SAMPLED)
-        some = [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
-        yield Profiled(
-            op=tactic.op,
-            tactic=tactic.tactic,
-            steps=len(places),
-            launches=len(tactic.launches),
-            measured=1e6 * statistics.mean(_added(bound, steps, i, turns) for i in some),
-            predicted=tactic.microseconds,
-            moved_bytes=tactic.moved_bytes,
-            origin=tactic.origin,
-            parts=_parts(backend, bound, steps[places[0]][0], tactic),
-        )
+    return [*kinds.values()]
+
+
+def _profiled(
+    backend: CudaBackend, bound: BoundBucket, steps: Sequence[tuple[TableStep, TableTactic]],
+    places: Sequence[int], seconds: float,
+) -> Profiled:  # fmt: skip
+    step, tactic = steps[places[0]]
+    return Profiled(
+        op=tactic.op,
+        tactic=tactic.tactic,
+        steps=len(places),
+        launches=len(tactic.launches),
+        measured=1e6 * seconds,
+        predicted=tactic.microseconds,
+        moved_bytes=tactic.moved_bytes,
+        origin=tactic.origin,
+        parts=_parts(backend, bound, step, tactic),
+    )
 
 
 def _parts(
@@ -294,7 +335,7 @@ def _added(
     return statistics.median(a - b for a, b in pairs[1:])
 
 
-def prefill(backend: CudaBackend, length: int) -> Prefill:
+def prefill(backend: CudaBackend, length: int, *, profiled: bool = False) -> Prefill:
     """A prompt, chunk by chunk, until the token behind it is chosen."""
     chunks = prefill_inputs(backend, length)
     chosen = draws([(Sampling(), 0, length)])
@@ -308,6 +349,15 @@ def prefill(backend: CudaBackend, length: int) -> Prefill:
         for chunk in chunks:
             backend.draw("prefill", chunk, chosen)
         waits.append(time.perf_counter() - started)
+    last: Spread | None = None
+    kinds: tuple[Profiled, ...] = ()
+    if profiled:
+        bound = backend.prepare("prefill", chunks[-1])
+        whole = bound.record([step.name for step, _ in own_steps(backend, bound)])
+        last = spread(whole.seconds(REPEATS))
+        whole.close()
+        kinds = tuple(alone(backend, bound))
     return Prefill(
-        tokens=length, chunks=len(chunks), run=spread(waits[1:]), predicted=1e-6 * predicted
-    )
+        tokens=length, chunks=len(chunks), run=spread(waits[1:]), predicted=1e-6 * predicted,
+        last=last, profile=kinds,
+    )  # fmt: skip

@@ -280,6 +280,10 @@ def _show_cuda(out: Output, report: "Report") -> None:
                 for one in report.prefills
             ],
         )
+    for prompt in report.prefills:
+        if prompt.last is not None:
+            name = f"last of {prompt.chunks} chunks of {prompt.tokens} tokens, each step alone"
+            _show_kinds(out, name, prompt.profile, prompt.last)
 
 
 def _show_rounds(out: Output, report: "Report") -> None:
