@@ -8,8 +8,9 @@ made up for and not passed on. No more than one expert's matrices, or one attent
                                                -> each expert:  gate_proj, up_proj -> down_proj
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,29 @@ from lingc.calibrate.observers import Observer
 from lingc.calibrate.rounder import Job, Rounder, Watch, describe
 from lingc.calibrate.spill import Spill, Tokens, chunks, refuse_wild
 from lingc.model.moe import Router
+
+STACKED = 1 << 22
+"""Elements of Hessians that are worked on together on a CPU: with fewer, Python takes the time."""
+
+STACKED_CUDA = 1 << 27
+"""The same on a GPU, where launches are."""
+
+
+class _Part(NamedTuple):
+    """One SwiGLU, `model.layers.1.mlp.experts.3`, and whose tokens it reads.
+
+    Attributes:
+        rows: Numbers of the tokens.
+        weights: What the router gives each; None where there is no router.
+    """
+
+    name: str
+    rows: Tensor
+    weights: Tensor | None
+
+    def by(self, some: Tensor) -> Tensor | None:
+        """The weights of some of the tokens."""
+        return None if self.weights is None else self.weights[some]
 
 
 class Layer:
@@ -154,7 +178,7 @@ class Layer:
         every = torch.arange(self._tokens.count)
         if config.is_dense(self._number):
             with self.rounder.storing(path, _swiglu(mlp)):
-                self._mlp(mlp, after, normed, every, None)
+                self._mlps([_Part(mlp, every, None)], after, normed)
             return
         ids, weights = self._route(normed)
         counts = torch.bincount(ids.flatten(), minlength=config.num_experts).tolist()
@@ -165,15 +189,18 @@ class Layer:
         modules += [m for name in shared for m in _swiglu(name)]
         self._observe_experts(normed)
         inner = Watch(self._job, [f"{mlp}.experts.0.down_proj"], config.moe_intermediate_size)
+        parts = {}
+        for e in range(config.num_experts):
+            rows, rank = torch.nonzero(ids == e, as_tuple=True)
+            parts[e] = _Part(f"{mlp}.experts.{e}", rows, weights[rows, rank])
+        rare = [parts[e] for e in parts if counts[e] < self._job.fallback_below]
         with self.rounder.storing(path, modules):
-            for e in range(config.num_experts):
-                rows, rank = torch.nonzero(ids == e, as_tuple=True)
-                by = weights[rows, rank]
-                name = f"{mlp}.experts.{e}"
-                is_rare = counts[e] < self._job.fallback_below
-                self._mlp(name, after, normed, rows, by, is_fallback=is_rare, inner=inner.observer)
+            for some in self._stacks([parts[e] for e in enough]):
+                self._mlps(some, after, normed, inner=inner.observer)
+            for some in self._stacks(rare):
+                self._mlps(some, after, normed, is_fallback=True, inner=inner.observer)
             for name in shared:
-                self._mlp(name, after, normed, every, None)
+                self._mlps([_Part(name, every, None)], after, normed)
         if inner.observer is not None:
             downs = [f"{mlp}.experts.{e}.down_proj" for e in range(config.num_experts)]
             self.seen.inputs.append(describe(inner.observer, downs))
@@ -204,52 +231,63 @@ class Layer:
             observer.see(n)
         self.seen.inputs.append(describe(observer, names))
 
-    def _mlp(
+    def _stacks(self, parts: Sequence[_Part]) -> Iterator[Sequence[_Part]]:
+        """Experts that are rounded together: many small ones, or few large ones."""
+        widest = max(self._config.hidden_size, self._config.moe_intermediate_size)
+        budget = STACKED_CUDA if self._job.device.type == "cuda" else STACKED
+        count = max(1, budget // widest**2)
+        return (parts[i : i + count] for i in range(0, len(parts), count))
+
+    def _mlps(
         self,
-        name: str,
+        parts: Sequence[_Part],
         after: Spill,
         normed: Spill,
-        rows: Tensor,
-        weights: Tensor | None,
         *,
         is_fallback: bool = False,
         inner: Observer | None = None,
     ) -> None:
-        """One SwiGLU over some tokens; its result is added to the residual stream.
+        """SwiGLUs over some tokens each; their results are added to the residual stream.
 
         Args:
-            name: `model.layers.1.mlp.experts.3`.
+            parts: Of one width.
             after: The residual stream.
             normed: The inputs of all tokens.
-            rows: Whose tokens these are.
-            weights: What the router gives each, or None.
             is_fallback: Whether too few tokens came to round by.
-            inner: What watches the inputs of all experts' `down_proj`, in place of its own.
+            inner: What watches the inputs of all experts' `down_proj`, in place of their own.
         """
-        gate, up, down = _swiglu(name)
-        is_expert = weights is not None
-        outer = Watch(self._job, [gate, up], self._config.hidden_size)
-        width = self._job.source.shape(f"{down}.weight")[1]
-        second = Watch(self._job, [down], width)
-        if is_expert:
-            outer.observer, second.observer = None, inner
-        for part, n in self._rows(normed, rows):
-            outer.see(n, None if weights is None else weights[part].to(n.device))
-        values = self.rounder.settle(outer, is_fallback=is_fallback)
-        for part, n in self._rows(normed, rows):
-            h = functional.silu(functional.linear(n, values[gate]))
-            h = h * functional.linear(n, values[up])
-            self._check_rows(h, rows[part], down)
-            second.see(h, None if weights is None else weights[part].to(n.device))
-        if is_expert:
-            second.observer = None
-        values |= self.rounder.settle(second, is_fallback=is_fallback)
-        for part, n in self._rows(normed, rows):
-            h = functional.silu(functional.linear(n, values[gate]))
-            y = functional.linear(h * functional.linear(n, values[up]), values[down])
-            if weights is not None:
-                y = y * weights[part].unsqueeze(1).to(y.device)
-            after.add(rows[part], y)
+        outers = [self._watch(part, [0, 1]) for part in parts]
+        for part, watch in zip(parts, outers, strict=True):
+            for some, n in self._rows(normed, part.rows):
+                watch.see(n, part.by(some))
+        values = self.rounder.settle(*outers, is_fallback=is_fallback)
+        inners = [self._watch(part, [2]) for part in parts]
+        for part, watch in zip(parts, inners, strict=True):
+            for some, n in self._rows(normed, part.rows):
+                h = self._inner(part, n, values)
+                self._check_rows(h, part.rows[some], watch.modules[0])
+                watch.see(h, part.by(some))
+                if inner is not None:
+                    inner.see(h)
+        values |= self.rounder.settle(*inners, is_fallback=is_fallback)
+        for part in parts:
+            for some, n in self._rows(normed, part.rows):
+                down = values[f"{part.name}.down_proj"]
+                y = functional.linear(self._inner(part, n, values), down)
+                by = part.by(some)
+                after.add(part.rows[some], y if by is None else y * by.unsqueeze(1).to(y.device))
+
+    def _watch(self, part: _Part, which: Sequence[int]) -> Watch:
+        modules = [_swiglu(part.name)[i] for i in which]
+        watch = Watch(self._job, modules, self._job.source.shape(f"{modules[0]}.weight")[1])
+        if part.weights is not None:  # experts have one observer for all of a layer
+            watch.observer = None
+        return watch
+
+    @staticmethod
+    def _inner(part: _Part, n: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        gate = functional.linear(n, values[f"{part.name}.gate_proj"])
+        return functional.silu(gate) * functional.linear(n, values[f"{part.name}.up_proj"])
 
     def _rows(self, spill: Spill, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Positions in `rows`, a bounded number at a time, and the values of those rows."""

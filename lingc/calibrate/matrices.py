@@ -93,21 +93,54 @@ def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.dense(f"{module}.weight")).to(device)
 
 
-def make(
-    weight: Tensor,
-    hessian: Tensor,
-    curve: rounding.Curvature | None,
-    chosen: Format,
-    method: Method,
-) -> Made:
-    """Round a matrix by the sum of x x^T over its inputs.
+def make_int4(weights: Tensor, hessians: Tensor, chosen: Format, method: Method) -> list[Made]:
+    """Round matrices to INT4 groups by the sums of x x^T over their inputs.
+
+    Args:
+        weights: f32 [M, N, D].
+        hessians: f32 [M, D, D].
+        chosen: Says the group.
+        method: How.
+    """
+    group, count = chosen.group, weights.shape[1]
+    is_gptq = method.int4 == "gptq"
+    curve = rounding.curvature(hessians, damping=method.damping) if is_gptq else None
+    parts: list[rounding.Rounded] = []
+    sums = torch.zeros(len(weights), 3, count, dtype=torch.float64)
+    for top in range(0, count, ROWS):
+        rows = weights[:, top : top + ROWS]
+        if curve is not None:
+            found = rounding.gptq(rows, curve, group, rounds=method.rounds)
+        else:
+            scales = rounding.search_scales(rows, hessians.diagonal(dim1=1, dim2=2), group)
+            found = rounding.nearest(rows, scales, group)
+        plain = rounding.nearest(rows, rounding.plain_scales(rows, group), group)
+        errors = (rows - found.values(group), rows - plain.values(group), rows)
+        for i, error in enumerate(errors):
+            sums[:, i, top : top + ROWS] = _energy(error, hessians).cpu()
+        parts.append(found)
+    codes = torch.cat([part.codes for part in parts], dim=1)
+    scales = torch.cat([part.scales for part in parts], dim=1)
+    whole = rounding.Rounded(codes=codes, scales=scales)
+    values = whole.values(group)
+    return [
+        Made(pieces=_int4_pieces(codes[i], scales[i]), values=values[i], sums=sums[i])
+        for i in range(len(weights))
+    ]
+
+
+def _int4_pieces(codes: Tensor, scales: Tensor) -> tuple[Array, Array]:
+    bits = scales.cpu().view(torch.int16).numpy().view(np.uint16)
+    return pack_int4(codes.cpu().numpy()), bits
+
+
+def make_fp8(weight: Tensor, hessian: Tensor, chosen: Format) -> Made:
+    """Round a matrix to FP8 by searching the scales that lose least.
 
     Args:
         weight: f32 [N, D].
-        hessian: f32 [D, D].
-        curve: Made of it; read in `gptq` alone.
-        chosen: Its format, not plain.
-        method: How.
+        hessian: f32 [D, D], the sum of x x^T over its inputs.
+        chosen: `fp8_block` or `fp8_tensor`.
     """
     codes: list[Array] = []
     scales: list[Array] = []
@@ -116,16 +149,12 @@ def make(
     whole = _tensor_scales(weight, hessian) if chosen.kind == "fp8_tensor" else None
     for top in range(0, weight.shape[0], ROWS):
         rows = weight[top : top + ROWS]
-        if chosen.kind == "int4_group":
-            found = _int4(rows, hessian, curve, chosen.group, method)
-            plain = _nearest_int4(rows, chosen.group)
-        else:
-            tried, largest = whole or (
-                _block_scales(rows, hessian.diagonal()),
-                _largest_by_block(rows),
-            )
-            found = _better_fp8(rows, hessian, tried, largest)
-            plain = _fp8(rows, largest)
+        tried, largest = whole or (
+            _block_scales(rows, hessian.diagonal()),
+            _largest_by_block(rows),
+        )
+        found = _better_fp8(rows, hessian, tried, largest)
+        plain = _fp8(rows, largest)
         codes.append(found[0])
         scales.append(found[1])
         values[top : top + ROWS] = found[2]
@@ -136,34 +165,11 @@ def make(
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
-    """What rows of a matrix give on the samples, squared and added up: f64 [N]."""
-    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64)
+    """What rows of a matrix give on the samples, squared and added up: f64 [..., N]."""
+    return ((rows @ hessian) * rows).sum(-1, dtype=torch.float64)
 
 
 _Found = tuple[Array, Array, Tensor]  # codes, scales, values
-
-
-def _int4(
-    rows: Tensor, hessian: Tensor, curve: rounding.Curvature | None, group: int, method: Method
-) -> _Found:
-    stack = rows.unsqueeze(0)
-    if method.int4 == "gptq":
-        assert curve is not None, "made for gptq"
-        made = rounding.gptq(stack, curve, group, rounds=method.rounds)
-    else:
-        scales = rounding.search_scales(stack, hessian.diagonal().unsqueeze(0), group)
-        made = rounding.nearest(stack, scales, group)
-    codes = pack_int4(made.codes[0].cpu().numpy())
-    scales_bits = made.scales[0].cpu().view(torch.int16).numpy().view(np.uint16)
-    return codes, scales_bits, made.values(group)[0]
-
-
-def _nearest_int4(rows: Tensor, group: int) -> _Found:
-    """As `lingc quantize` rounds without a calibration."""
-    stack = rows.unsqueeze(0)
-    made = rounding.nearest(stack, rounding.plain_scales(stack, group), group)
-    empty = np.empty(0, np.int32)
-    return empty, empty, made.values(group)[0]
 
 
 def _better_fp8(rows: Tensor, hessian: Tensor, tried: Tensor, largest: Tensor) -> _Found:

@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lingc.calibrate import rounding
-from lingc.calibrate.matrices import Method, make, weight_of
+from lingc.calibrate.matrices import Made, Method, make_fp8, make_int4, weight_of
 from lingc.calibrate.observers import Observer
 from lingc.checkpoint.convert import is_stored_as, to_rounded
 from lingc.checkpoint.items import item
@@ -66,13 +65,11 @@ class Watch:
         self.modules = modules
         formats = {job.recipe.format_of(module) for module in modules}
         used = any(job.method.is_used(chosen) for chosen in formats)
-        self._method = job.method
         self.gram = torch.zeros(width, width, device=job.device) if used else None
         is_fp8 = any(chosen.kind.startswith("fp8") for chosen in formats)
         observed = job.recipe.activations != "plain" and is_fp8
         self.observer = Observer(width) if observed else None
         self.rows = 0
-        self._curve: rounding.Curvature | None = None
 
     @property
     def is_blind(self) -> bool:
@@ -85,14 +82,8 @@ class Watch:
         if self.observer is not None:
             self.observer.see(x)
         if self.gram is not None:
-            weighed = x if weights is None else x * weights.unsqueeze(1)
+            weighed = x if weights is None else x * weights.unsqueeze(1).to(x.device)
             self.gram += weighed.T @ weighed
-
-    def curve(self) -> rounding.Curvature | None:
-        """Of what was seen, made once, if the method needs one."""
-        if self._curve is None and self.gram is not None and self._method.int4 == "gptq":
-            self._curve = rounding.curvature(self.gram.unsqueeze(0), damping=self._method.damping)
-        return self._curve
 
 
 class Rounder:
@@ -127,25 +118,34 @@ class Rounder:
             self._writer.finish()
         self._writer = None
 
-    def settle(self, watch: Watch, *, is_fallback: bool = False) -> dict[str, Tensor]:
-        """Round the matrices that read what was watched.
+    def settle(self, *watches: Watch, is_fallback: bool = False) -> dict[str, Tensor]:
+        """Round the matrices that read what was watched; alike ones of INT4 together.
 
         Args:
-            watch: Has seen their inputs.
+            watches: Have seen the inputs, each of its matrices.
             is_fallback: Too few tokens came: leave them to rounding to nearest.
 
         Returns:
             The values that they have from now on, f32, by module.
         """
         values: dict[str, Tensor] = {}
-        for modules in self._together(watch.modules):
-            if is_fallback or not self.is_made(modules[0]):
-                values |= {module: self._left(module, watch.rows) for module in modules}
-            else:
-                values |= self._made(modules, watch)
-            self._job.done(len(modules))
-        if watch.observer is not None:
-            self.seen.inputs.append(describe(watch.observer, watch.modules))
+        alike: dict[object, list[tuple[Watch, list[str]]]] = {}
+        for watch in watches:
+            for modules in self._together(watch.modules):
+                chosen = self._job.recipe.format_of(modules[0])
+                if is_fallback or not self.is_made(modules[0]):
+                    values |= {module: self._left(module, watch.rows) for module in modules}
+                else:
+                    shapes = [self._job.source.shape(f"{module}.weight") for module in modules]
+                    apart = modules[0] if chosen.kind != "int4_group" else None
+                    key = (chosen, tuple(shapes), apart)
+                    alike.setdefault(key, []).append((watch, modules))
+        for stack in alike.values():
+            values |= self._made(stack)
+        self._job.done(sum(len(watch.modules) for watch in watches))
+        for watch in watches:
+            if watch.observer is not None:
+                self.seen.inputs.append(describe(watch.observer, watch.modules))
         return values
 
     def _together(self, modules: Sequence[str]) -> list[list[str]]:
@@ -171,33 +171,51 @@ class Rounder:
         rounded = to_rounded(self._job.source, name, chosen.kind, chosen.group)
         return torch.from_numpy(rounded).to(self._job.device)
 
-    def _made(self, modules: Sequence[str], watch: Watch) -> dict[str, Tensor]:
-        """Round matrices of one format by what was seen, store them, and give their values."""
-        job, chosen = self._job, self._job.recipe.format_of(modules[0])
-        assert watch.gram is not None, "a matrix that is rounded by data was watched"
+    def _made(self, stack: Sequence[tuple[Watch, list[str]]]) -> dict[str, Tensor]:
+        """Round matrices of one format and shape by what was seen, and store them.
+
+        Args:
+            stack: What saw the inputs of which modules; these have one format.
+        """
+        job, chosen = self._job, self._job.recipe.format_of(stack[0][1][0])
+        weights = torch.stack([
+            torch.cat([weight_of(job.source, module, job.device) for module in modules])
+            for _, modules in stack
+        ])  # fmt: skip
+        grams = [watch.gram for watch, _ in stack if watch.gram is not None]
+        assert len(grams) == len(stack), "a matrix that is rounded by data was watched"
+        if chosen.kind == "int4_group":
+            made = make_int4(weights, torch.stack(grams), chosen, job.method)
+        else:
+            made = [make_fp8(w, gram, chosen) for w, gram in zip(weights, grams, strict=True)]
+        values: dict[str, Tensor] = {}
+        for (watch, modules), one in zip(stack, made, strict=True):
+            top = 0
+            for module in modules:
+                end = top + job.source.shape(f"{module}.weight")[0]
+                self._store(module, one, top, end, watch.rows)
+                values[module] = one.values[top:end]
+                top = end
+        return values
+
+    def _store(self, module: str, made: Made, top: int, end: int, rows: int) -> None:
+        """Write the rows of one module, and note what it lost."""
         assert self._writer is not None, "a file is open"
-        weights = [weight_of(job.source, module, job.device) for module in modules]
-        heights = [weight.shape[0] for weight in weights]
-        joined = weights[0] if len(weights) == 1 else torch.cat(weights)
-        del weights
-        made = make(joined, watch.gram, watch.curve(), chosen, job.method)
-        tops = [sum(heights[:i]) for i in range(len(heights) + 1)]
-        for module, top, end in zip(modules, tops[:-1], tops[1:], strict=True):
-            stored = item(job.source, f"{module}.weight", job.recipe)
-            pieces: tuple[NDArray[Any], ...] = made.pieces
-            if chosen.kind == "int4_group":
-                shape = np.array((end - top, joined.shape[1]), np.int64)
-                pieces = (*(piece[top:end] for piece in made.pieces), shape)
-            for piece, value in zip(stored.pieces, pieces, strict=True):
-                self._writer.write(piece, value)
-            self.seen.matrices.append(
-                {
-                    **_line(module, str(chosen), "calibrated", watch.rows),
-                    "loss": made.loss_of(top, end),
-                    "nearest_loss": made.nearest_loss_of(top, end),
-                }
-            )
-        return dict(zip(modules, made.values.split(heights), strict=True))
+        chosen = self._job.recipe.format_of(module)
+        stored = item(self._job.source, f"{module}.weight", self._job.recipe)
+        pieces: tuple[NDArray[Any], ...] = made.pieces
+        if chosen.kind == "int4_group":
+            shape = np.array((end - top, made.values.shape[1]), np.int64)
+            pieces = (*(piece[top:end] for piece in made.pieces), shape)
+        for piece, value in zip(stored.pieces, pieces, strict=True):
+            self._writer.write(piece, value)
+        self.seen.matrices.append(
+            {
+                **_line(module, str(chosen), "calibrated", rows),
+                "loss": made.loss_of(top, end),
+                "nearest_loss": made.nearest_loss_of(top, end),
+            }
+        )
 
 
 def describe(observer: Observer, modules: Sequence[str]) -> dict[str, Any]:

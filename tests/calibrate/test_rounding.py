@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lingc.calibrate import rounding
-from lingc.calibrate.matrices import Method, make
+from lingc.calibrate.matrices import Made, Method, make_fp8, make_int4
 from lingc.calibrate.rounding import curvature, gptq, loss, nearest, plain_scales, search_scales
 from lingc.quantize.formats import (
     dequantize_fp8_block,
@@ -24,6 +24,12 @@ def _case(rows: int = 24, columns: int = 80, *, seed: int = 0) -> tuple[Tensor, 
     mix = torch.randn(columns, columns, generator=draw) * 0.2 + torch.eye(columns)
     x = torch.randn(600, columns, generator=draw) @ mix
     return torch.randn(rows, columns, generator=draw), x.T @ x
+
+
+def _made(weight: Tensor, hessian: Tensor, chosen: Format) -> Made:
+    if chosen.kind == "int4_group":
+        return make_int4(weight[None], hessian[None], chosen, Method())[0]
+    return make_fp8(weight, hessian, chosen)
 
 
 @pytest.mark.parametrize("group", [32, 128])
@@ -104,7 +110,7 @@ def test_pieces_give_back_the_values_and_are_never_worse_than_nearest(
     weight, hessian = _case(rows, 200)
     chosen = Format(kind=kind, group=32 if kind == "int4_group" else 0)
 
-    made = make(weight, hessian, curvature(hessian.unsqueeze(0)), chosen, Method())
+    made = _made(weight, hessian, chosen)
 
     codes, scales = made.pieces
     if kind == "int4_group":
@@ -125,15 +131,14 @@ def test_pieces_give_back_the_values_and_are_never_worse_than_nearest(
 def test_searching_scales_of_fp8_gains_something() -> None:
     weight, hessian = _case(256, 256)
 
-    made = make(weight, hessian, None, Format(kind="fp8_block"), Method())
+    made = _made(weight, hessian, Format(kind="fp8_block"))
 
     assert made.loss_of(0, 256) < 0.98 * made.nearest_loss_of(0, 256)
 
 
 def test_losses_of_rows_add_up() -> None:
     weight, hessian = _case(40)
-    curve = curvature(hessian.unsqueeze(0))
-    made = make(weight, hessian, curve, Format(kind="int4_group", group=32), Method())
+    made = _made(weight, hessian, Format(kind="int4_group", group=32))
 
     alone = rounding.loss(weight[None, :16], made.values[None, :16], hessian[None]).item()
 

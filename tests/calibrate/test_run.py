@@ -310,8 +310,10 @@ def _killed(work: Callable[[], object], after_s: float) -> int:
     """Do something in a child, kill it after a while, and say how it ended."""
     child = os.fork()
     if not child:
-        work()
-        os._exit(0)
+        try:
+            work()
+        finally:
+            os._exit(0)  # whatever it raised, a second pytest must not go on from here
     deadline = time.monotonic() + after_s
     while time.monotonic() < deadline:
         if os.waitpid(child, os.WNOHANG)[0]:
