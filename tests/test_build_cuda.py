@@ -188,6 +188,15 @@ def test_targets_are_named_side_by_side(
     assert (told["package"], told["target"]) == ("ling-tiny-fp8.ling", "h20")
     assert told["targets"] == ["h20", "h200-sxm"]
     assert read_manifest(tmp_path / told["package"]).target == "h20"
+    shown = {}
+    for name in ("h20", "h200-sxm"):
+        asked = ["inspect", told["package"], "--schedule", "--context", "512", "--target", name]
+        assert main([*asked, "--json"]) == 0
+        shown[name] = json.loads(capsys.readouterr().out)
+        assert shown[name]["target"] == name
+    assert shown["h20"]["bucket"]["steps"] != shown["h200-sxm"]["bucket"]["steps"]
+    assert main(["verify", told["package"], "--target", "h100-sxm"]) == 2
+    assert "no code for 'h100-sxm'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def document(
         "device": dict(report.device),
         "engine": {
             "bundle": manifest.bundle_id,
-            "target": opened.plan.target,
+            "target": opened.package.code().target,
             "precision": opened.plan.precision,
             "layers": opened.plan.config["num_hidden_layers"],
         },

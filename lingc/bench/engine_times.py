@@ -313,7 +313,8 @@ def _parts(
     (planned,) = [one for one in program.steps if one.outputs[0] == step.name]
     sizes = {**bound.sizes, "S": limits.slots + 1, "R": limits.pages * plan.page_size + 1}
     arguments = arguments_of(program, planned, sizes)
-    some = OPS[step.op].tactics(targets.get(plan.target), *arguments)
+    target = targets.get(backend.code.table.target)
+    some = OPS[step.op].tactics(target, *arguments)
     found = [one for one in some if one.name == tactic.tactic]
     return tuple(features(launch) for one in found for launch in one.launches)
 

@@ -76,6 +76,7 @@ _QUIET_CORES = 0.2
     help="How drawn weights spread tokens over experts.",
 )
 @click.option("--profile", is_flag=True, help="Time each kind of a CUDA engine's steps too.")
+@click.option("--target", help="The variant's, of a package with several (default: this GPU's).")
 @click.option("--sms", type=click.IntRange(min=1), help="Use so many of a GPU's multiprocessors.")
 @click.option(
     "--binaries",
@@ -100,6 +101,7 @@ def command(
     seed: int | None,
     routing: "Routing",
     profile: bool,
+    target: str | None,
     sms: int | None,
     binaries: Path | None,
     threads: int | None,
@@ -138,12 +140,13 @@ def command(
         _cuda(
             out, engine, checkpoint, path, batches=batches, contexts=contexts,
             prefills=prefills, tokens=tokens, seed=seed, routing=routing, profile=profile, sms=sms,
-            binaries=binaries, drafts=rounds, acceptances=kept,
+            binaries=binaries, drafts=rounds, acceptances=kept, target=target,
         )  # fmt: skip
         return
     given = {
         "--synthetic-weights": seed is not None,
         "--profile": profile,
+        "--target": target is not None,
         "--sms": sms is not None,
         "--acceptance": acceptance is not None,
     }
@@ -197,7 +200,7 @@ def _kind(engine: Path) -> str:
 
 def _cuda(
     out: Output, engine: Path, checkpoint: Path | None, path: Path | None, *,
-    binaries: Path | None, **given: Any,
+    binaries: Path | None, target: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """A CUDA engine alone."""
     with held():
@@ -205,14 +208,19 @@ def _cuda(
         from lingc.runtime.load import open_engine
         from lingc.targets.cuda.binaries import read_compilers
 
+    if checkpoint is not None and given["seed"] is not None:
+        raise UsageError("--checkpoint and --synthetic-weights contradict each other; give one")
     settings = bench.Settings(
         cache_dir=binaries or cache_dir(),
         compilers=None if binaries is None else read_compilers(binaries),
         **given,
     )
-    opened = open_engine(engine, checkpoint=checkpoint, cache_dir=cache_dir()) if (
-        settings.seed is None
-    ) else open_engine(engine)  # fmt: skip
+    opened = open_engine(
+        engine,
+        checkpoint=checkpoint,
+        cache_dir=cache_dir() if settings.seed is None else None,
+        target=target,
+    )
     report = bench.run(opened, settings, out.note)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     told = bench.document(report, opened, settings, versions(), date)

@@ -52,6 +52,7 @@ Document = Mapping[str, Any]
     type=click.Path(path_type=Path, dir_okay=False),
     help="With --schedule: write a page with its timeline and memory here.",
 )
+@click.option("--target", help="With --schedule: the variant's, of a package with several.")
 @output.options
 def command(
     out: Output,
@@ -66,6 +67,7 @@ def command(
     context: int,
     tokens: int | None,
     page: Path | None,
+    target: str | None,
 ) -> None:
     """Show what a package or a checkpoint holds.
 
@@ -89,7 +91,7 @@ def command(
         from lingc.launch_view import Wanted
 
         wanted = Wanted(phase=phase, sequences=batch, context=context, tokens=tokens or batch)
-        view.show(out, path, wanted, page)
+        view.show(out, path, wanted, page, target)
         return
     document = _describe(path)
     if other is not None:

@@ -77,6 +77,7 @@ _MOST_SLOTS = 8
     type=click.Path(path_type=Path),
     help="Weights for an engine without any; packed on first use.",
 )
+@click.option("--target", help="The variant's, of a package with several (default: this GPU's).")
 @click.option(
     "--cache-tokens",
     type=click.IntRange(min=1),
@@ -107,6 +108,7 @@ def command(
     stop: tuple[str, ...],
     drafts: int,
     checkpoint: Path | None,
+    target: str | None,
     cache_tokens: int | None,
     slots: int | None,
     threads: int | None,
@@ -138,7 +140,7 @@ def command(
         system=system,
         is_thinking=think,
     ).or_stdin()
-    opened = _open(out, engine, checkpoint)
+    opened = _open(out, engine, checkpoint, target)
     check_drafts(opened.plan, drafts)
     requests = [
         Request(
@@ -290,10 +292,12 @@ def _follow(run: Run, printer: Printer) -> bool:
     return False
 
 
-def _open(out: Output, engine: Path, checkpoint: Path | None) -> OpenedEngine:
+def _open(out: Output, engine: Path, checkpoint: Path | None, target: str | None) -> OpenedEngine:
     name = "open engine" if checkpoint is None else "open engine, pack weights"
     with out.stage(name):
-        return open_engine(engine, checkpoint=checkpoint, cache_dir=failure.cache_dir())
+        return open_engine(
+            engine, checkpoint=checkpoint, cache_dir=failure.cache_dir(), target=target
+        )
 
 
 def _start(out: Output, opened: OpenedEngine, limits: Limits, threads: int | None) -> Backend:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lingc import launch_page, launch_view, targets
 from lingc.cli.output import Output, bytes_text
+from lingc.engine.choosing import choose
 from lingc.engine.contents import judge_plan, read_listed
 from lingc.engine.reading import package_root, read_manifest
 from lingc.errors import IncompatibleError, IntegrityError
@@ -18,22 +19,28 @@ from lingc.runtime.cuda_code import TABLE, TABLE_BYTES, unpacked
 from lingc.staging import writing
 
 
-def read(path: Path) -> tuple[Plan, LaunchTable]:
+def read(path: Path, target: str | None = None) -> tuple[Plan, LaunchTable]:
     """The plan and the launch table of a package, each after its digest; nothing else is read.
+
+    Args:
+        path: Of the package.
+        target: Of the variant; the one that the plan was made for where None.
 
     Raises:
         IncompatibleError: It is no CUDA engine.
         IntegrityError: They are not what was written.
+        UsageError: It has no code for that target.
     """
     manifest, root = read_manifest(path), package_root(path)
-    variant = manifest.variants[manifest.target]
+    target = choose(manifest, None, target)
+    variant = manifest.variants[target]
     if variant.engine != "cuda":
         raise IncompatibleError(
             f"{str(path)!r} is an engine of kind {variant.engine!r}, which launches no kernels",
             hint="`lingc inspect --plan` shows what it computes",
         )
     plan, checks = judge_plan(root, manifest)
-    entry = manifest.files.get(f"variants/{manifest.target}/{TABLE}")
+    entry = manifest.files.get(f"variants/{target}/{TABLE}")
     if plan is None or entry is None:
         said = "; ".join(check.found for check in checks) if plan is None else f"no {TABLE}"
         raise IntegrityError(
@@ -50,9 +57,11 @@ def read(path: Path) -> tuple[Plan, LaunchTable]:
     return plan, from_value(value)
 
 
-def show(out: Output, path: Path, wanted: Wanted, page: Path | None) -> None:
+def show(
+    out: Output, path: Path, wanted: Wanted, page: Path | None, target: str | None = None
+) -> None:
     """Print the table and one bucket of it; write it as a page too if asked."""
-    plan, table = read(path)
+    plan, table = read(path, target)
     most = int(plan.config["max_position_embeddings"])
     wanted = replace(wanted, context=min(wanted.context, most))
     bucket = launch_view.find(table, plan, wanted)
@@ -67,7 +76,7 @@ def show(out: Output, path: Path, wanted: Wanted, page: Path | None) -> None:
         },
     }
     if page is not None:
-        title = f"{path.name}: {plan.precision} for {plan.target}"
+        title = f"{path.name}: {plan.precision} for {table.target}"
         with writing(page):
             page.write_text(launch_page.html(document, folded, title), encoding="utf-8")
         out.note(f"wrote {page}")
@@ -75,7 +84,7 @@ def show(out: Output, path: Path, wanted: Wanted, page: Path | None) -> None:
         out.emit(document)
         return
     _show_overview(out, document)
-    _show_steps(out, plan, folded, document["bucket"])
+    _show_steps(out, table.target, folded, document["bucket"])
     _show_memory(out, document["bucket"])
 
 
@@ -103,11 +112,11 @@ def _span(some: list[Mapping[str, Any]], field: str, written: Any) -> str:
 
 
 def _show_steps(
-    out: Output, plan: Plan, rows: list[dict[str, Any]], bucket: Mapping[str, Any]
+    out: Output, target: str, rows: list[dict[str, Any]], bucket: Mapping[str, Any]
 ) -> None:
     sizes = ", ".join(f"{axis} {size}" for axis, size in bucket["sizes"].items())
     out.line(f"{bucket['phase']} with {sizes}")
-    bandwidth = targets.get(plan.target).hbm_bytes_per_s
+    bandwidth = targets.get(target).hbm_bytes_per_s
     out.table(
         ("step", "layers", "op", "tactic", "launches", "µs", "MB", "GFLOP", "GB/s", "all µs",
          "origin"),

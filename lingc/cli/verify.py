@@ -27,9 +27,10 @@ _ID_CHARACTERS = 12
     show_default=True,
     help="structure: manifest and names; integrity: every byte; full: this machine too.",
 )
+@click.option("--target", help="The variant's, of a package with several (default: this GPU's).")
 @click.option("--run", "is_run", is_flag=True, help="Run the package's test vectors as well.")
 @output.options
-def command(out: Output, package: Path, level: Level, *, is_run: bool) -> None:
+def command(out: Output, package: Path, level: Level, target: str | None, *, is_run: bool) -> None:
     """Check every byte of a package, and whether this machine can run it.
 
     All checks are made and shown, not only up to the first that fails; nothing of the package is
@@ -47,7 +48,9 @@ def command(out: Output, package: Path, level: Level, *, is_run: bool) -> None:
       lingc verify h20.ling --level integrity --json
     """  # noqa: D301 click's mark for a block that is not rewrapped
     with out.stage("check every byte" if level != "structure" else "check the manifest"):
-        found = examine(package, level="full" if is_run else level, cache_dir=cache_dir())
+        found = examine(
+            package, level="full" if is_run else level, cache_dir=cache_dir(), target=target
+        )
     results = _run_vectors(out, found) if is_run and found.report.exit_code == 0 else None
     if out.as_json:
         out.emit({**found.report.to_json(), "vectors": _vectors_json(results)})
