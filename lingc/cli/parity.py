@@ -62,6 +62,19 @@ _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
     show_default=True,
     help="Where --bisect writes what shows the fault again.",
 )
+@click.option(
+    "--drift",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure how a narrow state of A drifts over N tokens.",
+)
+@click.option(
+    "--state-dtype",
+    type=click.Choice(("bf16", "f16", "f32")),
+    default="bf16",
+    show_default=True,
+    help="What --drift holds the linear states in.",
+)
 @output.options
 def command(
     out: Output,
@@ -80,6 +93,8 @@ def command(
     report: Path | None,
     bisect: bool,
     repro: Path,
+    drift: int | None,
+    state_dtype: str,
 ) -> None:
     """Compare two ways of running a model, token by token, and judge them by a budget.
 
@@ -91,6 +106,10 @@ def command(
 
     `--bisect` runs both step by step on the same values and names the first tensor that is wrong by
     its own step's doing. It leaves a file that `lingc parity repro FILE` runs again.
+
+    `--drift N` looks at A alone: it holds linear states in another type, rounds them after each of
+    N tokens, and tells how far the output of linear attention goes astray. A config.json without
+    weights will do. The limit, if there is one, is `state_error` of the budget.
 
     \b
     Modes:
@@ -108,6 +127,7 @@ def command(
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --weights checkpoint --json
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --bisect
       lingc parity repro parity-fault.safetensors
+      lingc parity artifacts/checkpoints/ling-2.6-flash --drift 16384 --report drift.html
 
     The exit code is 5 where the budget is not kept, and where a step is wrong.
     """  # noqa: D301 click's mark for a block that is not rewrapped
@@ -117,6 +137,9 @@ def command(
         from lingc.parity import side
         from lingc.parity.opening import Weights
 
+    if drift is not None:
+        _drift(out, Path(a), drift, state_dtype, budget, data, report)
+        return
     if b is None:
         raise click.UsageError("B is missing: what A is held against")
     if a == "repro":
@@ -162,6 +185,40 @@ def _compare(out: Output, settings: "Settings", report: Path | None) -> None:
         _show(out, result)
     if not result.ok:
         raise GateError(verdict(result), hint="--report FILE.html shows where")
+
+
+def _drift(
+    out: Output,
+    path: Path,
+    tokens: int,
+    state_dtype: str,
+    budget: str | None,
+    data: Path | None,
+    report: Path | None,
+) -> None:
+    with held():
+        from lingc.parity import drift_page, page
+        from lingc.parity.budget import load_budget
+        from lingc.parity.drift import STATE_DTYPES
+        from lingc.parity.drift_run import measure
+
+    limit = None if budget is None else load_budget(budget).state_error
+    (kind,) = (one for one in STATE_DTYPES if one == state_dtype)
+    with out.stage("drift", total=tokens, unit="tokens") as advance:
+        found = measure(path, tokens=tokens, state_dtype=kind, data=data, advance=advance)
+    if report is not None:
+        page.write_whole(report, drift_page.render(found, limit))
+        out.note(f"report: {report}")
+    verdict = drift_page.verdict(found, limit)
+    if out.as_json:
+        out.emit({**found.document(), "limit": limit})
+    else:
+        out.line(f"{found.name}: {found.source}")
+        out.table(drift_page.COLUMNS, drift_page.rows(found))
+    if limit is not None and not found.worst.points[-1].max <= limit:
+        raise GateError(verdict, hint="keep the state in f32")
+    if not out.as_json:
+        out.line(verdict)
 
 
 def _bisect(out: Output, settings: "Settings", repro: Path) -> None:

@@ -3,8 +3,10 @@
 import platform
 import secrets
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import markupsafe
 
 from lingc import __version__
 from lingc.parity import plots, report
@@ -13,22 +15,16 @@ from lingc.parity.layers import StateError
 from lingc.parity.run import ModeResult, Result
 from lingc.staging import sync, writing
 
-_TEMPLATE = Path(__file__).parent / "page.html"
+_FOLDER = Path(__file__).parent
 _MOST_FLIPS = 500
 
 
 def render(result: Result) -> str:
     """The page's text."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     flips = list(report.flip_rows(result))
     counts = result.modes[0].summary.usage if result.modes else {}
-    return template.render(
+    return filled(
+        "page.html",
         result=result,
         verdict=report.verdict(result),
         answers=answers(result),
@@ -42,9 +38,21 @@ def render(result: Result) -> str:
         usage=plots.heat(counts, label="layer by expert") if counts else "",
         layers=(report.LAYER_COLUMNS, list(report.layer_rows(result))),
         states=(report.STATE_COLUMNS, list(report.state_rows(result))),
-        version=__version__,
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     )
+
+
+def filled(template: str, **values: Any) -> str:
+    """A page of this room: its template with the style that all have."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = (_FOLDER / template).read_text(encoding="utf-8")
+    style = markupsafe.Markup((_FOLDER / "page.css").read_text(encoding="utf-8"))  # noqa: S704
+    return environment.from_string(text).render(style=style, version=__version__, **values)
 
 
 def write(result: Result, path: Path) -> None:
