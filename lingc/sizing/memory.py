@@ -75,6 +75,10 @@ class Step:
     is_absorbed: bool = True
 
 
+GROUPED_FROM = 64
+"""Tokens beyond which rows are laid out by expert."""
+
+
 def workspace_bytes(config: ModelConfig, target: Target, step: Step, ranks: int) -> int:
     """Bytes that one step needs at its widest point, beside weights and state: an estimate.
 
@@ -112,6 +116,10 @@ def _live(config: ModelConfig, target: Target, step: Step, ranks: int) -> dict[s
     }
     live = {name: act * tokens * (hidden + width) for name, width in layers.items()}
     live["MLA"] += _attention(config, target, step, heads)
+    if target.default_engine == "cuda":
+        # Rows of each expert begin at a multiple of 16, and copies read ahead.
+        hit = min(config.num_experts, tokens * config.num_experts_per_tok)
+        live["routed experts"] += (15 * hit + 256) * 2 * hidden if tokens > GROUPED_FROM else 0
     live["LM head"] = act * tokens * hidden + 4 * step.logits * -(-config.vocab_size // ranks)
     return live
 
