@@ -29,7 +29,7 @@ from lingc.runtime.cuda_memory import Held
 from lingc.weights import Progress, StoredWeights
 
 WINDOW_BYTES = 4 << 20
-MOST_THREADS = 16
+MOST_THREADS = 12
 BUFFERS = 2
 """Of each thread: one is filled while the other is copied from."""
 
