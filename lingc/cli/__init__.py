@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "quantize": "Write a quantized checkpoint.",
         "recipes": "List the precisions, and what each does to a model.",
         "parity": "Compare an engine, a checkpoint or a plan with another.",
+        "eval": "Tell how well a text is predicted, with intervals.",
         "bench": "Time a package against eager, after checking that it is right.",
         "bench-ops": "Time ops' kernels on a GPU, after checking that they are right.",
         "tune": "Measure which tactics are fastest on this GPU.",

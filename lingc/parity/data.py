@@ -37,10 +37,12 @@ class Row:
     Attributes:
         line: Where it stands in the file, from 1.
         ids: Its tokens, cut to the most that were asked for.
+        bytes: Of its text, whole; None for tokens and messages.
     """
 
     line: int
     ids: tuple[int, ...]
+    bytes: int | None = None
 
 
 def read_rows(
@@ -75,7 +77,9 @@ def read_rows(
             except _BadLineError as error:
                 problems.append(f"line {number}: {error}")
             else:
-                rows.append(Row(line=number, ids=tuple(ids[:max_tokens])))
+                text = _object(line).get("text")
+                size = len(text.encode()) if isinstance(text, str) else None
+                rows.append(Row(line=number, ids=tuple(ids[:max_tokens]), bytes=size))
         if len(problems) == _MAX_PROBLEMS or len(rows) == samples:
             break
     if problems:

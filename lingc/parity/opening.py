@@ -4,7 +4,7 @@
 references; a checkpoint directory is eager, on the engine's weights where the other side has some.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -132,11 +132,18 @@ def open_pair(
         InputError: One is neither a package nor a checkpoint, or weights are not to be found.
         IntegrityError: A package is not what was written, or is of another checkpoint.
     """
-    kinds = [_kind(word) for word in (a, b)]
+    first, second = open_each((a, b), cache_dir=cache_dir, checkpoint=checkpoint)
+    return first, second
+
+
+def open_each(
+    words: Sequence[str], *, cache_dir: Path, checkpoint: Path | None = None
+) -> tuple[Subject, ...]:
+    """Open one or more; see `open_pair`."""
+    kinds = [_kind(word) for word in words]
     given = [path for kind, path in kinds if kind == "eager"]
     source = checkpoint or (given[0] if given else None)
-    first, second = (_open(kind, path, cache_dir, source) for kind, path in kinds)
-    return first, second
+    return tuple(_open(kind, path, cache_dir, source) for kind, path in kinds)
 
 
 def _kind(word: str) -> tuple[Kind, Path]:

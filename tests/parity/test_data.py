@@ -46,7 +46,7 @@ def test_the_three_forms_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
     text, asked, answered, given = read_rows(path, vocab=VOCAB, tokenizer=tokenizer)
 
-    assert text == Row(line=1, ids=tuple(tokenizer.encode("def main():")))
+    assert text == Row(line=1, ids=tuple(tokenizer.encode("def main():")), bytes=11)
     assert asked.ids == tuple(tokenizer.encode(tokenizer.chat([user])))
     assert "list.sort()" in tokenizer.decode(answered.ids)
     assert answered.ids[-1] == tokenizer.encode("<|role_end|>")[0]
