@@ -191,7 +191,7 @@ class Device:
         """The same in large pages where the host has them: filled faster by what reads files."""
         cu = self._driver
         whole = -(-size // HUGE) * HUGE
-        # Memory that is shared, as it would be without these flags, has large pages of its own kind.
+        # Without these flags it is shared memory, whose large pages are of another kind.
         owner = mmap.mmap(-1, whole + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # of a kernel without them
             owner.madvise(mmap.MADV_HUGEPAGE)
