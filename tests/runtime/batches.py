@@ -88,11 +88,6 @@ class Apart:
     margins: Mapping[int, float]
     positions: int
 
-    @property
-    def tolerance(self) -> float:
-        """Two tokens that are further apart than this must not change places."""
-        return 2 * self.largest
-
 
 def apart(want: Sequence[Completion], got: Sequence[Completion]) -> Apart:
     """Compare up to the first other token of each request; log-probabilities must be there."""
