@@ -166,8 +166,15 @@ def configs(target: Target, shape: Shape) -> list[Config]:
         units = shape.tokens * shape.blocks
         groups = -(-units // 2) if paired else units
         splits = max(1, min(sms // groups, -(-shape.context // TILE)))
-        found.append(Config(paired=paired, splits=splits))
+        found.append(Config(paired=paired, splits=_level(shape, splits)))
     return found
+
+
+def _level(shape: Shape, most: int) -> int:
+    """At the most so many splits: fewer of whole tiles, where these are hardly longer."""
+    tiles = -(-shape.context // TILE)
+    each = -(-tiles // most)
+    return -(-tiles // each) if each * most <= 1.04 * tiles else most
 
 
 def short_configs(shape: Shape) -> list[Short]:
