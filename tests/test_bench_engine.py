@@ -29,6 +29,7 @@ from lingc.runtime.backend import Limits
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_code import CudaCode
 from lingc.runtime.cuda_memory import Held
+from lingc.runtime.cuda_rounds import CudaRounds
 from lingc.targets.cuda.buckets import Sizes
 from tests.kernels import emulated
 from tests.runtime.cuda_engine import TARGET, plan_and_weights, sizes
@@ -212,6 +213,21 @@ def test_rounds_of_drafts_are_right_and_get_their_numbers(backend: CudaBackend) 
 def test_rounds_that_the_engine_has_no_code_for_are_refused(backend: CudaBackend) -> None:
     with pytest.raises(UsageError, match="no code for rounds of 1 sequences with 2 drafts"):
         speculation.speculate(backend, 1, 40, 2, rounds=1)
+
+
+def test_rounds_that_the_engine_has_no_code_for_are_left_out(
+    backend: CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(CudaRounds, "fits", lambda *_: False)
+    report = Report(device={}, loaded=1.0)
+    few = replace(SETTINGS, batches=(1,), prefills=(16,), profile=False, drafts=(1,))
+
+    engine.measure(backend, few, report, tell=told.append)
+
+    assert "no code for rounds of 1 sequences, 1 drafts: not timed" in told
+    assert not report.speculations
+    assert [(one.drafts, one.batch) for one in report.generations] == [(0, 1), (1, 1)]
 
 
 def test_a_wrong_step_is_found(backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,9 @@ def measure(
             made = generate(backend, batch, tokens=settings.tokens, drafts=drafts)
             report.generations.append(made)
     for drafts, batch, context in product(settings.drafts, settings.batches, settings.contexts):
+        if not backend.rounds(drafts).fits(batch, 1):
+            tell(f"no code for rounds of {batch} sequences, {drafts} drafts: not timed")
+            continue
         tell(f"{drafts} drafts, batch {batch}, context {context}")
         for acceptance in settings.acceptances:
             one = speculate(
