@@ -9,7 +9,7 @@ first step that is not behind, and comes to the same bytes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,16 @@ def _widths(source: Source) -> Iterator[int]:
             yield source.shape(name)[1]
 
 
+def embedded(source: Source, ids: Sequence[int]) -> Tensor:
+    """Embeddings of some tokens, f32 [T, D]; no more of the table is read."""
+    name = "model.word_embeddings.weight"
+    if source.kind(name) != "plain":
+        return torch.from_numpy(source.dense(name)[list(ids)])
+    values, dtype = source.plain(name)
+    taken = values[list(ids)]
+    return torch.from_numpy(widen_bf16(taken) if dtype == "bf16" else np.array(taken))
+
+
 class _Steps:
     """The steps in order."""
 
@@ -231,17 +241,9 @@ class _Steps:
         assert number == 0, f"what layer {number} reads was lost"
         stream = Spill(self._folder.state / "embedded.f32", rows, width)
         for (first, end), one in zip(self._tokens.spans(), self._samples.samples, strict=True):
-            stream[first:end] = self._embedded(one.ids)
+            stream[first:end] = embedded(self._job.source, one.ids)
         stream.rename(path)
         return stream
-
-    def _embedded(self, ids: tuple[int, ...]) -> Tensor:
-        name, source = "model.word_embeddings.weight", self._job.source
-        if source.kind(name) != "plain":
-            return torch.from_numpy(source.dense(name)[list(ids)])
-        values, dtype = source.plain(name)
-        taken = values[list(ids)]
-        return torch.from_numpy(widen_bf16(taken) if dtype == "bf16" else np.array(taken))
 
     def _hidden(self) -> Iterator[Tensor]:
         """The model's outputs after the last norm, [T, D] of each sample."""
@@ -282,7 +284,7 @@ class _Steps:
             first, end = starts[index : index + 2]
             if first == end:
                 continue
-            parts = (self._embedded(one.ids[1:]).to(hidden.device), hidden[:-1])
+            parts = (embedded(self._job.source, one.ids[1:]).to(hidden.device), hidden[:-1])
             normed = [
                 functional.rms_norm(part, (width,), norm, config.rms_norm_eps)
                 for part, norm in zip(parts, norms, strict=True)

@@ -23,6 +23,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "run": "Generate text with a package.",
         "calibrate": "Round weights by what sample data shows.",
         "quantize": "Write a quantized checkpoint.",
+        "mix": "Make a recipe for a budget of bytes a token.",
         "recipes": "List the precisions, and what each does to a model.",
         "parity": "Compare an engine, a checkpoint or a plan with another.",
         "eval": "Tell how well a text is predicted, with intervals.",

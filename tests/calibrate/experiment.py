@@ -1,6 +1,6 @@
 """What calibration gains on the shipped checkpoint.
 
-    python -m tests.calibrate.experiment [--samples 128] [--windows 88] RECIPE ...
+    python -m tests.calibrate.experiment [--samples 128] [--windows 88] [--device cuda] RECIPE ...
 
 For each recipe the checkpoint is quantized twice, rounded to nearest and calibrated, and both are
 held to BF16 on the same windows of text, which it was neither trained nor calibrated on. Inputs of
@@ -75,8 +75,9 @@ def score(models: Mapping[str, LingModel], text: Tensor) -> Scored:
     """Hold models to the one called `bf16`."""
     kl: dict[str, list[float]] = {name: [] for name in models}
     nll: dict[str, list[float]] = {name: [] for name in models}
+    device = next(iter(models.values())).lm_head.weight.device
     with torch.inference_mode():
-        for ids in text:
+        for ids in text.to(device):
             logs = {name: model(ids[None])[0].log_softmax(-1) for name, model in models.items()}
             reference = logs["bf16"]
             for name, log in logs.items():
@@ -173,7 +174,7 @@ def compare(
     *,
     sample_count: int | None,
     window_count: int,
-    method: Method,
+    settings: Settings,
 ) -> list[dict[str, object]]:
     """A line a recipe: what rounding to nearest and calibration cost, with intervals."""
     source, text = open_checkpoint(CHECKPOINT), windows(window_count)
@@ -181,7 +182,7 @@ def compare(
     lines = []
     for name in names:
         recipe = load_recipe(name)
-        scored = score(_models(source, recipe, given, method, folder / name), text)
+        scored = score(_models(source, recipe, given, settings, folder / name), text)
         ratio = ratio_interval(scored.kl["calibrated"], scored.kl["nearest"])
         reference = scored.nll["bf16"]
         lines.append(
@@ -202,20 +203,20 @@ def compare(
 
 
 def _models(
-    source: Checkpoint, recipe: Recipe, given: Samples, method: Method, folder: Path
+    source: Checkpoint, recipe: Recipe, given: Samples, settings: Settings, folder: Path
 ) -> dict[str, LingModel]:
     nearest = quantize_checkpoint(source, recipe, folder / "nearest").path
-    settings = Settings(method=method)
     made = calibrate(source, recipe, given, folder / "calibration", settings)
     changes = open_calibration(made.path, source, recipe)
     better = quantize_checkpoint(source, recipe, folder / "calibrated", changes=changes).path
-    return {
+    models = {
         "bf16": from_source(source),
         "nearest": with_inputs(from_source(open_checkpoint(nearest)), recipe),
         "calibrated": with_inputs(
             from_source(open_checkpoint(better)), recipe, changes.input_scales
         ),
     }
+    return {name: model.to(settings.device) for name, model in models.items()}
 
 
 def main() -> None:
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=88)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--damping", type=float, default=Method().damping)
     parser.add_argument("--rounds", type=int, default=Method().rounds)
     given = parser.parse_args()
@@ -232,7 +234,9 @@ def main() -> None:
             Path(folder),
             sample_count=given.samples,
             window_count=given.windows,
-            method=Method(damping=given.damping, rounds=given.rounds),
+            settings=Settings(
+                method=Method(damping=given.damping, rounds=given.rounds), device=given.device
+            ),
         ):
             print(json.dumps(line))  # noqa: T201 what the script is for
 

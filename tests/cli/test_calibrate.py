@@ -1,0 +1,177 @@
+"""calibrate, quantize, recipes and mix from the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lingc.checkpoint import (
+    SyntheticCheckpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
+from lingc.cli import main
+from lingc.model.config import ModelConfig
+from tests.calibrate.conftest import LING_TINY, SMALL, write_rows
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = ModelConfig.from_dict({**ModelConfig.from_file(LING_TINY).raw, **SMALL})
+    path = tmp_path_factory.mktemp("cli") / "small"
+    return write_checkpoint(SyntheticCheckpoint(config, 1), path)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", count=12)
+
+
+def _run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_the_whole_way_from_a_checkpoint_to_a_calibrated_one(
+    small: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert _run("calibrate", small, "--data", rows, "--recipe", "int4-fp8", "-o", tmp_path / "c",
+                "--report", page, "--min-tokens-per-expert", 0, "--fallback-below", 0,
+                "-q") == 0  # fmt: skip
+    said = capsys.readouterr().out
+    assert "Tokens of an expert" in said
+    assert "matrices: error of outputs on the samples 0." in said
+
+    assert _run("quantize", small, "--recipe", "int4-fp8", "--calibration", tmp_path / "c",
+                "-o", tmp_path / "q", "--json") == 0  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+    hows = {one["how"] for one in told["tensors"]}
+
+    assert hows == {"calibrated", "plain"}
+    assert told["bytes"] < told["input_bytes"] / 2
+    assert open_checkpoint(tmp_path / "q").kind("model.layers.1.mlp.experts.0.up_proj.weight") == (
+        "int4_group"
+    )
+    text = page.read_text()
+    assert "Calibration for int4-fp8" in text
+    assert text.count("<svg") == 3
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_coverage_below_the_floor_is_exit_code_5_and_loses_nothing(
+    small: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = _run("calibrate", small, "--data", rows, "--recipe", "int4", "-o", tmp_path / "c",
+                "--min-tokens-per-expert", 100_000, "-q")  # fmt: skip
+
+    said = capsys.readouterr().err
+    assert code == 5
+    assert "24 experts saw fewer than 100000 tokens: (LINGC-E0500)\n  - layer" in said
+    assert "and 16 more" in said
+    assert (tmp_path / "c" / "calibration.json").exists()
+
+
+def test_json_is_the_whole_document(
+    small: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("calibrate", small, "--data", f"{rows}:2", "--recipe", "fp8-static", "-o",
+                tmp_path / "c", "--observer", "mse", "--samples", 5, "--json",
+                "--min-tokens-per-expert", 0) == 0  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+
+    assert told["data"]["samples"] == 5
+    assert told["data"]["files"][0]["weight"] == 2.0
+    assert told["settings"]["observer"] == "mse"
+    assert told["input_bounds"].keys() == {m for o in told["observed"] for m in o["modules"]}
+    assert not told["resumed"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no rows"),
+        (b"\n\n", "holds no rows"),
+        (b'{"input_ids": [99]}\n', "line 1: token 99 at position 0 is out of range"),
+        (b'{"input_ids": [1]}\n\xff\xfe\n', "line 2: it is not UTF-8"),
+        (b'{"text": "hello"}\n', "line 1: it has 'text', but there is no tokenizer"),
+        (b"[" * (17 << 20), "line 1: it is longer than 16 MiB"),
+    ],
+)
+def test_bad_data_is_told_and_leaves_nothing(
+    content: bytes, said: str, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_bytes(content)
+
+    assert _run("calibrate", small, "--data", data, "--recipe", "int4", "-o", tmp_path / "c") == 3
+
+    answer = capsys.readouterr().err
+    assert said in answer
+    assert "Traceback" not in answer
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["calibrate", "SMALL", "--data", "gone.jsonl", "--recipe", "int4"], 3, "cannot be read"),
+        (["calibrate", "SMALL", "--data", "ROWS:0", "--recipe", "int4"], 2, "not a positive"),
+        (["calibrate", "SMALL", "--data", "ROWS", "--recipe", "int5"], 2, "did you mean 'int4'?"),
+        (["calibrate", "gone", "--data", "ROWS", "--recipe", "int4"], 3, "no directory 'gone'"),
+        (
+            ["quantize", "SMALL", "--recipe", "RECIPE"],
+            3,
+            "'model.layers.*.mixer' matches no module",
+        ),
+        (["quantize", "SMALL", "--recipe", "fp8", "--calibration", "gone"], 3, "is no calibration"),
+        (["recipes", "RECIPE", "--checkpoint", "SMALL"], 3, "matches no module; the nearest is"),
+        (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "1kB"], 2, "raise --bytes"),
+        (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "much"], 2, "is no size"),
+    ],
+)
+def test_what_cannot_be_is_answered_in_words(
+    words: list[str], code: int, said: str, small: Path, rows: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rule = {"modules": ["model.layers.*.mixer"], "format": "fp8_block"}
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"name": "other", "rules": [rule]}))
+    names = {"SMALL": small, "ROWS": rows, "RECIPE": recipe, "ROWS:0": f"{rows}:0"}
+    given: list[Any] = [names.get(word, word) for word in words]
+    if words[0] != "recipes":
+        given += ["-o", tmp_path / "out"]
+
+    assert _run(*given) == code
+
+    answer = capsys.readouterr().err
+    assert said in answer
+    assert "Traceback" not in answer
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_recipes_are_listed_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    full = LING_TINY.parent / "ling-2.6-flash"
+    assert _run("recipes", "--checkpoint", full) == 0
+    assert "int4-fp8" in (said := capsys.readouterr().out)
+    assert "58.8 GB" in said
+
+    assert _run("recipes", "fp8", "--checkpoint", LING_TINY) == 0
+    assert "model.layers.*.mlp.experts.*.gate_proj" in capsys.readouterr().out
+
+    assert _run("recipes", "int4", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rules"][0]["group"] == 32
+
+
+def test_mix_writes_a_recipe_that_quantize_takes(
+    small: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, page = tmp_path / "mixed.json", tmp_path / "mixed.html"
+    assert _run("mix", small, "--data", rows, "--bytes-per-token", "0.12MB", "--samples", 2,
+                "-o", recipe, "--report", page, "--json") == 0  # fmt: skip
+    told = json.loads(capsys.readouterr().out)
+
+    assert _run("quantize", small, "--recipe", recipe, "-o", tmp_path / "q", "-q") == 0
+    assert told["chosen"]["bytes"] <= told["budget"] == 120_000
+    assert json.loads(recipe.read_text()) == told["recipe"]
+    assert "<polyline" in page.read_text()
