@@ -64,14 +64,17 @@ def test_company_and_drafts_change_no_bit_or_no_token_that_is_far_ahead(
     tolerance, start = engine
     one, many = start(1), start(64)
     asked = batches.requests(one.plan.config["vocab_size"])
+    bare = batches.without_logprobs(asked)
     want = batches.alone(one, asked)
     others = {
         "again": batches.alone(one, asked),
-        "drawn on the device": batches.alone(one, batches.without_logprobs(asked)),
+        "drawn on the device": batches.alone(one, bare),
         **{f"{n} drafts": batches.alone(one, asked, drafts=n) for n in (1, 3)},
         **{f"together, {n} drafts": batches.together(many, asked, drafts=n) for n in (0, 1, 3)},
+        **{f"{n} drafts, drawn on the device": batches.alone(one, bare, drafts=n) for n in (1, 3)},
+        **{f"together, {n} drafts, drawn": batches.together(many, bare, drafts=n) for n in (1, 3)},
         "sixty": batches.together(many, asked, copies=6),
-        "sixty, drawn": batches.together(many, batches.without_logprobs(asked), copies=6),
+        "sixty, drawn": batches.together(many, bare, copies=6),
     }
 
     found = {name: batches.differences(want, got) for name, got in others.items()}
