@@ -63,6 +63,11 @@ _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
     help="Where --bisect writes what shows the fault again.",
 )
 @click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Write what A says to a file, which can be a side later; there is no B.",
+)
+@click.option(
     "--drift",
     type=click.IntRange(min=1),
     metavar="N",
@@ -93,16 +98,17 @@ def command(
     report: Path | None,
     bisect: bool,
     repro: Path,
+    record: Path | None,
     drift: int | None,
     state_dtype: str,
 ) -> None:
     """Compare two ways of running a model, token by token, and judge them by a budget.
 
     A and B are any two of an engine (tiny.ling), its plan run by the references
-    (interpret:tiny.ling) and a checkpoint directory (eager). Both are fed the same tokens. Where
-    only B is a checkpoint it is the reference, else A is. Eager gets the engine's weights, that is,
-    the checkpoint's rounded as the engine stores them; `--weights checkpoint` leaves them as they
-    are and so shows what the precision costs.
+    (interpret:tiny.ling), a checkpoint directory (eager), and a record of one of these. Both are
+    fed the same tokens. Where only B is a checkpoint it is the reference, else A is. Eager gets the
+    engine's weights, that is, the checkpoint's rounded as the engine stores them; `--weights
+    checkpoint` leaves them as they are and so shows what the precision costs.
 
     `--bisect` runs both step by step on the same values and names the first tensor that is wrong by
     its own step's doing. It leaves a file that `lingc parity repro FILE` runs again.
@@ -127,6 +133,8 @@ def command(
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --weights checkpoint --json
       lingc parity artifacts/checkpoints/ling-tiny tiny.ling --bisect
       lingc parity repro parity-fault.safetensors
+      lingc parity artifacts/checkpoints/ling-tiny --record truth.safetensors
+      lingc parity truth.safetensors tiny.ling
       lingc parity artifacts/checkpoints/ling-2.6-flash --drift 16384 --report drift.html
 
     The exit code is 5 where the budget is not kept, and where a step is wrong.
@@ -140,9 +148,11 @@ def command(
     if drift is not None:
         _drift(out, Path(a), drift, state_dtype, budget, data, report)
         return
-    if b is None:
+    if b is None and record is None:
         raise click.UsageError("B is missing: what A is held against")
-    if a == "repro":
+    if b is not None and record is not None:
+        raise click.UsageError(f"--record is of A alone; leave {b!r} out")
+    if b is not None and a == "repro":
         _again(out, Path(b))
         return
     assert set(side.MODES) | {"all"} == set(_MODES), "the choices are the modes"
@@ -151,7 +161,7 @@ def command(
     wanted = modes or fallback
     settings = parity.Settings(
         a=a,
-        b=b,
+        b=b or "",
         cache_dir=cache_dir(),
         checkpoint=checkpoint,
         data=rows.SAMPLE if data is None else data,
@@ -163,7 +173,15 @@ def command(
         batch=batch,
         threads=threads,
     )
-    if bisect:
+    if record is not None:
+        with out.stage("record rows", unit="rows") as advance:
+            about = parity.record(settings, record, advance)
+        told = {"kind": "record", "file": str(record), "side": about.name, "modes": about.modes}
+        if out.as_json:
+            out.emit({**told, "rows": len(about.rows)})
+        else:
+            out.line(f"{record}: {about.name}, {len(about.rows)} rows of {about.data}")
+    elif bisect:
         _bisect(out, settings, repro)
     else:
         _compare(out, settings, report)

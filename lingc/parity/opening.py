@@ -1,7 +1,8 @@
 """What the words of a command mean, and how a side is made of them.
 
 `tiny.ling` is an engine, run by the runtime; `interpret:tiny.ling` its plan and weights, run by the
-references; a checkpoint directory is eager, on the engine's weights where the other side has some.
+references; a checkpoint directory is eager, on the engine's weights where the other side has some;
+a file is a record of what one of these said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from lingc.checkpoint import Checkpoint, open_checkpoint, validate
+from lingc.checkpoint.tensorfile import Stored
 from lingc.engine import Package, open_package, read_manifest
 from lingc.engine.bind import with_weights
 from lingc.errors import InputError, IntegrityError
 from lingc.model.config import ModelConfig
 from lingc.parity.engine import EngineSide, tap_outputs, taps
 from lingc.parity.experts import Routing
+from lingc.parity.record import About, RecordSide, read
 from lingc.parity.side import Side
 from lingc.parity.stored import StoredAs, of_plan, of_source
 from lingc.parity.weights import RoundedWeights
@@ -27,7 +30,7 @@ from lingc.weights import open_weights
 
 INTERPRET = "interpret:"
 
-Kind = Literal["engine", "plan", "eager"]
+Kind = Literal["engine", "plan", "eager", "record"]
 Weights = Literal["engine", "checkpoint"]
 
 
@@ -57,12 +60,20 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A record, as `lingc.parity.record.read` gives it."""
+
+    about: About
+    tensors: Mapping[str, Stored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """One of the two that are compared, opened and checked but not started.
 
     Attributes:
         path: As given, without `interpret:`.
-        plan: None for a checkpoint.
+        plan: None for a checkpoint and a record.
         identity: Of the checkpoint that the weights come from, where it is known.
         facts: For the report: bundle id, precision, target.
     """
@@ -74,7 +85,7 @@ class Subject:
     plan: Plan | None
     identity: str | None
     facts: Mapping[str, str]
-    opened: OpenedEngine | Package | Checkpoint
+    opened: "OpenedEngine | Package | Checkpoint | Recorded"
 
     @property
     def title(self) -> str:
@@ -88,6 +99,8 @@ class Subject:
                 return f"interpreted plan of {name} ({self.facts['precision']})"
             case "eager":
                 return f"eager {name}"
+            case "record":
+                return f"record {name}"
 
     @property
     def word(self) -> str:
@@ -98,6 +111,8 @@ class Subject:
         """How its weights are stored."""
         if self.plan is not None:
             return of_plan(self.plan)
+        if isinstance(self.opened, Recorded):
+            return self.opened.about.stored
         assert isinstance(self.opened, Checkpoint), "eager is a checkpoint"
         return of_source(self.opened)
 
@@ -121,6 +136,8 @@ class Subject:
                 return _interpreted(package, given, self.title)
             case Checkpoint() as checkpoint:
                 return _eager(checkpoint, given, self.title)
+            case Recorded() as recorded:
+                return RecordSide(recorded.about, recorded.tensors)
 
 
 def open_pair(
@@ -154,16 +171,20 @@ def _kind(word: str) -> tuple[Kind, Path]:
         return "engine", path
     if (path / "config.json").exists():
         return "eager", path
+    if path.is_file():
+        return "record", path
     what = "has neither manifest.json nor config.json" if path.is_dir() else "is not a directory"
     raise InputError(
         f"{word!r} is neither a package nor a checkpoint: it {what}",
-        hint="give a .ling package, interpret:PACKAGE, or a checkpoint directory",
+        hint="give a .ling package, interpret:PACKAGE, a checkpoint directory, or a record",
     )
 
 
 def _open(kind: Kind, path: Path, cache_dir: Path, source: Path | None) -> Subject:
     if kind == "eager":
         return _open_checkpoint(path)
+    if kind == "record":
+        return _open_record(path)
     manifest = read_manifest(path)
     if manifest.has_weights:
         source = None
@@ -206,6 +227,20 @@ def _open_checkpoint(path: Path) -> Subject:
         identity=checkpoint.identity(),
         facts={},
         opened=checkpoint,
+    )
+
+
+def _open_record(path: Path) -> Subject:
+    about, tensors = read(path)
+    return Subject(
+        kind="record",
+        path=path,
+        config=ModelConfig.from_dict(about.config, source=str(path)),
+        tokenizer=None,
+        plan=None,
+        identity=about.checkpoint,
+        facts=about.facts,
+        opened=Recorded(about=about, tensors=tensors),
     )
 
 

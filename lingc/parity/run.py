@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lingc.errors import DataError, IncompatibleError
@@ -11,7 +11,16 @@ from lingc.parity.compare import Comparison, Summary, Tokens, worst
 from lingc.parity.data import SAMPLE, Row, read_rows
 from lingc.parity.engine import phases
 from lingc.parity.experts import Routing
-from lingc.parity.opening import Start, Subject, Weights, open_pair, refuse_other_weights
+from lingc.parity.opening import (
+    Recorded,
+    Start,
+    Subject,
+    Weights,
+    open_each,
+    open_pair,
+    refuse_other_weights,
+)
+from lingc.parity.record import About, write
 from lingc.parity.side import Mode, Side
 from lingc.parity.stored import StoredAs
 from lingc.runtime.tokenizer import Tokenizer
@@ -25,7 +34,7 @@ class Settings:
     """What to compare, and how.
 
     Attributes:
-        a: A package, `interpret:PACKAGE`, or a checkpoint directory.
+        a: A package, `interpret:PACKAGE`, a checkpoint directory, or a record.
         b: The same. Where it alone is a checkpoint it is the reference, else `a` is.
         checkpoint: Whose weights a package without weights gets; the other side's where None.
         data: JSONL rows.
@@ -152,13 +161,7 @@ def run(settings: Settings, advance: Advance = lambda _: None) -> Result:
         refuse_other_weights(reference, other)
     budget = budget or load_budget(default_budget(reference, other, settings.weights))
     tokenizer = reference.tokenizer or other.tokenizer
-    rows = read_rows(
-        settings.data,
-        vocab=reference.config.vocab_size,
-        tokenizer=tokenizer,
-        samples=settings.samples,
-        max_tokens=settings.max_tokens,
-    )
+    rows, data = _rows(settings, (reference, other), tokenizer)
     with ExitStack() as stack:
         sides = []
         for subject, opposite in ((reference, other), (other, reference)):
@@ -172,7 +175,7 @@ def run(settings: Settings, advance: Advance = lambda _: None) -> Result:
     return Result(
         reference=_facts(reference, first),
         other=_facts(other, second),
-        data=settings.data.name,
+        data=data,
         weights=settings.weights,
         budget=budget,
         lines=tuple(row.line for row in rows),
@@ -180,6 +183,54 @@ def run(settings: Settings, advance: Advance = lambda _: None) -> Result:
             _result(comparison, budget, rows, tokenizer, mode) for mode, comparison in compared
         ),
     )
+
+
+def _rows(
+    settings: Settings, pair: Sequence[Subject], tokenizer: Tokenizer | None
+) -> tuple[list[Row], str]:
+    """Rows, and what they are called; those of a record where no others are asked for."""
+    held = [one.opened.about for one in pair if isinstance(one.opened, Recorded)]
+    if held and settings.data == SAMPLE:
+        most = settings.max_tokens
+        rows = [replace(row, ids=row.ids[:most]) for row in held[0].each()]
+        return rows[: settings.samples], held[0].data
+    rows = read_rows(
+        settings.data,
+        vocab=pair[0].config.vocab_size,
+        tokenizer=tokenizer,
+        samples=settings.samples,
+        max_tokens=settings.max_tokens,
+    )
+    return rows, settings.data.name
+
+
+def record(settings: Settings, path: Path, advance: Advance = lambda _: None) -> About:
+    """Write what one side, `settings.a`, says of the rows.
+
+    Raises:
+        As `run`, and ResourceError where the file cannot be written.
+    """
+    (subject,) = open_each(
+        [settings.a], cache_dir=settings.cache_dir, checkpoint=settings.checkpoint
+    )
+    rows, data = _rows(settings, (subject,), subject.tokenizer)
+    about = About(
+        name=subject.title,
+        facts=dict(subject.facts),
+        checkpoint=subject.identity,
+        config=dict(subject.config.raw),
+        stored=subject.stored(),
+        data=data,
+        modes=settings.modes,
+        lines=tuple(row.line for row in rows),
+        rows=tuple(row.ids for row in rows),
+    )
+    side = subject.start(_start(settings, rows, subject, rounds=False))
+    try:
+        write(path, side, about, batch=settings.batch, advance=advance)
+    finally:
+        side.close()
+    return about
 
 
 def compare(
@@ -225,11 +276,11 @@ def default_budget(reference: Subject, other: Subject, weights: Weights) -> str:
     pair = (reference, other)
     plans = [subject.plan for subject in pair if subject.plan is not None]
     is_rounded = any(plan.activation != "f32" for plan in plans)
-    if len(plans) == 1:
+    if reference.kind == "eager" and other.plan is not None:
         is_same = weights == "engine"
     else:
         made_of = [(subject.identity, subject.facts.get("precision")) for subject in pair]
-        is_same = bool(plans) and made_of[0] == made_of[1]
+        is_same = bool(plans) and made_of[0] == made_of[1] and None not in made_of[0]
     return "engine-vs-eager" if is_same and not is_rounded else "quantized"
 
 
@@ -248,14 +299,16 @@ def _facts(subject: Subject, side: Side) -> SideFacts:
     )
 
 
-def _start(settings: Settings, rows: Sequence[Row], opposite: Subject) -> Start:
+def _start(
+    settings: Settings, rows: Sequence[Row], opposite: Subject, *, rounds: bool = True
+) -> Start:
     programs = {phase for mode in settings.modes for phase in phases(mode)}
     return Start(
         slots=min(settings.batch, len(rows)),
         tokens=max(len(row.ids) for row in rows),
         phases=tuple(sorted(programs)),
         threads=settings.threads,
-        rounding=opposite.plan if settings.weights == "engine" else None,
+        rounding=opposite.plan if rounds and settings.weights == "engine" else None,
     )
 
 

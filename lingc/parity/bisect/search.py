@@ -136,6 +136,11 @@ def bisect(settings: Settings, advance: Advance = lambda _: None) -> Bisection:
     )
     reference, other = ordered(*pair)
     kinds = (reference.kind, other.kind)
+    if "record" in kinds:
+        raise UsageError(
+            "a record says what came of the steps, and has none that could be walked",
+            hint="give what it was recorded from",
+        )
     rows = read_rows(
         settings.data,
         vocab=reference.config.vocab_size,
