@@ -127,10 +127,7 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
         return ()
     sizes = sizes_of(*args)
     w_k, w_v = Operand("kv_b"), Operand("kv_b", 2 * sizes.nope * sizes.latent)
-    return [
-        *mla_many.attention_tactics(target, sizes, w_k, w_v, "q", "out"),
-        *mla.attention_tactics(target, sizes, w_k, w_v, "q", "out"),
-    ]
+    return mla_many.attention_tactics(target, sizes, w_k, w_v, "q", "out")
 
 
 def inputs(

@@ -171,10 +171,7 @@ def tactics(target: Target, *args: Any) -> Sequence[Tactic]:
     shape = shape_of(*args)
     if shape.tokens > MOST_ABSORBED:
         w_k, w_v = Operand("w_k"), Operand("w_v")
-        ways = [
-            *mla_many.attention_tactics(target, shape.sizes, w_k, w_v, "turned", "y"),
-            *mla.attention_tactics(target, shape.sizes, w_k, w_v, "turned", "y"),
-        ]
+        ways = mla_many.attention_tactics(target, shape.sizes, w_k, w_v, "turned", "y")
         return mla.whole_tactics(shape.sizes, shape.rows, ways)
     if target.arch == "sm_90a" and shape.has_own_kernels:
         return mla_few.tactics(target, shape)

@@ -9,7 +9,8 @@
 //   rope  [sequences, tiles][ROPE / 32][128 rows][64 bytes]
 //
 // a line's 16-byte quarter c at c ^ (line / 2 % 4). Rows behind a sequence's last are zero up to the end of its last
-// tile; tiles beyond are not written. Two warpgroups multiply, a third brings the matrices, 128 latent channels at a time.
+// tile; tiles beyond are not written. Two warpgroups multiply, two more bring the matrices, 128 latent channels at a time,
+// one stage each: a stage goes through registers, and who makes it known to the tensor cores waits for all its loads.
 //
 // Constants: PAGE rows; LATENT, a multiple of 128; NOPE and VALUE, 128 both; ROPE, a multiple of 32; HEAD_PITCH, from one
 // head's matrix to the next, in elements; EACH heads of a block.
@@ -22,7 +23,8 @@
 #define STAGES 2
 #define STEPS (LATENT / 128)  // stages of a matrix
 #define CONSUMERS 256
-#define THREADS (CONSUMERS + 128)
+#define THREADS (CONSUMERS + STAGES * 128)
+#define GATHERED 6  // loads of a thread that are on their way together
 
 static_assert(NOPE == 128 && VALUE == 128 && LATENT % 128 == 0 && ROPE % 32 == 0, "");
 
@@ -34,20 +36,36 @@ DEVICE u32 place(int line, int piece) {
 
 // Latents of the block's rows to shared memory, rope keys to where they are read.
 DEVICE void gather(u8* latents, u8* rope, const bf16* cache, const int* pages, int begin, int length, bool turned) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < ROWS * WIDTH / 8; i += THREADS) {
-    const int row = i / (WIDTH / 8), piece = i % (WIDTH / 8), x = begin + row;
-    uint4 of = {0, 0, 0, 0};
-    if (x < length) of = load_fresh((const uint4*)(cache + ((i64)load_fresh(pages + x / PAGE) * PAGE + x % PAGE) * WIDTH) + piece);
-    if (piece < LATENT / 8) *(uint4*)(latents + place<ROWS>(row, piece)) = of;
-    else if (turned) *(uint4*)(rope + place<ROWS>(row, piece - LATENT / 8)) = of;
+  constexpr int PIECES = WIDTH / 8;
+  for (int first = threadIdx.x; first < ROWS * PIECES; first += GATHERED * THREADS) {
+    int page[GATHERED];
+    uint4 of[GATHERED];
+#pragma unroll
+    for (int j = 0; j < GATHERED; j++) {
+      const int x = begin + (first + j * THREADS) / PIECES;
+      page[j] = first + j * THREADS < ROWS * PIECES && x < length ? load_fresh(pages + x / PAGE) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < GATHERED; j++) {
+      const int row = (first + j * THREADS) / PIECES, piece = (first + j * THREADS) % PIECES;
+      of[j] = uint4{0, 0, 0, 0};
+      if (page[j] >= 0)
+        of[j] = load_fresh((const uint4*)(cache + ((i64)page[j] * PAGE + (begin + row) % PAGE) * WIDTH) + piece);
+    }
+#pragma unroll
+    for (int j = 0; j < GATHERED; j++) {
+      const int row = (first + j * THREADS) / PIECES, piece = (first + j * THREADS) % PIECES;
+      if (row >= ROWS) continue;
+      if (piece < LATENT / 8) *(uint4*)(latents + place<ROWS>(row, piece)) = of[j];
+      else if (turned) *(uint4*)(rope + place<ROWS>(row, piece - LATENT / 8)) = of[j];
+    }
   }
 }
 
 DEVICE void produce(u8* stages, u64* full, u64* empty, const bf16* w_k, const bf16* w_v, int heads) {
-  const int thread = threadIdx.x - CONSUMERS;
-  for (int i = 0; i < heads * 2 * STEPS; i++) {
-    const int slot = i % STAGES, part = i / STEPS;
+  const int thread = threadIdx.x % 128, slot = (threadIdx.x - CONSUMERS) / 128;
+  for (int i = slot; i < heads * 2 * STEPS; i += STAGES) {
+    const int part = i / STEPS;
     const bf16* from = (part % 2 ? w_v : w_k) + (i64)(part / 2) * HEAD_PITCH + i % STEPS * 128;
     uint4 of[16];
 #pragma unroll
@@ -84,12 +102,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int own = blockIdx.z * EACH, count = min(EACH, heads - own);
   const int warp = __shfl_sync(FULL_WARP, threadIdx.x / 32, 0), group = warp / 4;
   if (warp >= CONSUMERS / 32) {
-    registers_give<96>();
+    registers_give<112>();
     const i64 first = (i64)(first_head + own) * HEAD_PITCH;
     produce(stages, full, empty, w_k + first, w_v + first, count);
     return;
   }
-  registers_keep<200>();
+  registers_keep<144>();
   const int lane = threadIdx.x % 32;
   const u32 latents_at = (u32)operand_at(shared_address(latents)), stages_at = (u32)operand_at(shared_address(stages));
   int slot = 0;

@@ -8,19 +8,35 @@ Keys and values lie in workspaces as the tensor cores read them, 128 rows of a s
 """
 
 from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace
+from lingc.kernels import mla
 from lingc.kernels.mla import LOG2_E, SPACE, Sizes, divisor
 from lingc.targets.spec import KIB, Target
 
 ROWS = 128
+FEW = 1024
 EACH = 8
 """Heads whose keys and values a block makes, at most."""
 
 _FEATURES = ("bulk", "wgmma")
 _BARRIERS = 128
-_WARPS = 12
+_WARPS = {"mla_expand": 16, "mla_prefill": 12}
 
 
 def attention_tactics(
+    target: Target, sizes: Sizes, w_k: Tensor, w_v: Tensor, q: str, y: str
+) -> list[Tactic]:
+    """Ways to attend, best guess first: beyond a few tokens these kernels alone, if they can.
+
+    Of few tokens after many rows most of the time goes into keys and values, which Triton's kernel
+    makes as fast.
+    """
+    own = _tactics(target, sizes, w_k, w_v, q, y)
+    if own and sizes.tokens > FEW:
+        return own
+    return own + mla.attention_tactics(target, sizes, w_k, w_v, q, y)
+
+
+def _tactics(
     target: Target, sizes: Sizes, w_k: Tensor, w_v: Tensor, q: str, y: str
 ) -> list[Tactic]:
     """Keys and values of some heads, then attention of these heads, until all are done.
@@ -59,6 +75,11 @@ def attention_tactics(
     ]
 
 
+def _meant(sizes: Sizes) -> int:
+    """Sequences that have tokens: one more is padding."""
+    return max(sizes.sequences - 1, 1)
+
+
 def _expand_bytes(sizes: Sizes) -> int:
     """Shared memory of `mla_expand`: latents, two stages of a matrix, what goes out, barriers."""
     return 2 * ROWS * sizes.latent + 3 * 32 * KIB + _BARRIERS
@@ -67,7 +88,7 @@ def _expand_bytes(sizes: Sizes) -> int:
 def _expand(
     sizes: Sizes, w_k: Tensor, w_v: Tensor, first: int, heads: int, tiles: int
 ) -> Launch:  # fmt: skip
-    rows = sizes.sequences * sizes.room
+    rows = _meant(sizes) * sizes.room
     return Launch(
         kernel=Kernel(
             language="cuda",
@@ -84,7 +105,7 @@ def _expand(
                 ("VALUE", sizes.value), ("ROPE", sizes.rope),
                 ("HEAD_PITCH", sizes.head_pitch * sizes.latent), ("EACH", EACH),
             ),
-            warps=_WARPS,
+            warps=_WARPS["mla_expand"],
             shared_bytes=_expand_bytes(sizes),
             features=_FEATURES,
         ),
@@ -101,7 +122,7 @@ def _expand(
 
 
 def _attend(sizes: Sizes, q: str, y: str, first: int, heads: int) -> Launch:
-    pairs = sizes.tokens * (sizes.room - sizes.tokens / sizes.sequences / 2)
+    pairs = sizes.tokens * (sizes.room - min(sizes.tokens / _meant(sizes), sizes.room) / 2)
     channels = sizes.nope + sizes.rope + sizes.value
     operands = 2 * ROWS * (3 * (sizes.nope + sizes.rope) + 2 * sizes.value)
     return Launch(
@@ -118,7 +139,7 @@ def _attend(sizes: Sizes, q: str, y: str, first: int, heads: int) -> Launch:
                 ("HEADS", sizes.heads), ("NOPE", sizes.nope), ("ROPE", sizes.rope),
                 ("VALUE", sizes.value),
             ),
-            warps=_WARPS,
+            warps=_WARPS["mla_prefill"],
             shared_bytes=operands + _BARRIERS + 4 * (sizes.sequences + 2),
             features=_FEATURES,
         ),
@@ -128,7 +149,7 @@ def _attend(sizes: Sizes, q: str, y: str, first: int, heads: int) -> Launch:
             sizes.tokens, sizes.sequences, sizes.room, first, sizes.scale * LOG2_E,
         ),
         dependent=True,
-        moved_bytes=sizes.sequences * sizes.room * heads * sizes.row_bytes
+        moved_bytes=_meant(sizes) * sizes.room * heads * sizes.row_bytes
         + 2 * sizes.tokens * heads * channels,
         flops=2.0 * pairs * heads * channels,
         rate="bf16",
