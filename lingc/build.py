@@ -253,14 +253,22 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
         quant={
             "recipe": _recipe(compiled.recipe),
             "activations": plan.activation,
-            "note": "weight-only: activations stay f32 on this target"
-            if compiled.recipe.activations == "fp8" and not compiled.target.fp8_activations
-            else "",
+            "note": _activation_note(compiled),
         },
         producer={**{name: version(name) for name in ("torch", "numpy")}, **made.producer},
         kernels={name: data for one in parts.codes for name, data in one.kernels.items()},
         tests=parts.tests,
     )
+
+
+def _activation_note(compiled: Compiled) -> str:
+    """Where activations are otherwise than the recipe says; empty where they are not."""
+    wanted = compiled.recipe.activations
+    if wanted != "plain" and not compiled.target.fp8_activations:
+        return "weight-only: activations stay f32 on this target"
+    if wanted == "fp8_static":
+        return "activations are quantized on the fly, by no static scale"
+    return ""
 
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:

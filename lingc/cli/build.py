@@ -160,8 +160,11 @@ def command(
     others = [other for other in built.compiled.target.engines if other != kind]
     instead = f" (also: --engine {', '.join(others)})" if others else ""
     out.note(f"engine kind {kind} for target {plan.target}{instead}")
-    if built.compiled.recipe.activations == "fp8" and plan.activation == "f32":
+    wanted = built.compiled.recipe.activations
+    if wanted != "plain" and plan.activation == "f32":
         out.note(f"{plan.precision} is weight-only on {plan.target}: activations stay FP32")
+    elif wanted == "fp8_static":
+        out.note(f"{plan.precision} on {plan.target} quantizes activations on the fly")
     names = ", ".join(manifest.variants)
     out.line(f"{path}  {bytes_text(size)}  {plan.precision} for {names}")
     out.line(f"bundle {manifest.bundle_id[:16]}, {seconds_text(time.perf_counter() - started)}")
