@@ -25,8 +25,8 @@ LIMITS: Mapping[str, float] = {
     "f32": 1e-4,
     # Two roundings to bf16 that fall apart, 2^-7.
     "bf16": 2.0**-6,
-    # Codes of inputs, 2^-4 each: their sums differ by a third of that, all of one row by less.
-    "f8e4m3": 2.0**-4,
+    # Codes of inputs, 2^-4 each: sums differ by a third of that, and more where terms cancel.
+    "f8e4m3": 2.0**-3,
 }
 """Largest error of a row, by narrowest element type."""
 
@@ -70,17 +70,23 @@ class Judged:
         return self.bad_rows == 0
 
 
-def limit_of(step: Step, program: Program) -> float:
+def limit_of(step: Step, program: Program, *, same_codes: bool = False) -> float:
     """The limit of a step's results.
 
     Weights are what they are, and a linear state is f32 whatever a plan says: what is lost in a
     narrower one is what a user must be told.
+
+    Args:
+        same_codes: Whether both sides quantize their inputs, and so multiply the same codes; else
+            one multiplies what the codes are of.
     """
     states = {n for n in program.states if n.startswith("linear_state.")}
     exact = {*program.weights, *states, *(program.updates.get(n) for n in states)}
     names = [name for name in (*refs(step.args), *step.outputs) if name not in exact]
     kinds = {program.types[name].dtype for name in names}
-    if "fp8" in step.args:  # an op that quantizes its input inside
+    if same_codes:
+        kinds -= {"f8e4m3"} - {program.types[name].dtype for name in step.outputs}
+    elif "fp8" in step.args:  # an op that quantizes its input inside
         kinds.add("f8e4m3")
     return max(LIMITS.get(kind, 0.0) for kind in (*kinds, "f64"))
 

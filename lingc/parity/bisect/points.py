@@ -286,7 +286,10 @@ def _due(reader: Call, argument: str) -> Tensor | None:
         return told[f"{reader.attention}.{argument}"]
     if name == "group_norm_gate" and argument == "gate":
         return told[f"{reader.attention}.g_proj"]
-    if _RULES.get(name) is _product and argument == "x":
+    is_plain = _RULES.get(name) is _product or (
+        _RULES.get(name) is _fused_linear and reader.argument("before") == "none"
+    )
+    if is_plain and argument == "x":
         (module, *_) = reader.modules()
         found = told[given_to(module)]
         if module == "lm_head" and "logit_rows" in reader.inputs:

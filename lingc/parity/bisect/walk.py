@@ -307,7 +307,7 @@ class EngineWalk:
         if step.op in ROUTERS:
             judged = self._router(ran, name, got, want)
         else:
-            limit = limit_of(step, program)
+            limit = limit_of(step, program, same_codes=True)
             judged = judge(got, want, program.types[name], limit)
         self.walk.note(step, judged)
         if not judged.ok:
