@@ -36,7 +36,7 @@ def part(sms: int | None) -> Any:
 
 def settings(folder: Path, **changes: Any) -> Settings:
     asked = {"target": targets.get("h200-sxm"), "cache_dir": folder, "ops": ("fused_linear",),
-             "tokens": (1,), "match": "MLA output", **changes}  # fmt: skip
+             "tokens": (1,), "match": ("MLA output",), **changes}  # fmt: skip
     return Settings(**asked)
 
 
@@ -62,7 +62,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str, tupl
     monkeypatch.setattr(kernels, "arrange_all", lambda *_: {})
     monkeypatch.setattr(kernels, "check", lambda *_: iter(()))
     monkeypatch.setattr(curve, "compile_kernels", lambda *_: {})
-    monkeypatch.setattr(curve, "ceilings_of", lambda device, _: {"read": device.sms * 1e10})
+    monkeypatch.setattr(curve, "ceilings_of", lambda device, *_: {"read": device.sms * 1e10})
     monkeypatch.setattr(curve, "device_facts", lambda device: {"name": device.name})
     with Here():
         yield seen

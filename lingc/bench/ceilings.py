@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,6 +11,9 @@ from lingc.kernel import Kernel, Launch, Tensor
 
 _CEILINGS = ((16, 32), (32, 64), (16, 16), (8, 16), (32, 32))
 """Warps a block and KiB that each block moves."""
+
+LABELS = ("read", "read_16m", "copy")
+"""What is measured."""
 
 
 def ceiling_kernels() -> list[Kernel]:
@@ -32,11 +35,13 @@ def ceiling_kernels() -> list[Kernel]:
     return made
 
 
-def ceilings_of(device: Device, binaries: Mapping[Kernel, Binary]) -> dict[str, float]:
+def ceilings_of(
+    device: Device, binaries: Mapping[Kernel, Binary], labels: Sequence[str] = LABELS
+) -> dict[str, float]:
     """Bytes a second that kernels with nothing to compute reach here, by what they do.
 
     `read` and `copy` move a gigabyte a launch; `read_16m` reads 16.8 MB, a projection's worth.
-    A copy counts bytes read and bytes written.
+    A copy counts bytes read and bytes written. Only those of `labels` are measured.
     """
     whole = 1 << 30
     pool = torch.randint(256, (4 * whole,), dtype=torch.uint8, device="cuda")
@@ -47,6 +52,8 @@ def ceilings_of(device: Device, binaries: Mapping[Kernel, Binary]) -> dict[str, 
         ("read_16m", "read_all", 16 << 20),
         ("copy", "copy_all", whole),
     ):
+        if label not in labels:
+            continue
         some = [kernel for kernel in ceiling_kernels() if kernel.entry == entry]
         found[label] = max(_ceiling(device, binaries, one, size, pool) for one in some)
     return found

@@ -142,7 +142,7 @@ def run(
             del arguments
             torch.cuda.empty_cache()
             advance(1)
-    read = {part.sms: ceilings_of(part, binaries)["read"] for part in parts.values()}
+    read = {part.sms: ceilings_of(part, binaries, ("read",))["read"] for part in parts.values()}
     return Curve(
         device=device_facts(whole), read=read, points=tuple(points), faults=tuple(faults),
         gated=gated,

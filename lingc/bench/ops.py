@@ -34,7 +34,7 @@ class Settings:
     Attributes:
         ops: Names; all that have kernels where empty.
         tokens: Numbers of tokens to time, in place of each benchmark's own.
-        match: Only benchmarks whose name contains this.
+        match: Only benchmarks whose name contains one of these; all where empty.
         cases: Whether the ops' small cases go through the gate too.
         timed: Whether anything is timed.
         large: Tokens from which on the gate leaves a benchmark's shape out: its reference in FP64
@@ -48,7 +48,7 @@ class Settings:
     cache_dir: Path
     ops: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
-    match: str = ""
+    match: tuple[str, ...] = ()
     cases: bool = True
     timed: bool = True
     large: int = 2048
@@ -212,7 +212,8 @@ def _work(settings: Settings) -> Iterator[Work]:
             for case in op.cases:
                 yield Work(op=op, label=f"case {case}", case=case)
         for benchmark in op.benchmarks:
-            if settings.match.lower() not in benchmark.name.lower():
+            known = benchmark.name.lower()
+            if settings.match and not any(one.lower() in known for one in settings.match):
                 continue
             for tokens in settings.tokens or benchmark.tokens:
                 yield Work(

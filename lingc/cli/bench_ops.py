@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--op", "ops", multiple=True, help="This op alone; again for more.")
 @click.option("--tokens", help="Numbers of tokens to time at: 1,8,32.")
-@click.option("--match", default="", help="Only shapes whose name contains this.")
+@click.option("--match", multiple=True, help="Only shapes whose name contains this.")
 @click.option("--target", "target_name", default="h200-sxm", show_default=True)
 @click.option("--cases/--no-cases", default=True, help="Gate the ops' small cases too.")
 @click.option("--time/--no-time", "timed", default=True, help="Time what passed the gate.")
@@ -53,7 +53,7 @@ def command(
     *,
     ops: tuple[str, ...],
     tokens: str | None,
-    match: str,
+    match: tuple[str, ...],
     target_name: str,
     cases: bool,
     timed: bool,
