@@ -141,6 +141,8 @@ def bisect(settings: Settings, advance: Advance = lambda _: None) -> Bisection:
             "a record says what came of the steps, and has none that could be walked",
             hint="give what it was recorded from",
         )
+    are_checkpoints = kinds == ("eager", "eager")
+    suspects = [] if are_checkpoints else _suspects(reference, other)
     rows = read_rows(
         settings.data,
         vocab=reference.config.vocab_size,
@@ -148,10 +150,10 @@ def bisect(settings: Settings, advance: Advance = lambda _: None) -> Bisection:
         samples=settings.samples or ROWS,
         max_tokens=min(settings.max_tokens or PREFILL_TOKENS, PREFILL_TOKENS),
     )
-    if kinds == ("eager", "eager"):
+    if are_checkpoints:
         modes, walked, found, repro = _checkpoints(settings, reference, other, rows)
     else:
-        modes, walked, found, repro = _packages(settings, reference, other, rows, advance)
+        modes, walked, found, repro = _packages(settings, reference, suspects, rows, advance)
     return Bisection(
         reference=reference.title, other=other.title, data=settings.data.name, modes=modes,
         walked=tuple(walked), finding=found, reproducer=repro,
@@ -183,13 +185,12 @@ def _loaded(subject: Subject) -> tuple[LingModel, Checkpoint]:
 def _packages(
     settings: Settings,
     reference: Subject,
-    other: Subject,
+    suspects: Sequence[tuple[str, Subject]],
     rows: Sequence[Row],
     advance: Advance,
 ) -> _Walks:
     if reference.kind == "eager" and settings.weights == "engine":
-        refuse_other_weights(reference, other)
-    suspects = _suspects(reference, other)
+        refuse_other_weights(reference, suspects[0][1])
     plan = suspects[0][1].plan
     assert plan is not None, "a package has a plan"
     modes = tuple(
