@@ -71,6 +71,8 @@ def _tactics(
                 Workspace(name="rope_keys", bytes=2 * lines * sizes.rope),
             ),
             config={"rows": ROWS, "keys": ROWS, "heads": heads},
+            # Shared memory alone is the number of sequences'.
+            sums="wgmma.rows128.keys128",
         )
     ]
 
