@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from lingc import targets
 from lingc.bench import fit
 from lingc.bench.fit import RULE, Measured, error, predicted, read_record
+from lingc.cli import lingc
 from lingc.errors import InputError
 from lingc.op import type_of
 from lingc.plugins.table import OPS
@@ -153,3 +155,28 @@ def test_a_step_with_a_launch_that_nothing_is_known_of_is_no_measurement() -> No
     assert fit.read_steps(record) == []
     assert read_record(record) == []
     assert fit.read_steps({"kind": "tune"}) == []
+
+
+def test_a_model_is_written_told_of_and_keeps_what_was_not_measured(tmp_path: Path) -> None:
+    launches = [a_launch("gemv.gemv.fp8", 1e6)]
+    entry = {"op": "fused_linear", "work": "decode", "candidates": [
+        {"tactic": "a", "microseconds": [4.0, 4.1, 4.2], "launches": launches}]}  # fmt: skip
+    device = {"name": "NVIDIA H200", "sms": 132}
+    record = {"kind": "tune", "device": device, "shapes": [entry], "date": "2026-11-22",
+              "target": "h200-sxm", "precision": "fp8"}  # fmt: skip
+    (tmp_path / "tune.json").write_text(json.dumps(record))
+    profile = a_profile() | {"engine": {"target": "h200-sxm", "precision": "fp8"}}
+    (tmp_path / "bench.json").write_text(json.dumps(profile))
+    former = {"kinds": {"gemv.gemv.fp8": {"floor_us": 9.0}, "other.kernel": {"floor_us": 7.0}}}
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(former))
+    words = ["--fit", tmp_path / "tune.json", "--test", tmp_path / "bench.json", "-o", model]
+
+    done = CliRunner().invoke(lingc, ["tune", *map(str, words)], catch_exceptions=False)
+
+    kinds = json.loads(model.read_text())["kinds"]
+    assert kinds["gemv.gemv.fp8"]["measured"] == 1
+    assert kinds["other.kernel"] == {"floor_us": 7.0}
+    lines = [line.split()[:3] for line in done.output.splitlines()]
+    assert ["fitted", "ops", "NVIDIA"] in lines
+    assert ["tested", "steps", "NVIDIA"] in lines

@@ -211,12 +211,19 @@ def _fit(
         for role, device, what, found in known
     ]
     place = path or model_file()
+    told["kinds"] = dict(sorted({**_kinds(place), **told["kinds"]}.items()))
     write_whole(place, json.dumps(told, indent=1) + "\n")
     if out.as_json:
         out.emit(told)
         return
     out.table(("", "of", "device", "SMs", "times", "off, median", "90th percentile", "bias"), rows)
     out.line(f"model: {place}")
+
+
+def _kinds(model: Path) -> "dict[str, Any]":
+    """What a model says of kernels: that of those which no record measured stays as it is."""
+    found: dict[str, Any] = _record(model)["kinds"] if model.is_file() else {}
+    return found
 
 
 def _named(record: "dict[str, Any]") -> str:
