@@ -7,7 +7,7 @@ Keys and values lie in workspaces as the tensor cores read them, 128 rows of a s
     rope_keys  [sequences, tiles][rope / 32][128 rows][64 bytes]
 """
 
-from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace
+from lingc.kernel import Kernel, Launch, Tactic, Tensor, Workspace, align
 from lingc.kernels import mla
 from lingc.kernels.mla import LOG2_E, SPACE, Sizes, divisor
 from lingc.targets.spec import KIB, Target
@@ -71,6 +71,7 @@ def _tactics(
                 Workspace(name="rope_keys", bytes=2 * lines * sizes.rope),
             ),
             config={"rows": ROWS, "keys": ROWS, "heads": heads},
+            sums=f"tiles of {ROWS} rows",
             # Shared memory alone is the number of sequences'.
             sums="wgmma.rows128.keys128",
         )
@@ -142,7 +143,7 @@ def _attend(sizes: Sizes, q: str, y: str, first: int, heads: int) -> Launch:
                 ("VALUE", sizes.value),
             ),
             warps=_WARPS["mla_prefill"],
-            shared_bytes=operands + _BARRIERS + 4 * (sizes.sequences + 2),
+            shared_bytes=operands + _BARRIERS + align(4 * (sizes.sequences + 2), KIB),
             features=_FEATURES,
         ),
         grid=(sizes.tokens // ROWS + sizes.sequences + 1, heads, 1),
