@@ -71,8 +71,6 @@ def _tactics(
                 Workspace(name="rope_keys", bytes=2 * lines * sizes.rope),
             ),
             config={"rows": ROWS, "keys": ROWS, "heads": heads},
-            sums=f"tiles of {ROWS} rows",
-            # Shared memory alone is the number of sequences'.
             sums="wgmma.rows128.keys128",
         )
     ]
