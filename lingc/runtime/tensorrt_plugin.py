@@ -172,6 +172,9 @@ class OpPlugin:
         self.plugin_version = VERSION
         self.plugin_namespace = NAMESPACE
         self.num_outputs = len(self.call.outputs)
+        self.held: list[Any] = []
+        self._serialized: list[Any] = []
+        self._collection: Any = None
 
     # ------------------------------------------------------------------------------------- building
 
@@ -221,7 +224,10 @@ class OpPlugin:
     def set_tactic(self, _tactic: int) -> None: ...
 
     def get_fields_to_serialize(self) -> Any:
-        return self.trt.PluginFieldCollection(fields(self.trt, self.call.op, self))
+        # TensorRT reads them after the call, from where they lie.
+        self._serialized = fields(self.trt, self.call.op, self)
+        self._collection = self.trt.PluginFieldCollection(self._serialized)
+        return self._collection
 
     # -------------------------------------------------------------------------------------- running
 
@@ -248,12 +254,14 @@ class OpPlugin:
 
 def fields(trt: Any, op: str, plugin: OpPlugin) -> list[Any]:
     """What a plugin serializes."""
-    digest = np.frombuffer(plugin.launcher.digest.encode(), np.int8)
-    return [
-        trt.PluginField(OPS_FIELD, np.frombuffer(op.encode(), np.int8), trt.PluginFieldType.CHAR),
-        trt.PluginField(TABLE_FIELD, digest, trt.PluginFieldType.CHAR),
-        trt.PluginField(CALL_FIELD, np.array([plugin.number], np.int32), trt.PluginFieldType.INT32),
-    ]
+    kinds = trt.PluginFieldType
+    values = (
+        (OPS_FIELD, np.frombuffer(op.encode(), np.int8).copy(), kinds.CHAR),
+        (TABLE_FIELD, np.frombuffer(plugin.launcher.digest.encode(), np.int8).copy(), kinds.CHAR),
+        (CALL_FIELD, np.array([plugin.number], np.int32), kinds.INT32),
+    )
+    plugin.held = [data for _, data, _ in values]
+    return [trt.PluginField(*one) for one in values]
 
 
 def plugin_class(trt: Any) -> type[OpPlugin]:

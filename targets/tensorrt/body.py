@@ -66,7 +66,11 @@ class Body:
 
     def input(self, name: str, kind: TensorType) -> Value:
         shape = tuple(dim if isinstance(dim, int) else -1 for dim in kind.shape)
-        return Value(self.network.add_input(name, self._type(kind.dtype), shape), kind)
+        tensor = self.network.add_input(name, self._type(kind.dtype), shape)
+        for axis, dim in enumerate(kind.shape):
+            if isinstance(dim, str):
+                tensor.set_dimension_name(axis, dim)  # sizes of one name are equal
+        return Value(tensor, kind)
 
     def output(self, value: Value, name: str) -> None:
         """Return a value from the network under a name."""

@@ -12,12 +12,13 @@ from lingc.op import OPS, Op
 from lingc.plan import Arg, Plan, Program, Ref, Size, Step, TensorType
 from lingc.plugin_table import Axis, Call, Dim, Output, PluginTable
 from lingc.plugins import table as _table
-from lingc.targets.cuda.buckets import Sizes, buckets
+from lingc.targets.cuda.buckets import Sizes
 from lingc.targets.cuda.lower import Tactics, compressed
 from lingc.targets.cuda.schedule import OPEN
 from lingc.targets.cuda.schedule import Call as Scheduled
 from lingc.targets.cuda.tactics import key
 from lingc.targets.spec import Target
+from lingc.targets.tensorrt.profile import sizes
 
 assert _table.OPS is OPS  # the table is filled by its import
 
@@ -48,7 +49,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         self._tactics = Tactics(self.plan, self.target)
-        self._sizes = buckets(self.plan)
+        self._sizes = sizes(self.plan)
 
     def number(self, phase: str, step: Step) -> int:
         """The number of a step's call in the table; equal calls of a phase have one.
@@ -98,7 +99,6 @@ class Calls:
         ]
         found = _axes([kind for _, _, kind in given])
         names = [name for name, _, _ in given]
-        values = [arg.name for _, arg, _ in given]
         sized = tuple(axis for axis in found if axis not in OPEN)
         outputs = tuple(
             Output(
@@ -112,9 +112,9 @@ class Calls:
         scheduled = Scheduled(step=step, op=op, buffers={})
         choices: dict[tuple[int, ...], int] = {}
         for one in self._sizes:
-            sizes = tuple(one.axes.get(axis, -1) for axis in sized)
-            if one.phase == phase and sizes not in choices:
-                choices[sizes] = self._choice(phase, scheduled, one, values)
+            chosen = tuple(one.axes.get(axis, -1) for axis in sized)
+            if one.phase == phase and chosen not in choices:
+                choices[chosen] = self._choice(phase, scheduled, one)
         return Call(
             op=op.name,
             key=key([program.types[a.name] if isinstance(a, Ref) else a for a in step.args]),
@@ -131,14 +131,14 @@ class Calls:
             rows=found.get("R"),
         )
 
-    def _choice(self, phase: str, scheduled: Scheduled, one: Sizes, _values: Sequence[str]) -> int:
+    def _choice(self, phase: str, scheduled: Scheduled, one: Sizes) -> int:
         owner = cast("Any", _Owner(self.plan.programs[phase], phase))
         try:
             return self._tactics.index(owner, scheduled, one.axes)
         except InputError as error:
-            sizes = ", ".join(f"{axis} {size}" for axis, size in one.axes.items())
+            named = ", ".join(f"{axis} {size}" for axis, size in one.axes.items())
             raise InputError(
-                f"{phase} with {sizes}: {error.problem}",
+                f"{phase} with {named}: {error.problem}",
                 hint="`docs/ops.md` lists the sizes that kernels take",
             ) from error
 

@@ -1,8 +1,8 @@
 """Runs a built network in torch, layer by layer: what a lowering computes, where no engine can run.
 
 The network is walked as TensorRT was given it, through its own layers and tensors; only plugins are
-replaced, by the references of their ops. It is run once without rounding, every float in f32, so
-that the lowering's maths can be held to FP32 eager; and once with every tensor rounded to the type
+replaced, by the references of their ops. It is run once without rounding, every float in f64, so
+that the lowering's maths can be held to eager's; and once with every tensor rounded to the type
 that the network declares for it, as an engine rounds at the least.
 """
 
@@ -82,9 +82,8 @@ class Walk:
     def _held(self, value: Tensor, tensor: Any) -> Tensor:
         """A value as its tensor declares it, or widened."""
         dtype = _TORCH[tensor.dtype.name]
-        if dtype == torch.bfloat16 and not self._rounded:
-            dtype = torch.float32
-        return value.to(dtype)
+        is_float = dtype in (torch.bfloat16, torch.float32)
+        return value.to(torch.float64 if is_float and not self._rounded else dtype)
 
     def _run(self, layer: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor]:
         # Casting a layer to its class below hides this attribute in some classes.
@@ -110,7 +109,7 @@ class Walk:
         for name in op.arguments:
             value = tensors[name] if name in tensors else call.literals[name]
             # A literal that names the element type of a result.
-            arguments.append("f32" if value == "bf16" and not self._rounded else value)
+            arguments.append("f64" if value == "bf16" and not self._rounded else value)
         made = op.reference(*arguments)
         return [made] if isinstance(made, Tensor) else list(made)
 
@@ -228,7 +227,7 @@ def _shape(_layer: Any, x: Tensor) -> Tensor:
 
 
 def _dequantize(_layer: Any, codes: Tensor, scale: Tensor) -> Tensor:
-    wide, by = codes.float(), scale.float()
+    wide, by = _wide(codes.to(scale.dtype)), _wide(scale)
     for axis, size in enumerate(by.shape):
         if size not in (1, wide.shape[axis]):
             by = by.repeat_interleave(wide.shape[axis] // size, axis)
@@ -236,11 +235,12 @@ def _dequantize(_layer: Any, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _quantize(_layer: Any, x: Tensor, scale: Tensor) -> Tensor:
-    return (_wide(x) / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (_wide(x) / _wide(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.is_floating_point() else x
+    """At least f32, where it is a float."""
+    return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 _LAYERS: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
@@ -288,8 +288,8 @@ class NetworkBackend(InterpreterBackend):
         if not rounded:
             for held in (self.states, self.weights):
                 for name, value in held.items():
-                    if value.dtype == torch.bfloat16:
-                        held[name] = value.float()
+                    if value.dtype in (torch.bfloat16, torch.float32):
+                        held[name] = value.double()
 
     def run(self, phase: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         program = self.plan.programs[phase]
@@ -299,7 +299,4 @@ class NetworkBackend(InterpreterBackend):
         made = self._walks[phase](given)
         for state, name in program.updates.items():
             self.states[state] = made[name]
-        return {
-            role: made[name].to(torch.float32, copy=True).numpy()
-            for role, name in program.outputs.items()
-        }
+        return {role: _wide(made[name]).numpy().copy() for role, name in program.outputs.items()}

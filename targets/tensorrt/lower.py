@@ -209,8 +209,12 @@ class _Phase:
         for step, number in zip(program.steps, numbers, strict=True):
             body.begin(step)
             if number is None:
+                if _is_embedded(step):
+                    self._made.roles[step.outputs[0]] = INT4
                 self._native(step)
             else:
+                op = self._plugins[seen].call.op
+                self._made.roles[step.outputs[0]] = PLUGIN + op
                 self._plugin(step, seen)
                 seen += 1
         for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
@@ -239,7 +243,6 @@ class _Phase:
             for arg in step.args
         ]
         self._made.embedded |= {name for name in refs(step.args) if name in weights}
-        self._made.roles[step.outputs[0]] = INT4
         made = EMBEDDED[step.op.removeprefix("lingc.")](self._made.body, *args)
         self._values[step.outputs[0]] = made
 
@@ -249,7 +252,6 @@ class _Phase:
         layer = self._lowering.backend.plugin(self._made.network, seen, plugin, inputs)
         self._made.body.named(layer, plugin.call.op)
         self._made.plugins[layer.name] = plugin
-        self._made.roles[step.outputs[0]] = PLUGIN + plugin.call.op
         for index, name in enumerate(step.outputs):
             self._values[name] = Value(layer.get_output(index), self._program.types[name])
 

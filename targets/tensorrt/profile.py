@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lingc.plan import Plan, TensorType
-from lingc.targets.cuda.buckets import buckets
+from lingc.targets.cuda.buckets import Sizes, buckets
+
+MOST_TOKENS = 4096
+"""Of a prefill step. Plugins of experts keep a row of f32 for each token and expert, which TensorRT
+makes room for once: half a gigabyte for the full-size model."""
 
 MOST_SLOTS = 1024
 """Sequences whose state an engine can hold."""
@@ -22,10 +26,19 @@ class Range:
     high: int
 
 
+def sizes(plan: Plan) -> tuple[Sizes, ...]:
+    """The buckets that engines are built for, by phase, small to large."""
+    return tuple(
+        one
+        for one in buckets(plan)
+        if one.phase in plan.programs and one.axes.get("T", 0) <= MOST_TOKENS
+    )
+
+
 def ranges(plan: Plan, phase: str) -> dict[str, Range]:
     """The range of every open axis of a phase's inputs and states."""
     found: dict[str, list[int]] = {}
-    for one in buckets(plan):
+    for one in sizes(plan):
         if one.phase == phase:
             for axis, size in one.axes.items():
                 found.setdefault(axis, []).append(size)

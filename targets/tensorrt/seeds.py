@@ -41,14 +41,17 @@ def seed(trt: Any, log: Any, network: Any, plugins: Sequence[OpPlugin]) -> tuple
     Raises:
         StageError: The parser refuses.
     """
-    nodes, values, outputs = [], [], []
+    nodes, outputs = [], []
+    # One constant for all inputs of a type and rank.
+    values: dict[str, TensorProto] = {}
     for number, plugin in enumerate(plugins):
         call = plugin.call
-        inputs = [f"seed.{number}.{name}" for name, _, _ in call.inputs]
+        inputs = [f"seed.{dtype}.{rank}" for _, dtype, rank in call.inputs]
         for name, (_, dtype, rank) in zip(inputs, call.inputs, strict=True):
             kind, size = ONNX_DTYPE[dtype]
-            tensor = TensorProto(name=name, data_type=kind, dims=[1] * rank, raw_data=bytes(size))
-            values.append(tensor)
+            values[name] = TensorProto(
+                name=name, data_type=kind, dims=[1] * rank, raw_data=bytes(size)
+            )
         made = [f"seeded.{number}.{one.name}" for one in call.outputs]
         for name, one in zip(made, call.outputs, strict=True):
             outputs.append(helper.make_tensor_value_info(name, ONNX_DTYPE[one.dtype][0], None))
@@ -65,9 +68,11 @@ def seed(trt: Any, log: Any, network: Any, plugins: Sequence[OpPlugin]) -> tuple
             )
         )
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(NAMESPACE, 1)]
-    graph = helper.make_graph(nodes, "seed", [], outputs, values)
+    graph = helper.make_graph(nodes, "seed", [], outputs, list(values.values()))
     model = helper.make_model(graph, ir_version=_IR_VERSION, opset_imports=opsets)
     parser = trt.OnnxParser(network, log)
+    if not nodes:
+        return parser, []
     if not parser.parse(model.SerializeToString()):
         told = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise StageError(
