@@ -198,9 +198,7 @@ def _next(result: Result) -> Answer:
     is_same = result.weights == "engine" and result.budget.name != "quantized"
     broken = any(mode.summary.not_finite for mode in result.modes)
     if not result.ok and (is_same or broken):
-        lines.append(
-            "Both sides have the same weights, so a step computes something else: find it."
-        )
+        lines.append("Some step of the other side computes something else: find it.")
         commands.append(f"lingc parity {pair} --bisect")
     elif not result.ok:
         lines.append(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lingc.parity.side import F32, Scores
+from lingc.parity.side import F32, STATE_POSITIONS, Scores
 
 F64 = NDArray[np.float64]
 
@@ -71,7 +71,8 @@ class Inside:
 
     @property
     def states(self) -> tuple[StateError, ...]:
-        """By layer and position."""
+        """By layer and position; of the ends of rows, that of the longest."""
+        last = max((position for _, position in self._states), default=0)
         return tuple(
             StateError(
                 layer=layer,
@@ -81,6 +82,7 @@ class Inside:
                 max=float(np.max(found)),
             )
             for (layer, position), found in sorted(self._states.items())
+            if position in STATE_POSITIONS or position == last
         )
 
     @property

@@ -88,8 +88,8 @@ def growth(positions: Sequence[int], mean: Sequence[float], most: Sequence[float
     shown, upper = _shown(np.array(mean)), _shown(np.array(most))
     low, high = _decades(np.concatenate((shown, upper)))
     places = np.log2(np.maximum(np.array(positions, np.float64), 1))
-    start = math.floor(float(places.min(initial=0)))
-    end = max(math.ceil(float(places.max(initial=1))) - start, 1)
+    start = math.floor(float(places.min()))
+    end = max(math.ceil(float(places.max())) - start, 1)
     step = max(1, math.ceil(end / 8))
     ticks = [(float(i), f"{1 << (start + i)}") for i in range(0, end + 1, step)]
     x: F64 = places - start
