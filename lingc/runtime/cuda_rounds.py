@@ -105,8 +105,16 @@ class CudaRounds:
         self._pinned: list[Pinned] = []
         self._turns: list[_Turn] = []
         self._address = 0
-        if not self._sizes:
-            return
+        if self._sizes:
+            try:
+                self._take()
+            except BaseException:
+                self.close()
+                raise
+
+    def _take(self) -> None:
+        """Memory for the largest sizes, on the device and for what goes there and back."""
+        device, drafts = self._device, self.drafts
         # Layouts that differ in pages alone agree up to the page table, which lies last.
         room = max(self._layout(one)[1] for one in self._sizes)
         free, _ = device.memory_bytes()
