@@ -11,6 +11,9 @@ step and a place for each value. Smaller inputs run in the next bucket, padded.
 A buffer is a weight, a state, or memory of the bucket's arena. In the arena lie the inputs, which
 nothing overwrites, the values that steps compute, which share room as they live, and the tactics'
 workspaces. Counters, which every launch leaves at zero, lie apart.
+
+One phase is of no program: `round` has the ops between the programs of a speculative round, over
+memory that `lingc.round_memory` describes and the runtime lays out.
 """
 
 from collections.abc import Mapping
