@@ -1,5 +1,6 @@
 """A calibration from beginning to end: what it sees, makes, keeps and refuses."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lingc.calibrate import spill
 from lingc.calibrate.coverage import coverage
 from lingc.calibrate.layer import Layer
 from lingc.calibrate.matrices import Method
@@ -29,7 +31,14 @@ from lingc.checkpoint import (
 )
 from lingc.checkpoint.calibrated import open_calibration, read_document
 from lingc.checkpoint.quantizer import quantize_checkpoint
-from lingc.errors import CheckpointError, InputError, IntegrityError, RecipeError, UsageError
+from lingc.errors import (
+    CheckpointError,
+    InputError,
+    IntegrityError,
+    RecipeError,
+    ResourceError,
+    UsageError,
+)
 from lingc.model.config import ModelConfig
 from lingc.model.loading import from_source
 from lingc.quantize.formats import E4M3_MAX
@@ -301,6 +310,33 @@ def test_a_calibration_that_lost_a_file_is_refused(
 
     with pytest.raises(CheckpointError, match=r"is not whole:\n  - 'model\.layers\.1\.mlp"):
         open_calibration(made.path, small, load_recipe("fp8"))
+
+
+def test_a_full_disk_is_told_and_what_was_done_is_kept(
+    small: Checkpoint, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate, files = spill._allocate, 0
+
+    def fail(handle: int, length_bytes: int) -> None:
+        nonlocal files
+        files += 1
+        if files == 6:  # in the second layer
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(handle, length_bytes)
+
+    recipe, given = load_recipe("fp8"), read(rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(spill, "_allocate", fail)
+        with pytest.raises(ResourceError, match="cannot be written: No space left") as caught:
+            calibrate(small, recipe, given, tmp_path / "out", Settings())
+    assert caught.value.exit_code == 7
+    assert not (tmp_path / "out").exists()
+
+    again = calibrate(small, recipe, given, tmp_path / "out", Settings())
+
+    assert again.is_resumed
+    whole = calibrate(small, recipe, given, tmp_path / "whole", Settings())
+    assert _content(again.path) == _content(whole.path)
 
 
 # ----------------------------------------------------------------------------------------- resuming

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _anonymous_bytes(pid: int) -> int:
     return 1024 * int(next(lines, "RssAnon: 0 kB").split()[1])
 
 
-def written(folder: Path, changes: dict[str, object]) -> tuple[Path, int]:
+def written(folder: Path, changes: Mapping[str, object]) -> tuple[Path, int]:
     """A checkpoint of the full-size config with changes, and how many bytes it has."""
     raw = {**ModelConfig.from_file(FULL).raw, "num_nextn_predict_layers": 0, **changes}
     path = write_checkpoint(SyntheticCheckpoint(ModelConfig.from_dict(raw), 1), folder / "large")

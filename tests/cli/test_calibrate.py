@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from lingc.calibrate.layer import Layer
+from lingc.calibrate.page import heat_map
 from lingc.checkpoint import (
     SyntheticCheckpoint,
     open_checkpoint,
@@ -85,6 +87,37 @@ def test_json_is_the_whole_document(
     assert told["settings"]["observer"] == "mse"
     assert told["input_bounds"].keys() == {m for o in told["observed"] for m in o["modules"]}
     assert not told["resumed"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    small: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    words = ("calibrate", small, "--data", rows, "--recipe", "fp8", "-o", tmp_path / "c",
+             "--min-tokens-per-expert", 0)  # fmt: skip
+    run = Layer.run
+
+    def interrupted(layer: Layer, *given: Any) -> None:
+        if layer._number == 1:
+            raise KeyboardInterrupt
+        run(layer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "run", interrupted)
+        assert _run(*words, "-q") == 75
+    assert "to go on: lingc calibrate" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+    assert _run(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["resumed"]
+
+
+def test_a_silent_expert_is_crossed_on_the_page() -> None:
+    drawn = heat_map([10, 0, 3, 0])
+
+    assert drawn.count('class="silent"') == 2
+    assert drawn.count('class="cell"') == 2
+    assert "expert 1: 0 tokens" in drawn
 
 
 @pytest.mark.parametrize(
