@@ -64,6 +64,7 @@ class Layer:
         self._tokens = tokens
         self._folder = folder
         self._prefix = f"model.layers.{number}"
+        self._halves = tokens.halves()
         self.rounder = Rounder(job)
         self.seen = self.rounder.seen
 
@@ -118,7 +119,7 @@ class Layer:
         for rows, values in self._samples(x):
             n = self._norm(values, norm)
             self._check(n, rows.start, first[0])
-            watch.see(n)
+            watch.see(n, self._halves[rows])
         weights = self.rounder.settle(watch)
         del watch
         others = {"query_layernorm", "key_layernorm", "g_norm"}
@@ -142,7 +143,7 @@ class Layer:
                 latent = functional.linear(self._norm(values, norm), weights[f"{at}.q_a_proj"])
                 latent = self._norm(latent, weights[f"{at}.q_a_layernorm"])
                 self._check(latent, rows.start, f"{at}.q_b_proj")
-                watch.see(latent)
+                watch.see(latent, self._halves[rows])
         return self.rounder.settle(watch)
 
     def _output(
@@ -157,7 +158,7 @@ class Layer:
             for rows, values in self._samples(x):
                 y = attention.mixed(self._norm(values, norm))
                 self._check(y, rows.start, dense)
-                watch.see(y)
+                watch.see(y, self._halves[rows])
                 mixed[rows] = y
             weight = self.rounder.settle(watch)[dense]
             next_norm = self._vector("post_attention_layernorm")
@@ -259,14 +260,14 @@ class Layer:
         outers = [self._watch(part, [0, 1]) for part in parts]
         for part, watch in zip(parts, outers, strict=True):
             for some, n in self._rows(normed, part.rows):
-                watch.see(n, part.by(some))
+                watch.see(n, self._halves[part.rows[some]], part.by(some))
         values = self.rounder.settle(*outers, is_fallback=is_fallback)
         inners = [self._watch(part, [2]) for part in parts]
         for part, watch in zip(parts, inners, strict=True):
             for some, n in self._rows(normed, part.rows):
                 h = self._inner(part, n, values)
                 self._check_rows(h, part.rows[some], watch.modules[0])
-                watch.see(h, part.by(some))
+                watch.see(h, self._halves[part.rows[some]], part.by(some))
                 if inner is not None:
                     inner.see(h)
         values |= self.rounder.settle(*inners, is_fallback=is_fallback)

@@ -29,6 +29,12 @@ Array = NDArray[Any]
 INT4_METHODS = ("gptq", "search", "nearest")
 FP8_METHODS = ("search", "nearest")
 
+DAMPINGS = (0.02, 0.1, 0.5, 3.0)
+"""From trusting the samples to hardly looking at them: the less there are, the more is right."""
+
+_USUAL_DAMPING = 0.1
+_TRIED_MATRICES, _TRIED_ROWS = 8, 128
+
 ROWS = 4096
 """Rows of a matrix that are rounded together; all rows are rounded independently."""
 
@@ -44,13 +50,14 @@ class Method:
         int4: `gptq` moves errors to columns that can still make up for them; `search` looks for
             the scale of each group that loses least; `nearest` leaves it to `lingc quantize`.
         fp8: `search` likewise for the scales of FP8, or `nearest`.
-        damping: Of `gptq`, see `rounding.curvature`.
+        damping: Of `gptq`, see `rounding.curvature`; where None, the one of `DAMPINGS` that does
+            best for half of the samples when the other half is rounded by.
         rounds: Of `gptq`.
     """
 
     int4: str = "gptq"
     fp8: str = "search"
-    damping: float = 0.05
+    damping: float | None = None
     rounds: int = 2
 
     def is_used(self, chosen: Format) -> bool:
@@ -93,7 +100,32 @@ def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.dense(f"{module}.weight")).to(device)
 
 
-def make_int4(weights: Tensor, hessians: Tensor, chosen: Format, method: Method) -> list[Made]:
+def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
+    """The damping with which GPTQ by one half of the samples loses least on the other.
+
+    Args:
+        weights: f32 [M, N, D], of which a few matrices and rows are tried.
+        halves: f32 [M, 2, D, D], sums of x x^T over each half.
+        chosen: Says the group.
+    """
+    traces = halves.diagonal(dim1=2, dim2=3).sum(-1)  # [M, 2]
+    seen = (traces > 0).all(-1).nonzero()[:_TRIED_MATRICES, 0]
+    if not len(seen):
+        return _USUAL_DAMPING
+    step = max(1, weights.shape[1] // _TRIED_ROWS)
+    rows, halves = weights[seen][:, ::step][:, :_TRIED_ROWS], halves[seen]
+    lost = {}
+    for damping in DAMPINGS:
+        curve = rounding.curvature(halves[:, 0], damping=damping)
+        found = rounding.gptq(rows, curve, chosen.group, rounds=0)
+        energy = _energy(rows - found.values(chosen.group), halves[:, 1]).sum(1)
+        lost[damping] = float((energy.cpu() / traces[seen, 1].cpu()).sum())
+    return min(lost, key=lambda damping: lost[damping])
+
+
+def make_int4(
+    weights: Tensor, hessians: Tensor, chosen: Format, method: Method, *, damping: float
+) -> list[Made]:
     """Round matrices to INT4 groups by the sums of x x^T over their inputs.
 
     Args:
@@ -101,10 +133,11 @@ def make_int4(weights: Tensor, hessians: Tensor, chosen: Format, method: Method)
         hessians: f32 [M, D, D].
         chosen: Says the group.
         method: How.
+        damping: Of `gptq`.
     """
     group, count = chosen.group, weights.shape[1]
     is_gptq = method.int4 == "gptq"
-    curve = rounding.curvature(hessians, damping=method.damping) if is_gptq else None
+    curve = rounding.curvature(hessians, damping=damping) if is_gptq else None
     parts: list[rounding.Rounded] = []
     sums = torch.zeros(len(weights), 3, count, dtype=torch.float64)
     for top in range(0, count, ROWS):

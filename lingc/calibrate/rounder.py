@@ -1,8 +1,9 @@
 """Watching the inputs of matrices, rounding these by them, and storing what comes of it."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lingc.calibrate.matrices import Made, Method, make_fp8, make_int4, weight_of
+from lingc.calibrate.matrices import Made, Method, choose_damping, make_fp8, make_int4, weight_of
 from lingc.calibrate.observers import Observer
 from lingc.checkpoint.convert import is_stored_as, to_rounded
 from lingc.checkpoint.items import item
@@ -52,20 +53,25 @@ class Seen:
     matrices: list[dict[str, Any]] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     coverage: dict[str, list[int]] = field(default_factory=dict)
+    dampings: list[dict[str, Any]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"matrices": self.matrices, "inputs": self.inputs, "coverage": self.coverage}
+        return asdict(self)
 
 
 class Watch:
-    """Sums over the inputs of some modules."""
+    """Sums over the inputs of some modules, apart for two halves of the samples.
+
+    Attributes:
+        grams: Sum of x x^T over each half, f32 [2, D, D]; None where nobody needs it.
+    """
 
     def __init__(self, job: Job, modules: Sequence[str], width: int) -> None:
         self.modules = modules
         formats = {job.recipe.format_of(module) for module in modules}
         used = any(job.method.is_used(chosen) for chosen in formats)
-        self.gram = torch.zeros(width, width, device=job.device) if used else None
+        self.grams = torch.zeros(2, width, width, device=job.device) if used else None
         is_fp8 = any(chosen.kind.startswith("fp8") for chosen in formats)
         observed = job.recipe.activations != "plain" and is_fp8
         self.observer = Observer(width) if observed else None
@@ -74,16 +80,29 @@ class Watch:
     @property
     def is_blind(self) -> bool:
         """Whether nothing needs to be seen."""
-        return self.gram is None and self.observer is None
+        return self.grams is None and self.observer is None
 
-    def see(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows of inputs, each counted by its weight, a router's."""
+    def see(self, x: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows of inputs.
+
+        Args:
+            x: f32 [T, D].
+            halves: bool [T], which half of the samples each is of.
+            weights: f32 [T], by whose square each counts, a router's; 1 where None.
+        """
         self.rows += x.shape[0]
         if self.observer is not None:
             self.observer.see(x)
-        if self.gram is not None:
-            weighed = x if weights is None else x * weights.unsqueeze(1).to(x.device)
-            self.gram += weighed.T @ weighed
+        if self.grams is None:
+            return
+        weighed = x if weights is None else x * weights.unsqueeze(1).to(x.device)
+        for half in range(2):
+            mine = halves == bool(half)
+            if bool(mine.all()):
+                self.grams[half] += weighed.T @ weighed
+            elif bool(mine.any()):
+                some = weighed[mine.to(x.device)]
+                self.grams[half] += some.T @ some
 
 
 class Rounder:
@@ -92,6 +111,7 @@ class Rounder:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._writer: TensorWriter | None = None
+        self._dampings: dict[object, float] = {}
         self.seen = Seen()
 
     def is_made(self, module: str) -> bool:
@@ -182,12 +202,15 @@ class Rounder:
             torch.cat([weight_of(job.source, module, job.device) for module in modules])
             for _, modules in stack
         ])  # fmt: skip
-        grams = [watch.gram for watch, _ in stack if watch.gram is not None]
+        grams = [watch.grams for watch, _ in stack if watch.grams is not None]
         assert len(grams) == len(stack), "a matrix that is rounded by data was watched"
         if chosen.kind == "int4_group":
-            made = make_int4(weights, torch.stack(grams), chosen, job.method)
+            halves = torch.stack(grams)
+            damping = self._damping(stack[0][1], weights, halves)
+            made = make_int4(weights, halves.sum(1), chosen, job.method, damping=damping)
         else:
-            made = [make_fp8(w, gram, chosen) for w, gram in zip(weights, grams, strict=True)]
+            pairs = zip(weights, grams, strict=True)
+            made = [make_fp8(weight, halves.sum(0), chosen) for weight, halves in pairs]
         values: dict[str, Tensor] = {}
         for (watch, modules), one in zip(stack, made, strict=True):
             top = 0
@@ -197,6 +220,18 @@ class Rounder:
                 values[module] = one.values[top:end]
                 top = end
         return values
+
+    def _damping(self, modules: Sequence[str], weights: Tensor, halves: Tensor) -> float:
+        """As given, or chosen; once a layer for what all experts have alike."""
+        method, chosen = self._job.method, self._job.recipe.format_of(modules[0])
+        if method.damping is not None or method.int4 != "gptq":
+            return method.damping or 0.0
+        key = tuple(re.sub(r"experts\.\d+", "experts", module) for module in modules)
+        if key not in self._dampings:
+            self._dampings[key] = choose_damping(weights, halves, chosen)
+            told = {"modules": list(key), "damping": self._dampings[key]}
+            self.seen.dampings.append(told)
+        return self._dampings[key]
 
     def _store(self, module: str, made: Made, top: int, end: int, rows: int) -> None:
         """Write the rows of one module, and note what it lost."""

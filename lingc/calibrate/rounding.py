@@ -28,10 +28,10 @@ from lingc.quantize.formats import INT4_SPAN
 BLOCK = 64
 """Columns that are rounded before the rest of the matrix is told."""
 
-LEAST_SHARE = 0.4
+LEAST_SHARE = 0.6
 """The smallest scale that is tried, as a share of amax / 7.5."""
 
-CANDIDATES = 49
+CANDIDATES = 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

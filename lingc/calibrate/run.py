@@ -258,8 +258,9 @@ class _Steps:
     def _head(self) -> Seen:
         rounder = Rounder(self._job)
         watch = Watch(self._job, ["lm_head"], self._config.hidden_size)
-        for n in self._hidden():
-            watch.see(n)
+        halves = self._tokens.halves()
+        for (first, end), n in zip(self._tokens.spans(), self._hidden(), strict=True):
+            watch.see(n, halves[first:end])
         with rounder.storing(self._folder.content / LAYERS / "head.safetensors", ["lm_head"]):
             if rounder.is_made("lm_head"):
                 rounder.settle(watch)
@@ -277,7 +278,7 @@ class _Steps:
         norms = [weight_of(self._job.source, f"model.layers.{number}.{name}", self._job.device)
                  for name in ("enorm", "hnorm")]  # fmt: skip
         watch = Watch(self._job, [module], 2 * width)
-        starts = self._drafts.offsets
+        starts, halves = self._drafts.offsets, self._drafts.halves()
         for index, (one, hidden) in enumerate(
             zip(self._samples.samples, self._hidden(), strict=True)
         ):
@@ -291,7 +292,7 @@ class _Steps:
             ]
             u = torch.cat(normed, dim=-1)
             refuse_wild(u, self._drafts, first, f"layer {number}", module)
-            watch.see(u)
+            watch.see(u, halves[first:end])
             joined[first:end] = u
         path = self._folder.content / LAYERS / "mtp-eh_proj.safetensors"
         with layer.rounder.storing(path, [module]):
@@ -336,5 +337,6 @@ def _document(
         "coverage": {k: v for step in seen for k, v in step["coverage"].items()},
         "matrices": [one for step in seen for one in step["matrices"]],
         "observed": [one for step in seen for one in step["inputs"]],
+        "dampings": [one for step in seen for one in step["dampings"]],
         "input_bounds": scales,
     }

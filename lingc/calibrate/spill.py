@@ -47,6 +47,11 @@ class Tokens:
         pairs = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         return (pair for pair in pairs if pair[0] < pair[1])
 
+    def halves(self) -> Tensor:
+        """Which half of the samples each row is of, bool [rows]: every other sample."""
+        lengths = torch.tensor(self.offsets).diff()
+        return (torch.arange(len(lengths)) % 2 == 1).repeat_interleave(lengths)
+
     def place(self, row: int) -> str:
         """Sample and position of a row, in words."""
         sample = int(np.searchsorted(self.offsets, row, side="right")) - 1

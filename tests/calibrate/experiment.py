@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=88)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--damping", type=float, default=Method().damping)
+    parser.add_argument("--damping", type=float)
     parser.add_argument("--rounds", type=int, default=Method().rounds)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lingc.calibrate import rounding
-from lingc.calibrate.matrices import Made, Method, make_fp8, make_int4
+from lingc.calibrate.matrices import DAMPINGS, Made, Method, choose_damping, make_fp8, make_int4
 from lingc.calibrate.rounding import curvature, gptq, loss, nearest, plain_scales, search_scales
 from lingc.quantize.formats import (
     dequantize_fp8_block,
@@ -28,7 +28,7 @@ def _case(rows: int = 24, columns: int = 80, *, seed: int = 0) -> tuple[Tensor, 
 
 def _made(weight: Tensor, hessian: Tensor, chosen: Format) -> Made:
     if chosen.kind == "int4_group":
-        return make_int4(weight[None], hessian[None], chosen, Method())[0]
+        return make_int4(weight[None], hessian[None], chosen, Method(), damping=0.01)[0]
     return make_fp8(weight, hessian, chosen)
 
 
@@ -134,6 +134,31 @@ def test_searching_scales_of_fp8_gains_something() -> None:
     made = _made(weight, hessian, Format(kind="fp8_block"))
 
     assert made.loss_of(0, 256) < 0.98 * made.nearest_loss_of(0, 256)
+
+
+def _halves(tokens: int, *, seed: int = 0) -> Tensor:
+    """Sums over two halves of few or many tokens that are drawn alike."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.randn(80, 80, generator=draw) * 0.2 + torch.eye(80)
+    x = torch.randn(2, tokens, 80, generator=draw) @ mix
+    return (x.transpose(1, 2) @ x).unsqueeze(0)
+
+
+def test_few_tokens_are_trusted_less_than_many() -> None:
+    weights, chosen = _case()[0].unsqueeze(0), Format(kind="int4_group", group=32)
+
+    few, many = (choose_damping(weights, _halves(tokens), chosen) for tokens in (20, 5000))
+
+    assert few > many
+    assert many == min(DAMPINGS)
+
+
+def test_without_a_second_half_the_damping_is_the_usual_one() -> None:
+    halves = _halves(100)
+    halves[:, 1] = 0
+    weights, chosen = _case()[0].unsqueeze(0), Format(kind="int4_group", group=32)
+
+    assert choose_damping(weights, halves, chosen) == 0.1
 
 
 def test_losses_of_rows_add_up() -> None:

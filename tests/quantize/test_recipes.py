@@ -178,7 +178,10 @@ def test_a_recipe_that_is_not_json_is_refused_with_the_place(tmp_path: Path) -> 
         ({**GOOD, "rule": []}, "the key 'rule' is unknown"),
         ({**GOOD, "name": ""}, "name is '', not a text"),
         ({**GOOD, "summary": 1}, "summary is 1"),
-        ({**GOOD, "activations": "int8"}, "activations is 'int8', not one of plain, fp8, fp8_static"),
+        (
+            {**GOOD, "activations": "int8"},
+            "activations is 'int8', not one of plain, fp8, fp8_static",
+        ),
         ({**GOOD, "rules": {}}, "rules is {}, not a list"),
         ({**GOOD, "rules": [1]}, "rule 1 is 1, not an object"),
         (_rule(modules="lm_head"), "rule 1: modules is 'lm_head', not a list"),
@@ -233,3 +236,31 @@ def test_a_rule_that_an_earlier_one_leaves_nothing_is_refused(modules: tuple[str
 
 def test_an_optional_rule_may_match_nothing(modules: tuple[str, ...]) -> None:
     parse_recipe(_rule(modules=["nowhere"], optional=True), source="x").check_matches(modules)
+
+
+# ------------------------------------------------------------------------------------- documents
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_recipe_survives_being_written_down(name: str) -> None:
+    recipe = load_recipe(name)
+
+    assert parse_recipe(recipe.document(), source="x") == recipe
+
+
+def test_a_digest_is_of_what_a_recipe_does() -> None:
+    recipe = parse_recipe(GOOD, source="x")
+    renamed = parse_recipe({**GOOD, "name": "other", "summary": "other"}, source="x")
+    other = parse_recipe(_rule(modules=["*.dense"]), source="x")
+    static = parse_recipe({**GOOD, "activations": "fp8"}, source="x")
+
+    assert recipe.digest() == renamed.digest()
+    assert len({recipe.digest(), other.digest(), static.digest()}) == 3
+
+
+def test_engines_have_blocks_where_a_recipe_has_one_scale() -> None:
+    """The same matrices, and inputs that are rounded on the fly."""
+    static, fp8 = load_recipe("fp8-static").in_engines(), load_recipe("fp8")
+
+    assert (static.activations, static.rules) == (fp8.activations, fp8.rules)
+    assert fp8.in_engines() is fp8
