@@ -28,7 +28,7 @@ from lingc.errors import (
     UsageError,
 )
 from lingc.plan import dumps
-from lingc.quantize.recipes import load_recipe, parse_recipe
+from lingc.quantize.recipes import built_in, load_recipe, parse_recipe
 from tests import programs
 
 CONFIG = programs.config("tiny")
@@ -88,7 +88,7 @@ def test_a_missing_config_is_refused(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("layout", built_in())
 def test_the_default_precision_is_the_layout_of_the_checkpoint(layout: str) -> None:
     assert default_precision(SyntheticCheckpoint(CONFIG, 1, layout), CONFIG) == layout
 
