@@ -17,6 +17,7 @@ from lingc.targets.spec import Target
 from lingc.targets.tensorrt import report
 from lingc.targets.tensorrt.backend import Backend, backend
 from lingc.targets.tensorrt.lower import Array, Lowering, Tabled, tabled
+from lingc.targets.tensorrt.profile import sizes
 
 TABLE = "plugins.json.xz"
 REPORT = "report.json.xz"
@@ -86,10 +87,16 @@ def make(
     files[REPORT] = compressed(canonical.encode({"format": report.FORMAT, "phases": reports}))
     info = {
         "flavour": builder.flavour,
+        "module": builder.trt.__name__,
         "tensorrt": builder.version,
         "table": TABLE,
         "table_sha256": plugins.digest,
         "report": REPORT,
+        "buckets": [{"phase": one.phase, "sizes": dict(one.axes)} for one in sizes(plan)],
+        "calls": {
+            phase: sorted({number for number in numbers if number is not None})
+            for phase, numbers in plugins.numbers.items()
+        },
         "engines": {phase: engine_file(phase) for phase in plan.programs},
         "embedded_weights": sorted(embedded),
         "runs_on": _runs_on(plan, target, builder),

@@ -26,6 +26,7 @@ from lingc.weights import Progress, open_weights
 BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnx": ("lingc.runtime.onnx_backend", "OnnxBackend"),
     "cuda": ("lingc.runtime.cuda_backend", "CudaBackend"),
+    "tensorrt": ("lingc.runtime.tensorrt_backend", "TensorrtBackend"),
 }
 """Engine kind -> module and class of its backend."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lingc import plugin_table
 from lingc.device import Binary
 from lingc.engine import canonical
-from lingc.errors import UnsupportedError
+from lingc.errors import StageError, UnsupportedError
 from lingc.kernel import Kernel
 from lingc.plan import Arg, Plan, Program, Ref, Step, refs
 from lingc.plugin_table import PluginTable
@@ -157,6 +157,7 @@ class Lowering:
         numbers = self._tabled.numbers[phase]
         kind = plugin_class(self.backend.trt)
         plugins = [kind(self._launcher, number) for number in numbers if number is not None]
+        _refuse_idle(program, numbers)
         builder = self.backend.builder()
         network = self.backend.network(builder, plugins)
         network.name = phase
@@ -265,3 +266,19 @@ class _Phase:
 
 def _is_embedded(step: Step) -> bool:
     return step.op.removeprefix("lingc.") in EMBEDDED
+
+
+def _refuse_idle(program: Program, numbers: tuple[int | None, ...]) -> None:
+    """Refuse a plugin without readers, with which TensorRT for RTX corrupts memory and aborts.
+
+    Raises:
+        StageError: There is one.
+    """
+    read = {name for step in program.steps for name in refs(step.args)}
+    read |= {*program.outputs.values(), *program.updates.values()}
+    for step, number in zip(program.steps, numbers, strict=True):
+        if number is not None and not read.intersection(step.outputs):
+            raise StageError(
+                f"nobody reads {', '.join(map(repr, step.outputs))} of {step.op}",
+                hint="a fault of the passes; please report it",
+            )

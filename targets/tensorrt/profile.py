@@ -10,6 +10,9 @@ MOST_TOKENS = 4096
 """Of a prefill step. Plugins of experts keep a row of f32 for each token and expert, which TensorRT
 makes room for once: half a gigabyte for the full-size model."""
 
+MOST_ROWS = 1024
+"""Tokens of a step that may want the logits of each."""
+
 MOST_SLOTS = 1024
 """Sequences whose state an engine can hold."""
 
@@ -27,12 +30,20 @@ class Range:
 
 
 def sizes(plan: Plan) -> tuple[Sizes, ...]:
-    """The buckets that engines are built for, by phase, small to large."""
-    return tuple(
-        one
-        for one in buckets(plan)
-        if one.phase in plan.programs and one.axes.get("T", 0) <= MOST_TOKENS
-    )
+    """The buckets that engines are built for, by phase, small to large.
+
+    A step that wants logits of all its tokens, as comparisons do, has a bucket of its own: unlike a
+    CUDA engine's, the head does not run again by itself.
+    """
+    made: list[Sizes] = []
+    for one in buckets(plan):
+        tokens, rows = one.axes.get("T", 0), one.axes.get("N", 0)
+        if one.phase not in plan.programs or tokens > MOST_TOKENS:
+            continue
+        made.append(one)
+        if 0 < rows < tokens <= MOST_ROWS:
+            made.append(Sizes(phase=one.phase, axes={**one.axes, "N": tokens}))
+    return tuple(made)
 
 
 def ranges(plan: Plan, phase: str) -> dict[str, Range]:

@@ -1,6 +1,7 @@
 """Engines: TensorRT builds what was lowered, the same bytes each time, and mistakes are seen."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -166,23 +167,39 @@ def test_a_matrix_that_is_dequantized_apart_is_seen(monkeypatch: pytest.MonkeyPa
     assert "the INT4 matrix is dequantized apart from its product" in faults[0]
 
 
-def test_a_plugin_that_is_missing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lingc.targets.tensorrt import lower  # noqa: PLC0415
+def test_a_plugin_that_is_missing_or_doubled_is_seen() -> None:
+    from lingc.targets.tensorrt import report  # noqa: PLC0415
+
+    made, found = networks("rtx-120", "bf16")
+    network, begin = found["decode"], len(made.backend.log.messages)
+    made.engine(network)
+    messages = [text for _, text in made.backend.log.messages[begin:]]
+    (listed,) = (text for text in messages if text.startswith("Layers:"))
+    rows = listed.splitlines()
+    (router,) = (row for row in rows if row.startswith("Name: layers.4.router.ids/router"))
+
+    def faults(changed: list[str]) -> list[str]:
+        return report.faults(report.parse(["\n".join(changed)], network), network)
+
+    missing = faults([row for row in rows if row != router])
+    doubled = faults([*rows, router])
+    assert len(missing) == len(doubled) == 2
+    assert missing[0].startswith("layers.4.router.ids: plugin router is 0 calls among 0 layers")
+    assert doubled[0].startswith("layers.4.router.ids: plugin router is 2 calls among 2 layers")
+
+
+def test_a_plugin_that_nobody_reads_is_refused_before_tensorrt_sees_it() -> None:
+    from lingc.targets.tensorrt.lower import Lowering  # noqa: PLC0415
 
     made = lowering("rtx-120", "bf16")
-    plugin = lower._Phase._plugin
+    program = made.plan.programs["draft"]
+    short = replace(program, steps=program.steps[:4], outputs={"y": "embedding"}, updates={})
+    cut = replace(made.plan, programs={"draft": short})
+    numbers = {"draft": made._tabled.numbers["draft"][:4]}
+    plugins = replace(made._tabled, numbers=numbers)
 
-    def without_rope(self: Any, step: Any, seen: int) -> None:
-        if step.op != "lingc.group_norm_gate":
-            plugin(self, step, seen)
-            return
-        self._values[step.outputs[0]] = self._values[step.args[1].name]
-
-    monkeypatch.setattr(lower._Phase, "_plugin", without_rope)
-    _, faults = built(made, made.network("prefill"))
-
-    assert "plugin group_norm_gate is 0 calls" in faults[0]
-    assert faults[-1].startswith("the engine calls ")
+    with pytest.raises(StageError, match=r"nobody reads 'rope_table\.cos', 'rope_table\.sin'"):
+        Lowering(made.backend, cut, made.target, plugins).network("draft")
 
 
 def test_a_log_of_another_form_is_refused() -> None:

@@ -1,0 +1,216 @@
+"""The code of a TensorRT engine: read from a package and checked before TensorRT sees a byte of it.
+
+A package's bytes are those that were written, but who wrote them is not known: engines must be
+whole and of the TensorRT that is installed, their plugins' table the one that they were built with,
+and every kernel that it names must be there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lingc.device import Binary
+from lingc.engine import Package
+from lingc.errors import IncompatibleError, IntegrityError
+from lingc.launch_table import Bucket
+from lingc.plan import Plan
+from lingc.plugin_table import PluginTable, from_value
+from lingc.runtime.cuda_code import KERNEL_BYTES, TABLE_BYTES, unpacked
+from lingc.targets.spec import Target
+
+HINT = "its producer contradicts itself: build the engine again, and report it"
+_REBUILD = "build the engine again with this version, or install that one"
+
+_MAGIC, _SIZE, _VERSION = b"vtrt", slice(16, 24), slice(24, 28)
+"""Of an engine of TensorRT for RTX: its first bytes, its length, and its version. Observed of 1.7;
+standard engines begin otherwise, and are held to the package's digests alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorrtCode:
+    """What runs a plan.
+
+    Attributes:
+        module: `tensorrt` or `tensorrt_rtx`.
+        version: Of the library that wrote the engines.
+        digest: SHA-256 of the table's file, by which plugins name it.
+        engines: Phase -> the engine.
+        buckets: Sizes that plugins have launches for.
+        kernel: A kernel by its number in the table.
+    """
+
+    plan: Plan
+    module: str
+    version: str
+    table: PluginTable
+    digest: str
+    engines: Mapping[str, Callable[[], bytes]]
+    buckets: tuple[Bucket, ...]
+    kernel: Callable[[int], Binary]
+
+
+def read_code(package: Package) -> TensorrtCode:
+    """The code of a package for the target that its plan was made for.
+
+    Raises:
+        IntegrityError: Something is missing, cut, or of another build.
+        IncompatibleError: The table is of another version.
+    """
+    code = package.code()
+    info, folder = code.info, f"variants/{code.target}"
+    try:
+        name, wanted = str(info["table"]), str(info["table_sha256"])
+        module, version = str(info["module"]), str(info["tensorrt"])
+        files = {str(phase): str(file) for phase, file in info["engines"].items()}
+        calls = {str(phase): [int(n) for n in numbers] for phase, numbers in info["calls"].items()}
+        buckets = tuple(_bucket(one) for one in info["buckets"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"the facts of the {code.target!r} variant cannot be read: {error!r}", hint=HINT
+        ) from error
+    data = package.read(f"{folder}/{name}")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != wanted:
+        raise IntegrityError(
+            f"the engines' plugins launch from table {wanted[:12]}…, the package holds "
+            f"{digest[:12]}…, which is of another build",
+            hint="take both from one build: get the package again",
+        )
+    table = _table(data, name)
+    made = TensorrtCode(
+        plan=package.plan,
+        module=module,
+        version=version,
+        table=table,
+        digest=digest,
+        engines={
+            phase: lambda file=file: package.read(f"{folder}/{file}")  # type: ignore[misc]
+            for phase, file in files.items()
+        },
+        buckets=buckets,
+        kernel=lambda index: _kernel(package, table, index),
+    )
+    _check(made, calls, {*package.names("kernel")})
+    return made
+
+
+def check_engine(phase: str, data: bytes, version: str) -> None:
+    """Refuse an engine that is cut off or of another TensorRT.
+
+    Raises:
+        IntegrityError: It is not whole.
+        IncompatibleError: It was written by another version.
+    """
+    if not data.startswith(_MAGIC):
+        return
+    size = int.from_bytes(data[_SIZE], "little")
+    if size != len(data):
+        raise IntegrityError(
+            f"the {phase} engine says that it has {size} bytes, and has {len(data)}",
+            hint="it was cut off; get the package again",
+        )
+    wrote = ".".join(str(byte) for byte in data[_VERSION])
+    if wrote != version:
+        raise IncompatibleError(
+            f"the {phase} engine was written by TensorRT {wrote}, installed is {version}",
+            hint=_REBUILD,
+        )
+
+
+def check_library(code: TensorrtCode, installed: str) -> None:
+    """Refuse another TensorRT than the one that wrote the engines.
+
+    Raises:
+        IncompatibleError: It is another.
+    """
+    if installed != code.version:
+        raise IncompatibleError(
+            f"the engines were written by {code.module} {code.version}, installed is {installed}: "
+            "engines are read by the very version that wrote them",
+            hint=f"pip install {code.module.replace('_', '-')}=={code.version}, or build again",
+        )
+
+
+def check_capability(target: Target, name: str, have: tuple[int, int]) -> None:
+    """Refuse a GPU of another compute capability.
+
+    Raises:
+        IncompatibleError: It is another.
+    """
+    want = target.compute_capability
+    if have != want:
+        listed = ".".join(map(str, want or ()))
+        raise IncompatibleError(
+            f"the engine is for {target.name!r} (compute capability {listed}); {name} has compute "
+            f"capability {have[0]}.{have[1]}",
+            hint="build it for this device: `lingc targets` lists what can be built for",
+        )
+
+
+def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]) -> None:
+    table, plan = code.table, code.plan
+    lost = [phase for phase in plan.programs if phase not in code.engines]
+    if lost:
+        raise IntegrityError(f"there is no engine for the phases {', '.join(lost)}", hint=HINT)
+    if table.target != plan.target or table.page_size != plan.page_size:
+        raise IntegrityError(
+            f"the plugin table is for {table.target!r} and pages of {table.page_size} tokens, the "
+            f"plan for {plan.target!r} and {plan.page_size}",
+            hint=HINT,
+        )
+    for phase, numbers in calls.items():
+        over = [number for number in numbers if not 0 <= number < len(table.calls)]
+        if over:
+            raise IntegrityError(
+                f"the {phase} engine has plugin {over[0]}, the table has {len(table.calls)}",
+                hint=HINT,
+            )
+    lacking = [one for one in table.kernels if f"kernels/{one}.xz" not in kernels]
+    if lacking:
+        raise IntegrityError(
+            f"the plugins launch {len(lacking)} kernels that the package does not hold, the first "
+            f"{lacking[0][:12]}…",
+            hint=HINT,
+        )
+    for call in table.calls:
+        for index in call.choices.values():
+            if not 0 <= index < len(table.tactics):
+                raise IntegrityError(f"{call.op} names tactic {index}, which is not there")
+    for tactic in table.tactics:
+        for launch in tactic.launches:
+            if not 0 <= launch.kernel < len(table.kernels):
+                raise IntegrityError(f"{tactic.op} launches kernel {launch.kernel}, not there")
+
+
+def _table(data: bytes, name: str) -> PluginTable:
+    try:
+        value: Any = json.loads(unpacked(data, name, TABLE_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"the engine's plugin table is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise IntegrityError("the engine's plugin table is not an object")
+    return from_value(value)
+
+
+def _kernel(package: Package, table: PluginTable, index: int) -> Binary:
+    digest = table.kernels[index]
+    name = f"kernels/{digest[:12]}….xz"
+    try:
+        data = unpacked(package.read(f"kernels/{digest}.xz"), name, KERNEL_BYTES)
+        binary = Binary.from_bytes(data)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{name!r} is no kernel: {error}", hint=HINT) from error
+    if binary.arch != table.arch:
+        raise IntegrityError(
+            f"{name!r} is compiled for {binary.arch}, the table is for {table.arch}", hint=HINT
+        )
+    return binary
+
+
+def _bucket(value: Mapping[str, Any]) -> Bucket:
+    sizes = {str(axis): int(size) for axis, size in value["sizes"].items()}
+    return Bucket(
+        phase=str(value["phase"]), sizes=sizes, tactics=(), offsets=(), scratch=(), arena_bytes=0
+    )
