@@ -146,6 +146,8 @@ def command(
         from lingc.parity.opening import Weights
 
     if drift is not None:
+        if b is not None:
+            raise click.UsageError(f"--drift is of A alone; leave {b!r} out")
         _drift(out, Path(a), drift, state_dtype, budget, data, report)
         return
     if b is None and record is None:
@@ -182,7 +184,9 @@ def command(
         else:
             out.line(f"{record}: {about.name}, {len(about.rows)} rows of {about.data}")
     elif bisect:
-        _bisect(out, settings, repro)
+        if budget is not None:
+            raise click.UsageError("--budget judges a comparison; --bisect has limits of its own")
+        _bisect(out, settings, repro, report)
     else:
         _compare(out, settings, report)
 
@@ -239,22 +243,25 @@ def _drift(
         out.line(verdict)
 
 
-def _bisect(out: Output, settings: "Settings", repro: Path) -> None:
+def _bisect(out: Output, settings: "Settings", repro: Path, report: Path | None) -> None:
     with held():
-        from lingc.parity.bisect.search import bisect
+        from lingc.parity.bisect.search import COLUMNS, bisect
+        from lingc.parity.page import write_whole
 
     with out.stage("walk the steps", unit="modes") as advance:
         result = bisect(settings, advance)
     if result.reproducer is not None:
         result.reproducer.write(repro)
+    if report is not None:
+        write_whole(report, result.page(repro))
+        out.note(f"report: {report}")
     if out.as_json:
         shown = None if result.reproducer is None else str(repro)
         out.emit({**result.document(), "reproducer": shown})
     else:
         out.line(f"reference: {result.reference}")
         out.line(f"suspect:   {result.other}")
-        columns = ("compared", "calls", "results", "nearest to its limit", "not judged")
-        out.table(columns, [walk.cells() for walk in result.walked])
+        out.table(COLUMNS, [walk.cells() for walk in result.walked])
         for line in [] if result.finding is None else result.finding.lines():
             out.line(line)
         if result.ok:

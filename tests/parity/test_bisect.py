@@ -15,14 +15,14 @@ from lingc.parity.bisect.traced import TracedOnnx
 from lingc.parity.bisect.walk import EngineWalk, Fault, FoundError, PlanWalk, Walk
 from lingc.parity.engine import EngineSide
 from lingc.parity.side import Mode
-from lingc.plan import Plan
+from lingc.plan import Plan, Step
 from lingc.quantize.layouts import arrange
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.onnx_backend import OnnxModels
 from lingc.targets.onnx.lower import lower
 from tests.evaluate import one_thread
 from tests.parity import trained
-from tests.parity.planted import FAULTS, Planted, Suspect, weights_named
+from tests.parity.planted import FAULTS, Planted, Suspect, steps_changed, weights_named
 
 ROWS = [[(37 * t + 11 * i) % 4000 for t in range(70 - 30 * i)] for i in range(2)]
 LIMITS = Limits(slots=2, pages=4)
@@ -109,6 +109,24 @@ def _repeat(found: Finding, fault: Fault, plan: Plan, path: Path) -> None:
         tensors = {k: v for k, v in saved.tensors.items() if k != "node"} | mended
         object.__setattr__(saved, "tensors", tensors)
         assert run_step_again(saved).ok
+
+
+def test_a_result_of_another_size_is_wrong_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = trained.plan("bf16")
+
+    def change(step: Step) -> Step:
+        if step.outputs != ("layers.1.slice.1",):
+            return step
+        return replace(step, args=(*step.args[:-1], 1000))  # the gate, cut short
+
+    suspect = Suspect(
+        steps_changed(plan, "prefill", change), dict(trained.weights(plan)), monkeypatch
+    )
+
+    walk = walked(suspect, "plan", ("prefill",), ROWS)
+
+    first = walk.faults[0]
+    assert (first.output, first.judged.error) == ("layers.1.slice.1", float("inf"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int4"])

@@ -14,6 +14,7 @@ from lingc.cli import main
 from lingc.parity.bisect.traced import TracedOnnx
 from lingc.runtime.backend import Array
 from tests.parity.packages import ROWS, checkpoint, engine
+from tests.parity.test_page import outline
 
 EXPERT, OTHER = (f"model.layers.2.mlp.experts.{e}.down_proj.weight" for e in (3, 9))
 
@@ -68,9 +69,11 @@ def test_a_sound_engine_passes_in_every_mode(capsys: pytest.CaptureFixture[str])
 def test_an_expert_of_another_checkpoint_is_found_and_shown_again(
     capsys: pytest.CaptureFixture[str], swapped: Path
 ) -> None:
-    words = (checkpoint(), swapped, "--bisect", "--data", "rows.jsonl", "--repro", "fault")
+    words = (checkpoint(), swapped, "--bisect", "--data", "rows.jsonl", "--repro", "fault",
+             "--report", "fault.html")  # fmt: skip
 
     code, out, err = parity(capsys, *words)
+    page = outline(Path("fault.html").read_text(encoding="utf-8"))
     again, said, _ = parity(capsys, "repro", "fault")
     for file in checkpoint().iterdir():  # mended
         (swapped / file.name).write_bytes(file.read_bytes())
@@ -83,6 +86,11 @@ def test_an_expert_of_another_checkpoint_is_found_and_shown_again(
     assert "lingc parity repro fault runs that step again" in err
     assert "model.layers.2.mlp.experts is still wrong" in said
     assert json.loads(fine)["ok"] is True
+    assert page.links == []
+    assert "script" not in page.tags
+    for told in ("model.layers.2.mlp.experts, made by Experts of layer 2", EXPERT,
+                 "Run it by itself as often as it takes: lingc parity repro fault"):  # fmt: skip
+        assert told in " ".join(page.text.split())
 
 
 def test_an_engine_of_other_weights_is_found_by_its_packed_weight(
@@ -145,6 +153,8 @@ def test_a_node_that_is_wrong_is_found_in_its_engine(
         (("repro", "rows.jsonl"), 3, "'rows.jsonl' is not a reproducer"),
         (("interpret:ENGINE", "interpret:ENGINE", "--bisect"), 2, "two interpreted plans"),
         (("SMALL",), 2, "B is missing"),
+        (("SMALL", "SMALL", "--bisect", "--budget", "quantized"), 2, "has limits of its own"),
+        (("SMALL", "SMALL", "--drift", "64"), 2, "--drift is of A alone"),
         (("SMALL", "ENGINE", "--bisect", "--data", "none"), 3, "'none' cannot be read"),
         (("SMALL", "ENGINE", "--bisect", "--repro", "no/x", "--data", "rows.jsonl"), 0, ""),
     ],

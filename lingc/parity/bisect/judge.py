@@ -96,11 +96,14 @@ def judge(got: Tensor, want: Tensor, kind: TensorType, limit: float) -> Judged:
 
     Args:
         got: Of the type `kind`; a state's last row, which is scratch, is not looked at.
-        want: The same values, in any floating type, in a shape of as many elements.
+        want: The same values, in any floating type, in a shape of as many elements; of another
+            number, it is wrong as a whole.
         kind: The plan's type.
         limit: `limit_of` its step.
     """
-    want = want.reshape(got.shape)
+    want = fitted(want, got)
+    if want.shape != got.shape:
+        return Judged(error=float("inf"), limit=limit, rows=len(want), bad_rows=len(want))
     if kind.shape and kind.shape[0] in ("S", "R"):
         got, want = got[:-1], want[:-1]
     if not got.numel():
@@ -118,6 +121,11 @@ def judge(got: Tensor, want: Tensor, kind: TensorType, limit: float) -> Judged:
         bad_rows=int(bad.sum()),
         elements=_elements(got, want, bad, limit) if bool(bad.any()) else (),
     )
+
+
+def fitted(value: Tensor, like: Tensor) -> Tensor:
+    """A value in the shape of another of as many elements, else as it is."""
+    return value.reshape(like.shape) if value.numel() == like.numel() else value
 
 
 def row_errors(got: Tensor, want: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lingc.checkpoint import Checkpoint
 from lingc.engine import Package
-from lingc.errors import DataError, UsageError
+from lingc.errors import DataError, IncompatibleError, UsageError
 from lingc.model.loading import from_source
 from lingc.model.model import LingModel
 from lingc.parity.bisect.checkpoints import COMPARED, CheckpointWalk
@@ -27,7 +27,8 @@ from lingc.parity.bisect.traced import TracedCuda, TracedOnnx
 from lingc.parity.bisect.walk import EngineWalk, FoundError, PlanWalk, Traced, Walk
 from lingc.parity.data import Row, read_rows
 from lingc.parity.engine import EngineSide, phases
-from lingc.parity.opening import Subject, open_pair, refuse_other_weights
+from lingc.parity.opening import INTERPRET, Subject, open_pair, refuse_other_weights
+from lingc.parity.page import filled
 from lingc.parity.run import Settings, ordered
 from lingc.parity.side import MODES, Mode
 from lingc.parity.weights import RoundedWeights
@@ -42,6 +43,9 @@ PREFILL_TOKENS, STEP_TOKENS = 160, 44
 """What rows are cut to, when fed whole and when fed step by step."""
 
 CHUNK = 48
+
+COLUMNS = ("compared", "calls", "results", "nearest to its limit", "not judged")
+"""Of `Walked.cells`."""
 
 Advance = Callable[[int], object]
 
@@ -112,6 +116,10 @@ class Bisection:
             ],
             "finding": None if self.finding is None else self.finding.to_json(),
         }  # fmt: skip
+
+    def page(self, repro: Path) -> str:
+        """As HTML; `repro` is where the reproducer was written."""
+        return filled("bisect.html", result=self, columns=COLUMNS, repro=repro)
 
     def verdict(self) -> str:
         """One line."""
@@ -261,6 +269,11 @@ def _traced(suspect: Subject, limits: Limits, threads: int | None) -> Traced:
     if opened.package.code().engine == "onnx":
         weights = open_weights(opened.package.shards())
         return TracedOnnx(opened.package, weights, limits, threads=threads)
+    if opened.package.code().engine != "cuda":
+        raise IncompatibleError(
+            f"{suspect.title} is of a kind whose steps cannot be looked at one by one",
+            hint=f"its plan can: lingc parity CHECKPOINT {INTERPRET}{suspect.path} --bisect",
+        )
     backend: Any = opened.start(limits, threads=threads)
     return TracedCuda(backend)
 

@@ -18,6 +18,7 @@ from lingc.op import OPS, TORCH_DTYPE
 from lingc.parity.bisect.judge import (
     LIMITS,
     Judged,
+    fitted,
     judge,
     judge_experts,
     judge_weights,
@@ -133,8 +134,7 @@ class PlanWalk:
             FoundError: Something is wrong; `walk.faults` has what.
         """
         told = self._eager.run(phase, inputs)
-        given = dict(inputs)
-        program, values = self._wide.begin(phase, given)
+        program, values = self._wide.begin(phase, inputs)
         sizes = open_sizes(program, values)
         unseen: list[Step] = []
         for index, step in enumerate(program.steps):
@@ -149,7 +149,7 @@ class PlanWalk:
                 self.walk.skipped[step.op] = self.walk.skipped.get(step.op, 0) + 1
             self._judge(call, index, made, wanted, unseen, sizes)
             for name, got, want in zip(step.outputs, made, wanted, strict=True):
-                values[name] = got if want is None else want.value.reshape(got.shape).to(got.dtype)
+                values[name] = got if want is None else fitted(want.value, got).to(got.dtype)
         outputs = self._wide.end(program, values)
         self.walk.end_call()
         return outputs
@@ -182,8 +182,7 @@ class PlanWalk:
                     Fault(
                         phase=call.phase, call=self.walk.calls, index=index, step=step,
                         output=name, judged=judged, values=_given(step, call.values), got=got,
-                        want=target.reshape(got.shape),
-                        sizes=sizes,
+                        want=fitted(target, got), sizes=sizes,
                         unseen=tuple(s for s in unseen if _feeds(s, step, program)),
                     )
                 )  # fmt: skip
