@@ -30,12 +30,13 @@ Document = Mapping[str, Any]
     "--diff", "other", type=click.Path(path_type=Path), help="Show only where OTHER differs."
 )
 @click.option("--schedule", is_flag=True, help="What a CUDA engine launches, and where.")
+@click.option("--layers", is_flag=True, help="What TensorRT made of a TensorRT engine's phase.")
 @click.option(
     "--phase",
     type=click.Choice(plans.PHASES),
     default="decode",
     show_default=True,
-    help="With --schedule: whose steps to show.",
+    help="With --schedule or --layers: whose steps to show.",
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
 @click.option(
@@ -52,7 +53,9 @@ Document = Mapping[str, Any]
     type=click.Path(path_type=Path, dir_okay=False),
     help="With --schedule: write a page with its timeline and memory here.",
 )
-@click.option("--target", help="With --schedule: the variant's, of a package with several.")
+@click.option(
+    "--target", help="With --schedule or --layers: the variant's, of a package with several."
+)
 @output.options
 def command(
     out: Output,
@@ -62,6 +65,7 @@ def command(
     why: bool,
     is_plan: bool,
     schedule: bool,
+    layers: bool,
     phase: str,
     batch: int,
     context: int,
@@ -73,7 +77,8 @@ def command(
 
     Of a package the manifest alone is read, whatever its size, and checked; the other files are
     not: that is `lingc verify`. `--plan` also reads the plan, after its digest. Of a checkpoint the
-    headers are read. `--schedule` reads plan and launch table, and needs no GPU.
+    headers are read. `--schedule` reads plan and launch table, `--layers` the report of a TensorRT
+    build; neither needs a GPU.
 
     \b
     Examples:
@@ -92,6 +97,11 @@ def command(
 
         wanted = Wanted(phase=phase, sequences=batch, context=context, tokens=tokens or batch)
         view.show(out, path, wanted, page, target)
+        return
+    if layers:
+        from lingc.cli import layers as layer_view
+
+        layer_view.show(out, path, phase, target)
         return
     document = _describe(path)
     if other is not None:

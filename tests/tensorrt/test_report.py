@@ -1,0 +1,74 @@
+"""What TensorRT makes of the networks, fused layer by fused layer, and how it is shown."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lingc.cli import layers
+from lingc.engine import canonical
+from lingc.errors import LingcError
+from tests.tensorrt.engines import SAMPLE, has_rtx, networks
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tensorrt"
+
+
+@has_rtx
+@pytest.mark.parametrize(("target", "precision"), SAMPLE)
+def test_layers_are_those_that_were_agreed_on(
+    target: str, precision: str, golden: Callable[[str, str], None]
+) -> None:
+    from lingc.targets.tensorrt import report  # noqa: PLC0415
+
+    made, found = networks(target, precision)
+    lines: list[str] = []
+    for phase, network in found.items():
+        begin = len(made.backend.log.messages)
+        made.engine(network)
+        messages = [text for _, text in made.backend.log.messages[begin:]]
+        parsed = report.to_value(report.parse(messages, network))
+        value: Any = json.loads(canonical.encode(parsed))
+        lines.append(f"{phase}: {len(value['layers'])} layers")
+        lines += sorted(
+            f"{count:4} {kind:14} {made_of} ({inputs}) [{constants}]"
+            for count, kind, made_of, inputs, constants in layers.folded(value)
+        )
+    golden(f"tensorrt/{target}-{precision}.txt", "\n".join(lines) + "\n")
+
+
+def phase_rows(name: str) -> dict[str, list[str]]:
+    """A golden report by phase."""
+    found: dict[str, list[str]] = {}
+    rows: list[str] = []
+    for line in (GOLDEN / name).read_text(encoding="utf-8").splitlines():
+        if line.endswith(" layers"):
+            rows = found[line.partition(":")[0]] = []
+        else:
+            rows.append(line)
+    return found
+
+
+def test_what_a_recipe_stores_in_int4_is_multiplied_in_int4() -> None:
+    """What is left to products of BF16 are the low-rank projections of the latent layers."""
+    for phase, rows in phase_rows("spark-int4-all.txt").items():
+        plain = sum(int(row.split()[0]) for row in rows if row.split()[1] == "gemm")
+        fused = sum(int(row.split()[0]) for row in rows if "[BFloat16, Int4]" in row)
+
+        assert plain == (2 if phase == "draft" else 4), phase
+        assert fused >= 3, phase
+
+
+def test_what_a_recipe_stores_in_fp8_blocks_goes_to_plugins() -> None:
+    for phase, rows in phase_rows("rtx-89-fp8.txt").items():
+        plugins = {row.split()[2] for row in rows if row.split()[1] == "plugin"}
+        plain = sum(int(row.split()[0]) for row in rows if row.split()[1] == "gemm")
+
+        assert {"fp8_linear", "fp8_experts"} <= plugins, phase
+        assert plain <= 4, phase
+
+
+def test_what_is_no_tensorrt_engine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LingcError):
+        layers.read(tmp_path / "none.ling")
