@@ -13,7 +13,7 @@ from lingc.staging import writing
 
 _TEMPLATE = Path(__file__).parent / "mix.html"
 _WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 16, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 28, 16, 44
 _LEAST = 1e-9
 
 
