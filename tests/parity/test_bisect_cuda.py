@@ -61,7 +61,7 @@ def test_a_scaling_that_a_gpu_plan_lacks_is_found_at_its_router() -> None:
     made = PlanWalk(steps_changed(plan, "decode", change), weights, module, LIMITS)
 
     with pytest.raises(FoundError):
-        EngineSide(made, "plan").score(ROWS, "decode")
+        EngineSide(made, "plan").score(ROWS[1:], "decode")
 
     first = made.walk.faults[0]
     assert (first.phase, first.step.op, first.step.layer) == ("decode", "lingc.norm_router", 1)
