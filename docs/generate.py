@@ -126,6 +126,7 @@ def _kernels() -> list[str]:
             " through the gate."
         ),
         "Read and copy are what kernels with nothing to compute reached in the same process.",
+        "A commit with a plus is one that the files measured had gone on from.",
         "What the kernels are, and why, is in [decision 5](decisions/0005-kernels.md).",
         "",
     ]
