@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lingc.errors import ResourceError, UsageError
-from lingc.staging import Staging, is_empty, refuse_no_room, seal, sync, writing
+from lingc.staging import Staging, is_empty, refuse_no_room, seal, sync, write_whole, writing
 
 _BEGUN = "begun.json"
 
@@ -144,12 +144,6 @@ def appearing(path: Path) -> Iterator[Path]:
     sync(staged)
     staged.replace(path)
     sync(path.parent)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    with appearing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
 
 
 def _size_bytes(folder: Path) -> int:

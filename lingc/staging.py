@@ -206,6 +206,22 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file under its name when all of it is on the disk.
+
+    Raises:
+        ResourceError: It cannot be written there.
+    """
+    staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with writing(path):
+            staged.write_bytes(content.encode() if isinstance(content, str) else content)
+            sync(staged)
+            staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def clean_stale(final: Path) -> None:
     """Remove what dead processes left while writing `final`. Never fails, never blocks."""
     pattern = re.compile(re.escape(f".{final.name}.tmp-") + r"\d+-[0-9a-f]{8}")

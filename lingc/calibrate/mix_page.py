@@ -8,8 +8,7 @@ import jinja2
 
 from lingc import __version__
 from lingc.calibrate.mix import Mixed, Point
-from lingc.resuming import write_whole
-from lingc.staging import writing
+from lingc.staging import write_whole, writing
 
 _TEMPLATE = Path(__file__).parent / "mix.html"
 _WIDTH, _HEIGHT = 640, 320

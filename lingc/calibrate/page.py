@@ -9,8 +9,7 @@ import jinja2
 
 from lingc import __version__
 from lingc.calibrate.coverage import Coverage
-from lingc.resuming import write_whole
-from lingc.staging import writing
+from lingc.staging import write_whole, writing
 
 _TEMPLATE = Path(__file__).parent / "page.html"
 _CELL = 12

@@ -30,8 +30,8 @@ from lingc.checkpoint.source import Source
 from lingc.errors import IncompatibleError
 from lingc.quantize.formats import widen_bf16
 from lingc.quantize.recipes import Recipe
-from lingc.resuming import Resumable, write_whole
-from lingc.staging import writing
+from lingc.resuming import Resumable
+from lingc.staging import write_whole, writing
 
 FALLBACK_BELOW = 32
 """Tokens with which an expert is rounded by what was seen, by default."""

@@ -38,8 +38,8 @@ from lingc.checkpoint.reader import GENERATION_CONFIG
 from lingc.checkpoint.source import Source
 from lingc.checkpoint.tensorfile import TensorWriter
 from lingc.quantize.recipes import Recipe, load_recipe
-from lingc.resuming import Resumable, appearing, write_whole
-from lingc.staging import writing
+from lingc.resuming import Resumable, appearing
+from lingc.staging import write_whole, writing
 
 REPORT = "quantization.json"
 """What was done to each tensor, beside the weights."""

@@ -68,7 +68,7 @@ def shares(text: str, option: str) -> tuple[float, ...]:
 
 def keep(out: Output, path: Path | None, record: object) -> None:
     """Write a record where it was asked for, whole or not at all, and say so."""
-    from lingc.parity.page import write_whole
+    from lingc.staging import write_whole
 
     if path is not None:
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)

@@ -87,9 +87,8 @@ def command(
         from lingc.calibrate.run import device_named
         from lingc.calibrate.samples import parse_share, read_samples
     from lingc.checkpoint import open_checkpoint, validate
-    from lingc.resuming import write_whole
     from lingc.runtime.tokenizer import Tokenizer
-    from lingc.staging import writing
+    from lingc.staging import write_whole, writing
 
     source = open_checkpoint(checkpoint)
     validate(source)

@@ -219,17 +219,18 @@ def _drift(
     report: Path | None,
 ) -> None:
     with held():
-        from lingc.parity import drift_page, page
+        from lingc.parity import drift_page
         from lingc.parity.budget import load_budget
         from lingc.parity.drift import STATE_DTYPES
         from lingc.parity.drift_run import measure
+        from lingc.staging import write_whole
 
     limit = None if budget is None else load_budget(budget).state_error
     (kind,) = (one for one in STATE_DTYPES if one == state_dtype)
     with out.stage("drift", total=tokens, unit="tokens") as advance:
         found = measure(path, tokens=tokens, state_dtype=kind, data=data, advance=advance)
     if report is not None:
-        page.write_whole(report, drift_page.render(found, limit))
+        write_whole(report, drift_page.render(found, limit))
         out.note(f"report: {report}")
     verdict = drift_page.verdict(found, limit)
     if out.as_json:
@@ -246,7 +247,7 @@ def _drift(
 def _bisect(out: Output, settings: "Settings", repro: Path, report: Path | None) -> None:
     with held():
         from lingc.parity.bisect.search import COLUMNS, bisect
-        from lingc.parity.page import write_whole
+        from lingc.staging import write_whole
 
     with out.stage("walk the steps", unit="modes") as advance:
         result = bisect(settings, advance)

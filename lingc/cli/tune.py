@@ -172,7 +172,7 @@ def _fit(
 ) -> None:
     """Fit the model to records, and tell how far it is off on others."""
     from lingc.bench import fit
-    from lingc.parity.page import write_whole
+    from lingc.staging import write_whole
     from lingc.targets.cuda.tactics import model_file
 
     if not fitted:
@@ -251,7 +251,7 @@ def _run(
 ) -> None:  # fmt: skip
     from lingc.bench import tune
     from lingc.bench.record import about
-    from lingc.parity.page import write_whole
+    from lingc.staging import write_whole
 
     told: dict[str, Any] = {
         "kind": "tune", "format": tune.FORMAT, **about(versions(), settings.date),

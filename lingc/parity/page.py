@@ -1,7 +1,6 @@
 """A comparison as one HTML page that loads nothing, for a screen, a phone or paper."""
 
 import platform
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lingc.parity import plots, report
 from lingc.parity.answers import answers, passes
 from lingc.parity.layers import StateError
 from lingc.parity.run import ModeResult, Result
-from lingc.staging import sync, writing
+from lingc.staging import write_whole
 
 _FOLDER = Path(__file__).parent
 _MOST_FLIPS = 500
@@ -62,22 +61,6 @@ def write(result: Result, path: Path) -> None:
         ResourceError: It cannot be written there.
     """
     write_whole(path, render(result))
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under its name when all of it is on the disk.
-
-    Raises:
-        ResourceError: It cannot be written there.
-    """
-    staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        with writing(path):
-            staged.write_bytes(content.encode() if isinstance(content, str) else content)
-            sync(staged)
-            staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _plots(mode: ModeResult) -> list[tuple[str, str, bool]]:

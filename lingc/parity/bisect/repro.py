@@ -23,8 +23,8 @@ from lingc.interpret import run_step
 from lingc.parity.bisect.finding import Finding
 from lingc.parity.bisect.judge import Judged, judge
 from lingc.parity.bisect.walk import Fault
-from lingc.parity.page import write_whole
 from lingc.plan import Plan, Program, TensorType, dumps, loads, refs
+from lingc.staging import write_whole
 
 FORMAT = 1
 PLAN, ENGINE = "plan against eager", "engine against its plan"
