@@ -7,9 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lingc import targets
 from lingc.errors import LingcError, StageError
 from lingc.plan import refs
-from tests.tensorrt.engines import MORE, SAMPLE, has_rtx, lowering, networks, plan
+from lingc.targets.tensorrt import lower
+from tests.tensorrt.engines import (
+    MORE,
+    SAMPLE,
+    has_rtx,
+    lowering,
+    networks,
+    plan,
+    stand_ins,
+    weights,
+)
 
 pytestmark = has_rtx
 
@@ -151,20 +162,20 @@ def test_scales_in_another_layout_do_not_build(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_matrix_that_is_dequantized_apart_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def apart(body: Any, x: Any, packed: Any, scales: Any, group: int) -> Any:
-        rows, words = packed.shape
-        signed = np.ascontiguousarray(packed).view(np.uint8) ^ np.uint8(0x88)
-        codes = body.constant(signed, "int4", (rows, 8 * words))
-        scale = body.constant(scales, "bf16", (rows, 8 * words // group))
-        wide = body.cast(body.dequantize(codes, scale, x.dtype), "f32")
-        return body.cast(body.times(body.cast(x, "f32"), wide), x.dtype)
+    """Those of one group a row are: lowering gives them to a plugin, and here does not."""
+    from lingc.targets.tensorrt.backend import backend  # noqa: PLC0415
 
-    planted(monkeypatch, apart)
-    made = lowering("spark", "int4-all")
-    _, faults = built(made, made.network("decode"))
+    monkeypatch.setattr("lingc.targets.tensorrt.native.int4_refusal", lambda *_: None)
+    made, target = plan("spark", "int4-all"), targets.get("spark")
+    plugins = lower.tabled(made, target, stand_ins, embeds=True)
+    held = weights("spark", "int4-all")
+    planted = lower.Lowering(backend(target), made, target, plugins, weights=held)
+    _, faults = built(planted, planted.network("decode"))
 
-    assert len(faults) >= 8
-    assert "the INT4 matrix is dequantized apart from its product" in faults[0]
+    assert len(faults) == 7
+    assert faults[0].startswith(
+        "layers.1.int4_weight_linear.3: the INT4 matrix is dequantized apart from its product"
+    )
 
 
 def test_a_plugin_that_is_missing_or_doubled_is_seen() -> None:
