@@ -4,6 +4,7 @@
 #   make test        install, lint, types, import floors, all tests but the long ones
 #   make test-long   the same with the long ones
 #   make lint        lint, types and import floors alone
+#   make engines     build the engines of artifacts/engines anew: some minutes, no GPU
 #   make coverage    the tests once more, with a table of lines that none of them runs
 #
 # PYTHON chooses the interpreter. PIP_ARGS goes to every pip install; for the CPU build of torch,
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-long lint coverage clean
+.PHONY: demo test test-long lint engines coverage clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +36,14 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Without weights: `lingc bind` or `lingc run --checkpoint` brings those of any matching checkpoint.
+FLASH := artifacts/checkpoints/ling-2.6-flash
+ENGINE = $(BIN)/lingc build $(FLASH) --weights external --overwrite
+
+engines: $(VENV)/.test
+	$(ENGINE) --precision fp8 --target h20,h20-3e,h200-sxm -o artifacts/engines/ling-2.6-flash-fp8.ling
+	$(ENGINE) --precision int4-fp8 --target h20,h100-sxm -o artifacts/engines/ling-2.6-flash-int4-fp8.ling
 
 coverage: $(VENV)/.test
 	$(BIN)/coverage run -m pytest -m "not long"
