@@ -12,7 +12,7 @@ from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import Checkpoint, Source, matrix_modules, open_checkpoint, validate
 from lingc.checkpoint.convert import is_stored_as
 from lingc.context import Context
-from lingc.errors import IncompatibleError, UsageError
+from lingc.errors import UsageError
 from lingc.graph import Captured, Fused, text
 from lingc.lower import lower
 from lingc.model.config import ModelConfig
@@ -68,10 +68,6 @@ class Request:
     waive: tuple[str, ...] = ()
     check: bool = False
     dump_dir: Path | None = None
-
-
-BUILT: tuple[EngineKind, ...] = ("onnx", "cuda", "tensorrt")
-"""Kinds of engines that this version can build."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +186,6 @@ def engine_kind(target: Target, wanted: str) -> EngineKind:
 
     Raises:
         UsageError: The target has no engine of that kind.
-        IncompatibleError: This version cannot build the kind.
     """
     if wanted != "auto" and wanted not in target.engines:
         raise UsageError(
@@ -201,11 +196,6 @@ def engine_kind(target: Target, wanted: str) -> EngineKind:
     for known in target.engines:
         if known == wanted:
             kind = known
-    if kind not in BUILT:
-        raise IncompatibleError(
-            f"this version plans for target {target.name!r} but cannot build its {kind!r} engine",
-            hint=f"it builds: {', '.join(BUILT)}; `lingc passes` and `lingc plan` work for it",
-        )
     return kind
 
 

@@ -23,7 +23,6 @@ from lingc.errors import (
     CheckpointError,
     ConfigError,
     FusionError,
-    IncompatibleError,
     RecipeError,
     UsageError,
 )
@@ -112,12 +111,13 @@ def test_auto_depends_on_the_target_alone() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(targets.ALL) - {"cpu"}))
-def test_a_target_whose_engine_cannot_be_built_is_refused(name: str) -> None:
+def test_every_gpu_has_tensorrt_engines_and_those_without_another_have_them_by_default(
+    name: str,
+) -> None:
     target = targets.get(name)
 
-    for wanted in ("tensorrt", *(() if name in HOPPER else ("auto",))):
-        with pytest.raises(IncompatibleError, match=rf"plans for target '{name}' but cannot"):
-            engine_kind(target, wanted)
+    assert engine_kind(target, "tensorrt") == "tensorrt"
+    assert engine_kind(target, "auto") == ("cuda" if name in HOPPER else "tensorrt")
 
 
 def test_an_engine_that_a_target_lacks_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +30,10 @@ REQUESTS: dict[str, tuple[int, list[str], str]] = {
         ["--engine", "cuda"],
         r"there is no 'cuda' engine for target 'cpu'.*it has: onnx",
     ),
-    "an engine that this version cannot build": (
+    "an engine that only a host with the GPU can build": (
         4,
         ["--target", "h20", "--engine", "tensorrt"],
-        r"plans for target 'h20' but cannot build its 'tensorrt' engine.*it builds: onnx, cuda",
-    ),
-    "the default engine of a target without one": (
-        4,
-        ["--target", "spark"],
-        r"plans for target 'spark' but cannot build its 'tensorrt' engine.*`lingc passes`",
+        r"'h20' is built by standard TensorRT.*'tensorrt' is not installed.*with --engine cuda, an",
     ),
     "widened weights on a GPU": (
         2,
@@ -78,12 +74,19 @@ def test_a_request_that_cannot_be_met_is_refused(
 
 
 @pytest.mark.parametrize("target", ["spark", "rtx-89", "rtx-120"])
-def test_a_target_without_a_lowering_says_what_works_instead(
+def test_a_model_that_no_plugin_takes_is_refused_by_op_and_sizes(
     target: str, small: Path, refuses: "Refuses", tmp_path: Path
 ) -> None:
-    said = refuses(4, "build", small, "--target", target, "-o", tmp_path / "x.ling")
+    if find_spec("tensorrt_rtx") is None:
+        said = refuses(4, "build", small, "--target", target, "-o", tmp_path / "x.ling")
+        assert re.search(
+            r"package 'tensorrt_rtx' is not installed.*it needs no GPU", said, re.DOTALL
+        )
+        return
+    said = refuses(3, "build", small, "--target", target, "-o", tmp_path / "x.ling")
 
-    assert re.search(r"it builds: onnx, cuda; `lingc passes` and `lingc plan` work for it", said)
+    assert re.search(r"prefill with T \d+, .* has no kernel for ", said)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_no_kernel_takes_is_refused_by_op_and_sizes(
