@@ -110,8 +110,7 @@ def command(
       lingc build artifacts/checkpoints/ling-tiny --precision int4 -o tiny-int4.ling
       lingc build artifacts/checkpoints/ling-tiny --weights external -o tiny.ling
       lingc build artifacts/checkpoints/ling-tiny --dump-ir ir/ --check --overwrite
-      lingc build artifacts/checkpoints/ling-2.6-flash --precision fp8 --weights external \\
-        --target h20,h20-3e,h200-sxm
+      lingc build DIR --precision fp8 --weights external --target h20,h20-3e,h200-sxm -o h20.ling
     """  # noqa: D301 click's mark for a block that is not rewrapped
     import time
 
