@@ -204,7 +204,7 @@ class Layer:
                 self._mlps([_Part(name, every, None)], after, normed)
         if inner.observer is not None:
             downs = [f"{mlp}.experts.{e}.down_proj" for e in range(config.num_experts)]
-            self.seen.inputs.append(describe(inner.observer, downs))
+            self.seen.inputs.append(describe(inner.observer, downs, self._job.percentile))
 
     def _route(self, normed: Spill) -> tuple[Tensor, Tensor]:
         """Experts of every token and their weights, [tokens, k] each."""
@@ -230,7 +230,7 @@ class Layer:
             return
         for _, n in self._samples(normed):
             observer.see(n)
-        self.seen.inputs.append(describe(observer, names))
+        self.seen.inputs.append(describe(observer, names, self._job.percentile))
 
     def _stacks(self, parts: Sequence[_Part]) -> Iterator[Sequence[_Part]]:
         """Experts that are rounded together: many small ones, or few large ones."""

@@ -410,6 +410,7 @@ class _Passes:
                 method=Method(int4="nearest", fp8="nearest"),
                 fallback_below=0,
                 device=self._device,
+                percentile=100.0,
                 done=lambda _count: None,
             )
             files = (folder / "a.safetensors", folder / "m.safetensors")  # never written

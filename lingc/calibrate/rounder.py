@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lingc.calibrate.matrices import Made, Method, choose_damping, make_fp8, make_int4, weight_of
-from lingc.calibrate.observers import Observer
+from lingc.calibrate.observers import RULES, Observer
 from lingc.checkpoint.convert import is_stored_as, to_rounded
 from lingc.checkpoint.items import item
 from lingc.checkpoint.source import Source
@@ -35,6 +35,7 @@ class Job:
         method: How matrices are rounded.
         fallback_below: An expert with fewer tokens is left to rounding to nearest.
         device: Where matrices are multiplied.
+        percentile: Of the observer of that name.
         done: Told after every matrix.
     """
 
@@ -43,6 +44,7 @@ class Job:
     method: Method
     fallback_below: int
     device: torch.device
+    percentile: float
     done: Done
 
 
@@ -165,7 +167,9 @@ class Rounder:
         self._job.done(sum(len(watch.modules) for watch in watches))
         for watch in watches:
             if watch.observer is not None:
-                self.seen.inputs.append(describe(watch.observer, watch.modules))
+                self.seen.inputs.append(
+                    describe(watch.observer, watch.modules, self._job.percentile)
+                )
         return values
 
     def _together(self, modules: Sequence[str]) -> list[list[str]]:
@@ -253,9 +257,9 @@ class Rounder:
         )
 
 
-def describe(observer: Observer, modules: Sequence[str]) -> dict[str, Any]:
+def describe(observer: Observer, modules: Sequence[str], percentile: float) -> dict[str, Any]:
     """What was seen of some modules' inputs, as JSON has it."""
-    bounds = {rule: observer.bound(rule) for rule in ("absmax", "percentile", "mse")}
+    bounds = {rule: observer.bound(rule, percentile) for rule in RULES}
     return {
         "modules": list(modules),
         "bounds": bounds,

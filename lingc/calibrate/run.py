@@ -121,6 +121,7 @@ def calibrate(
             method=settings.method,
             fallback_below=settings.fallback_below,
             device=device,
+            percentile=settings.percentile,
             done=done,
         )
         seen = _Steps(job, samples, folder).run()

@@ -187,6 +187,27 @@ def test_static_scales_stand_beside_their_modules(
     assert not said["config_groups"]["group_0"]["input_activations"]["dynamic"]
 
 
+@pytest.mark.parametrize("observer", ["absmax", "percentile", "mse"])
+def test_bounds_are_those_of_the_observer_that_was_asked_for(
+    observer: str, small: Checkpoint, rows: Path, tmp_path: Path
+) -> None:
+    recipe, given = load_recipe("fp8-static"), read(rows)
+
+    wide, narrow = (
+        calibrate(
+            small, recipe, given, tmp_path / str(percentile),
+            Settings(observer=observer, percentile=percentile),
+        ).document
+        for percentile in (99.99, 80.0)
+    )  # fmt: skip
+
+    seen = {module: one["bounds"] for one in wide["observed"] for module in one["modules"]}
+    bounds = wide["input_bounds"]
+    assert bounds == {module: each[observer] for module, each in seen.items()}
+    is_other = [narrow["input_bounds"][module] < 0.7 * bounds[module] for module in bounds]
+    assert all(is_other) if observer == "percentile" else not any(is_other)
+
+
 def test_the_same_inputs_give_the_same_bytes(
     small: Checkpoint, rows: Path, finished: Finished, tmp_path: Path
 ) -> None:
