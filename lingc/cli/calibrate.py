@@ -1,5 +1,6 @@
 """`lingc calibrate`: sample data decides how weights and activations are rounded."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,8 @@ def command(
     from lingc.quantize.recipes import load_recipe
     from lingc.runtime.tokenizer import Tokenizer
 
+    if math.isnan(percentile):  # a range lets it pass
+        raise click.BadParameter("nan is no percentile", param_hint="'--percentile'")
     chosen = load_recipe(recipe)
     source = open_checkpoint(checkpoint)
     validate(source)

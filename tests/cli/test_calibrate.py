@@ -151,6 +151,11 @@ def test_bad_data_is_told_and_leaves_nothing(
         (["calibrate", "SMALL", "--data", "gone.jsonl", "--recipe", "int4"], 3, "cannot be read"),
         (["calibrate", "SMALL", "--data", "ROWS:0", "--recipe", "int4"], 2, "not a positive"),
         (["calibrate", "SMALL", "--data", "ROWS", "--recipe", "int5"], 2, "did you mean 'int4'?"),
+        (
+            ["calibrate", "SMALL", "--data", "ROWS", "--recipe", "int4", "--percentile", "nan"],
+            2,
+            "nan is no percentile",
+        ),
         (["calibrate", "gone", "--data", "ROWS", "--recipe", "int4"], 3, "no directory 'gone'"),
         (
             ["quantize", "SMALL", "--recipe", "RECIPE"],
