@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,9 @@ class Here(TorchFunctionMode):
 
 def part(sms: int | None) -> Any:
     facts = {"name": "a GPU", "sms": sms or 132, "l2_bytes": 1, "driver_version": 13000}
-    return SimpleNamespace(capability=(9, 0), **facts)
+    made = SimpleNamespace(capability=(9, 0), is_closed=False, **facts)
+    made.close = lambda: setattr(made, "is_closed", True)
+    return made
 
 
 def settings(folder: Path, **changes: Any) -> Settings:
@@ -126,6 +129,24 @@ def test_a_record_and_a_table_have_a_row_for_each_count(tmp_path: Path) -> None:
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match=r"sm_89, this device is sm_90"):
         run(tmp_path, target=targets.get("rtx-89"))
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("refused", [None, 48])
+def test_every_part_is_closed(tmp_path: Path, refused: int | None) -> None:
+    opened: list[Any] = []
+
+    def opening(sms: int | None) -> Any:
+        if sms is not None and sms == refused:
+            raise IncompatibleError("no such part")
+        opened.append(part(sms))
+        return opened[-1]
+
+    with suppress(IncompatibleError):
+        curve.run(settings(tmp_path), COUNTS, silent, opening)
+
+    assert [one.sms for one in opened] == [132, 78, *([] if refused else [48])]
+    assert all(one.is_closed for one in opened)
 
 
 def test_only_counts_and_shapes_decide_what_is_compiled(tmp_path: Path) -> None:

@@ -46,13 +46,17 @@ class Driver:
         return self.CUresult.CUDA_SUCCESS, [part], 1, None
 
 
+CLOSED = [("cuStreamDestroy", "whole"), ("cuDevicePrimaryCtxRelease", 0)]
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver()
 
     def init(self: Device, index: int = 0) -> None:
         self._driver, self.sms, self.name = found, 132, f"GPU {index}"
-        self.stream = "whole"
+        self.stream, self._device = "whole", index
+        self._modules, self._functions = [], {}
 
     monkeypatch.setattr(Device, "__init__", init)
     return found
@@ -77,7 +81,7 @@ def test_a_driver_without_fine_parts_rounds_up(driver: Driver) -> None:
 def test_what_is_no_part_is_refused(driver: Driver) -> None:
     with pytest.raises(UsageError, match="132 of 132 multiprocessors are no part"):
         LimitedDevice(132)
-    assert driver.asked == []
+    assert driver.asked == CLOSED
 
 
 def test_a_driver_that_splits_nothing_says_why(driver: Driver) -> None:
@@ -85,6 +89,19 @@ def test_a_driver_that_splits_nothing_says_why(driver: Driver) -> None:
 
     with pytest.raises(IncompatibleError, match=r"no part of 78 .*CUDA_ERROR_INVALID_VALUE"):
         LimitedDevice(78)
+    assert driver.asked[-2:] == CLOSED
+
+
+def test_to_close_gives_back_the_part_and_the_whole(driver: Driver) -> None:
+    device = LimitedDevice(80)
+    driver.asked.clear()
+
+    device.close()
+
+    part = "cuGreenCtxStreamCreate"
+    destroyed = [("cuStreamSynchronize", part), ("cuStreamDestroy", part),
+                 ("cuGreenCtxDestroy", "cuGreenCtxCreate")]  # fmt: skip
+    assert driver.asked == [*destroyed, *CLOSED]
 
 
 def test_to_wait_is_to_wait_for_the_part_as_well(driver: Driver) -> None:

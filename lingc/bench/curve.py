@@ -6,6 +6,7 @@ target of so many multiprocessors has.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -119,34 +120,35 @@ def run(
         IncompatibleError: No device, another architecture, or no such part.
     """
     wanted = all_tactics(settings, counts)
-    whole = open_part(None)
-    ops.same_architecture(whole, settings.target)
-    binaries = compile_kernels(settings, counts, stage)
-    parts = {
-        count: whole if count == whole.sms else open_part(count)
-        for count in targets_of(settings.target, counts)
-    }
-    points: list[Point] = []
-    faults: list[Fault] = []
-    gated = 0
-    with stage("run", total=len(wanted), unit="shapes") as advance:
-        for work, by_count in wanted:
-            arguments = work.op.inputs(*work.case, dtype="bf16", device="cuda")
-            bad, number = _gate(whole, work, arguments, by_count, binaries)
-            faults += bad
-            gated += number
-            wrong = {fault.tactic for fault in bad}
-            for count, tactics in by_count.items():
-                right = [one for one in tactics if _named(count, one) not in wrong]
-                points += _fastest(parts[count], work, arguments, right, binaries)
-            del arguments
-            torch.cuda.empty_cache()
-            advance(1)
-    read = {part.sms: ceilings_of(part, binaries, ("read",))["read"] for part in parts.values()}
-    return Curve(
-        device=device_facts(whole), read=read, points=tuple(points), faults=tuple(faults),
-        gated=gated,
-    )  # fmt: skip
+    with ExitStack() as opened:
+        whole = opened.enter_context(closing(open_part(None)))
+        ops.same_architecture(whole, settings.target)
+        binaries = compile_kernels(settings, counts, stage)
+        parts = {
+            count: whole if count == whole.sms else opened.enter_context(closing(open_part(count)))
+            for count in targets_of(settings.target, counts)
+        }
+        points: list[Point] = []
+        faults: list[Fault] = []
+        gated = 0
+        with stage("run", total=len(wanted), unit="shapes") as advance:
+            for work, by_count in wanted:
+                arguments = work.op.inputs(*work.case, dtype="bf16", device="cuda")
+                bad, number = _gate(whole, work, arguments, by_count, binaries)
+                faults += bad
+                gated += number
+                wrong = {fault.tactic for fault in bad}
+                for count, tactics in by_count.items():
+                    right = [one for one in tactics if _named(count, one) not in wrong]
+                    points += _fastest(parts[count], work, arguments, right, binaries)
+                del arguments
+                torch.cuda.empty_cache()
+                advance(1)
+        read = {part.sms: ceilings_of(part, binaries, ("read",))["read"] for part in parts.values()}
+        return Curve(
+            device=device_facts(whole), read=read, points=tuple(points), faults=tuple(faults),
+            gated=gated,
+        )  # fmt: skip
 
 
 def _named(count: int, tactic: Tactic) -> str:

@@ -27,6 +27,26 @@ class LimitedDevice(Device):
 
     def __init__(self, sms: int, index: int = 0) -> None:
         super().__init__(index)
+        self._whole, self._green = self.stream, None
+        try:
+            self._limit(sms, index)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        cu = self._driver
+        part, self.stream = self.stream, self._whole
+        green, self._green = self._green, None
+        try:
+            if part is not self._whole:
+                self.end_stream(part)
+            if green is not None:
+                self._ok(cu.cuGreenCtxDestroy(green))
+        finally:
+            super().close()
+
+    def _limit(self, sms: int, index: int) -> None:
         if not 1 <= sms < self.sms:
             raise UsageError(
                 f"{sms} of {self.sms} multiprocessors are no part of the device",

@@ -14,6 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -148,11 +149,27 @@ class _Buffer:
     """Pinned memory of one window, and the stream that its copies are on."""
 
     def __init__(self, device: Device, size: int) -> None:
+        self._device = device
         self.pinned: Pinned = device.pin_large(size)
         self.view = self.pinned.array.data
-        self.stream: Any = device.new_stream()
         self.used = 0
         """Bytes that were put into it last."""
+        try:
+            self.stream: Any = device.new_stream()
+        except BaseException:
+            self._unpin()
+            raise
+
+    def close(self) -> None:
+        """Give both back, once no copy from it runs any more."""
+        try:
+            self._device.end_stream(self.stream)
+        finally:
+            self._unpin()
+
+    def _unpin(self) -> None:
+        self.view.release()
+        self._device.unpin(self.pinned)
 
 
 class _Upload:
@@ -193,29 +210,25 @@ class _Upload:
         device, base, end = self._device, self._base, self._end
         device.attach()
         buffers: list[_Buffer] = []
-        try:
-            turn = 0
-            while (start := next(self._turns) * WINDOW_BYTES) < end and not self._failed:
-                if len(buffers) < BUFFERS:
-                    buffers.append(_Buffer(device, min(WINDOW_BYTES, end)))
-                    now = buffers[-1]
-                else:
-                    now = buffers[turn % BUFFERS]
-                    self._settle(now)
-                turn += 1
-                now.used = self._fill(now.view, start)
-                address = now.pinned.address
-                device.upload(base + start, address, now.used, stream=now.stream)
-            for one in buffers:
-                self._settle(one)
-        except BaseException:
-            self._failed = True
-            raise
-        finally:
-            for one in buffers:
-                device.end_stream(one.stream)
-                one.view.release()
-                device.unpin(one.pinned)
+        with ExitStack() as opened:
+            try:
+                turn = 0
+                while (start := next(self._turns) * WINDOW_BYTES) < end and not self._failed:
+                    if len(buffers) < BUFFERS:
+                        now = opened.enter_context(closing(_Buffer(device, min(WINDOW_BYTES, end))))
+                        buffers.append(now)
+                    else:
+                        now = buffers[turn % BUFFERS]
+                        self._settle(now)
+                    turn += 1
+                    now.used = self._fill(now.view, start)
+                    address = now.pinned.address
+                    device.upload(base + start, address, now.used, stream=now.stream)
+                for one in buffers:
+                    self._settle(one)
+            except BaseException:
+                self._failed = True
+                raise
 
     def _fill(self, into: memoryview, start: int) -> int:
         """Read what lies in the window that begins there; gaps keep what the buffer held."""

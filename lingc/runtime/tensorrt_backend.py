@@ -97,11 +97,11 @@ class TensorrtBackend:
         }
         self._owns_device = device is None
         self.device = device or Device()
-        check_capability(target, self.device.name, self.device.capability)
         self._taken: list[int] = []
         self._pinned: list[Pinned] = []
         self._graphs: dict[int, Graph] = {}
         try:
+            check_capability(target, self.device.name, self.device.capability)
             self._check_room(engines)
             dims = {"S": limits.slots + 1, "R": limits.pages * code.plan.page_size + 1}
             self._weights = self._tensors({n: s.type for n, s in code.plan.weights.items()}, {})

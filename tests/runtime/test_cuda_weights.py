@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lingc.checkpoint.tensorfile import TensorWriter
-from lingc.errors import IntegrityError
+from lingc.errors import IntegrityError, ResourceError
 from lingc.kernel import align
 from lingc.plan import TensorType
 from lingc.runtime import cuda_weights
@@ -105,6 +105,39 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     upload_weights(device, opened, places(device))
 
     assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+class Failing(HostDevice):
+    """Fails at a second stream, or the first time that a stream is ended."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.ended: list[tuple[Any, int]] = []
+
+    def new_stream(self) -> Any:
+        if self.where == "new" and len(self.streams) == 2:
+            raise ResourceError("no stream is left")
+        return super().new_stream()
+
+    def end_stream(self, stream: Any) -> None:
+        super().end_stream(stream)
+        self.ended.append((stream, len(self.pinned)))
+        if self.where == "end" and len(self.ended) == 1:
+            raise ResourceError("no stream is left")
+
+
+@pytest.mark.parametrize(("where", "ended"), [("new", [(1, 1)]), ("end", [(2, 2), (1, 1)])])
+def test_what_fails_leaves_nothing_pinned_and_waits_first(
+    where: str, ended: list[tuple[Any, int]]
+) -> None:
+    device = Failing(where)
+
+    with pytest.raises(ResourceError, match="no stream is left"):
+        upload_weights(device, made(), places(device), threads=1)
+
+    assert not device.pinned
+    assert device.ended == ended
 
 
 def test_ctrl_c_stops_the_threads_before_their_memory_is_given_back() -> None:

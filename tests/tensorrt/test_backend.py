@@ -163,6 +163,15 @@ def test_an_engine_is_refused_before_tensorrt_sees_it(
     assert device.blocks == {}
 
 
+def test_a_device_that_is_refused_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = gpu(capability=(9, 0))
+    monkeypatch.setattr("lingc.runtime.tensorrt_backend.Device", lambda: device)
+    with pytest.raises(IncompatibleError, match=r"has compute capability 9\.0"):
+        TensorrtBackend(code(), {}, LIMITS, trt=SimpleNamespace(__version__=VERSION))
+
+    assert device.is_closed
+
+
 def rtx_engine(size: int | None = None, version: tuple[int, ...] = (1, 7, 1, 116)) -> bytes:
     """The beginning of an engine as TensorRT for RTX writes it."""
     length = 64 if size is None else size
