@@ -1,6 +1,7 @@
 """`lingc eval`: how well a text is predicted."""
 
 from contextlib import ExitStack
+from itertools import permutations
 from pathlib import Path
 
 import click
@@ -92,10 +93,14 @@ def command(
         raise click.UsageError("--max-ratio needs --against: a ratio is of two")
     with held():
         from lingc.parity.evaluate import evaluate, read_windows
-        from lingc.parity.opening import Start, open_each
+        from lingc.parity.opening import Start, open_each, refuse_other_weights
 
     words = [subject] if against is None else [subject, against]
     subjects = open_each(words, cache_dir=cache_dir(), checkpoint=checkpoint)
+    if weights == "engine":
+        for one, other in permutations(subjects, 2):
+            if one.kind == "eager" and other.plan is not None:
+                refuse_other_weights(one, other)
     tokenizer = next((one.tokenizer for one in subjects if one.tokenizer is not None), None)
     vocab = min(one.config.vocab_size for one in subjects)
     read = read_windows(text, vocab=vocab, tokenizer=tokenizer, window=window, limit=windows)

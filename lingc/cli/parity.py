@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
+from click.core import ParameterSource
 
 from lingc.cli import output
 from lingc.cli.failure import cache_dir
@@ -13,6 +14,13 @@ from lingc.errors import GateError
 
 if TYPE_CHECKING:
     from lingc.parity.run import Result, Settings
+
+_SCORE = frozenset(
+    ("data", "modes", "weights", "samples", "max_tokens", "batch", "threads", "checkpoint")
+)
+_DRIFT = frozenset(("drift", "state_dtype", "budget", "data", "report"))
+_OWN = _SCORE | _DRIFT | {"bisect", "repro", "record"}
+"""Options by what looks at them, and all of them."""
 
 _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
 
@@ -145,15 +153,10 @@ def command(
         from lingc.parity import side
         from lingc.parity.opening import Weights
 
+    _refuse_idle(*_action(a, b, drift=drift, record=record, bisect=bisect, budget=budget))
     if drift is not None:
-        if b is not None:
-            raise click.UsageError(f"--drift is of A alone; leave {b!r} out")
         _drift(out, Path(a), drift, state_dtype, budget, data, report)
         return
-    if b is None and record is None:
-        raise click.UsageError("B is missing: what A is held against")
-    if b is not None and record is not None:
-        raise click.UsageError(f"--record is of A alone; leave {b!r} out")
     if b is not None and a == "repro":
         _again(out, Path(b))
         return
@@ -184,11 +187,45 @@ def command(
         else:
             out.line(f"{record}: {about.name}, {len(about.rows)} rows of {about.data}")
     elif bisect:
-        if budget is not None:
-            raise click.UsageError("--budget judges a comparison; --bisect has limits of its own")
         _bisect(out, settings, repro, report)
     else:
         _compare(out, settings, report)
+
+
+def _action(
+    a: str,
+    b: str | None,
+    *,
+    drift: int | None,
+    record: Path | None,
+    bisect: bool,
+    budget: str | None,
+) -> tuple[str, frozenset[str]]:
+    """What is asked for, and the options that it looks at."""
+    alone = "--drift" if drift is not None else "--record" if record is not None else None
+    if alone and b is not None:
+        raise click.UsageError(f"{alone} is of A alone; leave {b!r} out")
+    if not alone and b is None:
+        raise click.UsageError("B is missing: what A is held against")
+    if alone:
+        return alone, _DRIFT if drift is not None else _SCORE - {"weights"} | {"record"}
+    if a == "repro":
+        return "parity repro", frozenset()
+    if bisect:
+        if budget is not None:
+            raise click.UsageError("--budget judges a comparison; --bisect has limits of its own")
+        return "--bisect", _SCORE - {"batch"} | {"bisect", "repro", "report"}
+    return "a comparison", _SCORE | {"budget", "report"}
+
+
+def _refuse_idle(action: str, used: frozenset[str]) -> None:
+    """Refuse what was given and what this action would not look at."""
+    context = click.get_current_context()
+    for one in context.command.params:
+        name = str(one.name)
+        was_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if was_given and name in _OWN - used:
+            raise click.UsageError(f"{one.opts[0]} says nothing to {action}; leave it out")
 
 
 def _compare(out: Output, settings: "Settings", report: Path | None) -> None:
@@ -226,6 +263,8 @@ def _drift(
         from lingc.staging import write_whole
 
     limit = None if budget is None else load_budget(budget).state_error
+    if budget is not None and limit is None:
+        raise click.UsageError(f"budget {budget!r} has no state_error: --drift judges nothing else")
     (kind,) = (one for one in STATE_DTYPES if one == state_dtype)
     with out.stage("drift", total=tokens, unit="tokens") as advance:
         found = measure(path, tokens=tokens, state_dtype=kind, data=data, advance=advance)
@@ -275,7 +314,7 @@ def _again(out: Output, path: Path) -> None:
     with held():
         from lingc.parity.bisect.search import again
 
-    result = again(path)
+    result = again(path, cache_dir=cache_dir())
     told, now = result.finding, result.judged
     verdict = (
         f"{told['tensor']} is what it should be now"

@@ -188,7 +188,8 @@ def _share(
     if not size or tokenizer is None:
         return [0.0] * len(parts)
     said = [float(len(tokenizer.decode(part).encode())) or 1.0 for part in parts]
-    return [one * size / sum(said) for one in said]
+    whole = sum(said)
+    return [one * size / whole for one in said]
 
 
 def evaluate(
@@ -208,7 +209,17 @@ def evaluate(
         text: What the windows are called.
         batch: Windows at once.
         advance: Told how many windows more are done.
+
+    Raises:
+        DataError: There is but one unit, and no interval without two.
     """
+    units = np.unique([one.unit for one in windows], return_inverse=True)[1]
+    count = int(units.max()) + 1
+    if count < 2:
+        raise DataError(
+            f"{text!r} is one window or document: from one no interval follows",
+            hint="give more text, or cut it with a smaller --window",
+        )
     nats = [np.zeros(len(windows)) for _ in sides]
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
@@ -218,8 +229,6 @@ def evaluate(
                 told = surprise(log_softmax(scores.logits), came)[: len(came)]
                 found[start + place] = told.sum()
         advance(len(part))
-    units = np.unique([one.unit for one in windows], return_inverse=True)[1]
-    count = int(units.max()) + 1
 
     def by_unit(values: F64) -> F64:
         return np.bincount(units, weights=values, minlength=count).astype(np.float64)

@@ -198,6 +198,7 @@ def _open(kind: Kind, path: Path, cache_dir: Path, source: Path | None) -> Subje
         )
         tokenizer = _tokenizer(package)
     bound = package.weights
+    runs = package.target or manifest.target
     return Subject(
         kind=kind,
         path=path,
@@ -208,8 +209,8 @@ def _open(kind: Kind, path: Path, cache_dir: Path, source: Path | None) -> Subje
         facts={
             "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
-            "target": manifest.target,
-            "engine": manifest.variants[manifest.target].engine,
+            "target": runs,
+            "engine": manifest.variants[runs].engine,
         },
         opened=opened,
     )

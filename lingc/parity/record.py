@@ -110,6 +110,11 @@ def read(path: Path) -> tuple[About, Mapping[str, Stored]]:
         with safe_open(path, "np") as file:
             value = json.loads((file.metadata() or {})[_KEY])
         tensors = read_header(path)
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{str(path)!r} is not a record: it tells a {type(value).__name__}",
+                hint="`lingc parity A --record FILE` writes one",
+            )
         if value.pop("format") != FORMAT:
             raise InputError(
                 f"record {str(path)!r} is of another format than {FORMAT}",
@@ -126,7 +131,8 @@ def read(path: Path) -> tuple[About, Mapping[str, Stored]]:
                 "rows": tuple(tuple(row) for row in value["rows"]),
             }
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        _check(about, tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{str(path)!r} is not a record: {error}",
             hint="`lingc parity A --record FILE` writes one",
@@ -136,6 +142,24 @@ def read(path: Path) -> tuple[About, Mapping[str, Stored]]:
             raise
         raise InputError(f"{str(path)!r} is not a record: {error.problem}") from error
     return about, tensors
+
+
+def _check(about: About, tensors: Mapping[str, Stored]) -> None:
+    """Refuse with a ValueError what could not answer for its rows."""
+    if not all(isinstance(value, Mapping) for value in (about.config, about.facts)):
+        raise ValueError("its config or its facts are no objects")
+    if len(about.lines) != len(about.rows):
+        raise ValueError(f"{len(about.lines)} lines, {len(about.rows)} rows")
+    for mode in about.modes:
+        for place, row in enumerate(about.rows):
+            name = f"{mode}.{place}.logits"
+            shape = tensors[name].shape if name in tensors else None
+            if shape is None or len(shape) != 2 or shape[0] < len(row) - (mode == "draft"):
+                raise ValueError(f"tensor {name!r} is missing or too short")
+    for name in tensors:
+        stem, _, end = name.rpartition(".")
+        if end == "biased" and f"{stem}.ids" not in tensors:
+            raise ValueError(f"tensor {stem + '.ids'!r} is missing")
 
 
 class RecordSide:

@@ -151,6 +151,13 @@ def test_a_node_that_is_wrong_is_found_in_its_engine(
     [
         (("repro", "none"), 3, "'none' is not a reproducer"),
         (("repro", "rows.jsonl"), 3, "'rows.jsonl' is not a reproducer"),
+        (("repro", "list"), 3, "it tells a list"),
+        (("repro", "empty"), 3, "lacks finding.tensor"),
+        (("repro", "empty", "--batch", "2"), 2, "--batch says nothing to parity repro"),
+        (("SMALL", "--record", "x", "--bisect"), 2, "--bisect says nothing to --record"),
+        (("SMALL", "--drift", "64", "--record", "x"), 2, "--record says nothing to --drift"),
+        (("SMALL", "--drift", "64", "--budget", "quantized"), 2, "has no state_error"),
+        (("SMALL", "SMALL", "--repro", "x"), 2, "--repro says nothing to a comparison"),
         (("interpret:ENGINE", "interpret:ENGINE", "--bisect"), 2, "two interpreted plans"),
         (("SMALL",), 2, "B is missing"),
         (("SMALL", "SMALL", "--bisect", "--budget", "quantized"), 2, "has limits of its own"),
@@ -162,6 +169,8 @@ def test_a_node_that_is_wrong_is_found_in_its_engine(
 def test_what_cannot_be_walked_is_answered(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, message: str
 ) -> None:
+    for name, said in (("list", "[1]"), ("empty", '{"format": 1, "kind": "step"}')):
+        save_file({"row": torch.zeros(1)}, name, {"lingc_reproducer": said})
     names = {"SMALL": str(checkpoint()), "ENGINE": str(engine())}
     given = [word.replace("SMALL", names["SMALL"]).replace("ENGINE", names["ENGINE"])
              for word in words]  # fmt: skip

@@ -68,6 +68,11 @@ def test_figures_are_their_definitions() -> None:
     assert found.ratio is None
 
 
+def test_no_interval_is_told_of_one_window() -> None:
+    with pytest.raises(DataError, match="from one no interval follows"):
+        evaluate([Certain([0.5])], windows(1), text="t", batch=1, resamples=100)
+
+
 def test_intervals_cover_the_mean_and_narrow_with_more_text() -> None:
     rng = np.random.default_rng(1)
     few, many = (

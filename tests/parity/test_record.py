@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from lingc.cli import main
 from lingc.errors import DataError, IncompatibleError, InputError
@@ -75,7 +77,15 @@ def test_what_is_no_record_is_refused(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("words", encoding="utf-8")
 
-    for path in (cut, other):
+    with safe_open(folder / "truth", "np") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / "truth")
+    said = tmp_path / "said"
+    save_file(tensors, said, {"lingc_record": '"words"'})
+    lost = tmp_path / "lost"
+    save_file({k: v for k, v in tensors.items() if k != "draft.1.logits"}, lost, metadata)
+
+    for path in (cut, other, said, lost):
         with pytest.raises(InputError, match="is not a record"):
             read(path)
 

@@ -8,7 +8,7 @@ Of two checkpoints it holds their places and the row of tokens instead, and runs
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,45 @@ def read(path: Path) -> Reproducer:
             f"{str(path)!r} is not a reproducer: {error}",
             hint="`lingc parity A B --bisect --repro FILE` writes one",
         ) from error
+    except RecursionError as error:
+        raise InputError(f"{str(path)!r} is not a reproducer: it nests too deep") from error
+    if not isinstance(about, dict):
+        raise InputError(f"{str(path)!r} is not a reproducer: it tells a {type(about).__name__}")
     if about.get("format") != FORMAT or about.get("kind") not in ("step", "checkpoints"):
         raise InputError(
             f"{str(path)!r} has format {about.get('format')!r}, this lingc reads {FORMAT}",
             hint="run it with the lingc that wrote it",
         )
+    lacks = ", ".join(_lacks(about, tensors))
+    if lacks:
+        raise InputError(
+            f"{str(path)!r} is no whole reproducer: it lacks {lacks}",
+            hint="write it again with `lingc parity A B --bisect --repro FILE`",
+        )
     return Reproducer(about=about, tensors=tensors)
+
+
+def _lacks(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What running it again needs, and is not there or of another type."""
+    told = about.get("finding")
+    told = told if isinstance(told, dict) else {}
+    types = {"tensor": str, "op": str, "layer": int, "source": str, "compared": str,
+             "limit": int | float}  # fmt: skip
+    yield from (f"finding.{n}" for n, kind in types.items() if not isinstance(told.get(n), kind))
+    if about["kind"] == "checkpoints":
+        yield from (name for name in ("a", "b") if not isinstance(about.get(name), str))
+        row = tensors.get("row")
+        if row is None or row.ndim != 1 or row.is_floating_point():
+            yield "row"
+        return
+    elements = told.get("elements")
+    if not isinstance(elements, list) or not all(
+        isinstance(one, dict) and isinstance(at := one.get("at"), list) and at
+        and all(isinstance(i, int) for i in at) for one in elements
+    ):  # fmt: skip
+        yield "finding.elements"
+    yield from (n for n, t in (("plan", str), ("sizes", dict)) if not isinstance(about.get(n), t))
+    yield from (name for name in ("got", "want") if name not in tensors)
 
 
 def run_step_again(repro: Reproducer) -> Again:
@@ -140,19 +173,30 @@ def run_step_again(repro: Reproducer) -> Again:
 
     A plan's step is run by its reference and held against the value that was due. An engine's is
     run by its own node, where the file has it, and held against the reference.
+
+    Raises:
+        InputError: The file's plan is not of this one step, or its values are not what it reads.
     """
     told = repro.about["finding"]
     plan = loads(repro.about["plan"])
-    ((_, program),) = plan.programs.items()
-    (step,) = program.steps
-    place = step.outputs.index(told["tensor"])
-    kind = program.types[told["tensor"]]
+    try:
+        ((_, program),) = plan.programs.items()
+        (step,) = program.steps
+        place = step.outputs.index(told["tensor"])
+        kind = program.types[told["tensor"]]
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            f"the reproducer's plan is not of one step that makes {told['tensor']!r}"
+        ) from error
     given = {
         name.removeprefix("given."): value
         for name, value in repro.tensors.items()
         if name.startswith("given.")
     }
-    reference = run_step(step, given, repro.about["sizes"])[place]
+    try:
+        reference = run_step(step, given, repro.about["sizes"])[place]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the reproducer has not all that {step.op} reads: {error}") from error
     got, want, what = reference, repro.tensors["want"], f"the reference of {step.op}"
     if told["compared"] != PLAN:
         want, got = reference, repro.tensors["got"]

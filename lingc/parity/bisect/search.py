@@ -328,7 +328,7 @@ def _found(
     return found, repro
 
 
-def again(path: Path) -> Again:
+def again(path: Path, *, cache_dir: Path) -> Again:
     """Run a reproducer.
 
     Raises:
@@ -338,7 +338,7 @@ def again(path: Path) -> Again:
     if repro.about["kind"] == "step":
         return run_step_again(repro)
     told = repro.about["finding"]
-    first, second = open_pair(repro.about["a"], repro.about["b"], cache_dir=Path())
+    first, second = open_pair(repro.about["a"], repro.about["b"], cache_dir=cache_dir)
     row: list[int] = repro.tensors["row"].tolist()
     found = CheckpointWalk(_loaded(first), _loaded(second)).score([row])
     judged = Judged(error=0.0, limit=told["limit"], rows=len(row), bad_rows=0)
