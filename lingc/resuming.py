@@ -6,18 +6,30 @@ which. Files appear under their names when all of them is on the disk, so what i
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from lingc import __version__
 from lingc.errors import ResourceError, UsageError
-from lingc.staging import Staging, is_empty, refuse_no_room, seal, sync, write_whole, writing
+from lingc.staging import (
+    Staging,
+    is_empty,
+    refuse_no_room,
+    seal,
+    sync,
+    try_lock,
+    write_whole,
+    writing,
+)
 
 _BEGUN = "begun.json"
+_LOCK = "lock"
+_FORMAT = 1
+"""Of what stands in `content` and `state`; raise it when either changes within a version."""
 
 
 class Resumable:
@@ -30,7 +42,8 @@ class Resumable:
         needed_bytes: About how much will be written, to refuse at once what cannot fit.
 
     Raises:
-        UsageError: There is something at `final`, or what was begun had other inputs.
+        UsageError: There is something at `final`, or what was begun had other inputs or another
+            lingc, or there is a `<name>.partial` that nothing says was begun here.
         ResourceError: The place cannot be written to, has no room, or another process fills it.
     """
 
@@ -41,7 +54,7 @@ class Resumable:
         self._staging = Staging(final, replaceable=is_empty)
         self.final = self._staging.final
         self.folder = self.final.with_name(f"{self.final.name}.partial")
-        self._inputs = dict(inputs)
+        self._inputs = {"lingc": f"{__version__}, state {_FORMAT}", **inputs}
         self._fresh = fresh
         self._needed_bytes = needed_bytes
         self._lock: int | None = None
@@ -59,13 +72,14 @@ class Resumable:
         return self.folder / "state"
 
     def __enter__(self) -> Self:
-        if self.final.exists() and self.folder.exists() and not self.content.exists():
-            shutil.rmtree(self.folder)  # killed after its name was given
-        self._staging.refuse_existing()
         with writing(self.final):
+            self._refuse_foreign()
+            if self._read() is None:
+                self._staging.refuse_existing()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._take()
             try:
+                self._refuse_foreign()  # again, as nobody else changes it now
                 self._begin()
             except BaseException:
                 self.__exit__()
@@ -82,44 +96,79 @@ class Resumable:
         with writing(self.final):
             seal(self.content)
             self._staging.publish_from(self.content)
-            shutil.rmtree(self.folder)
+            self._remove()
 
     def _take(self) -> int:
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
+        handle = try_lock(self.folder)
+        if handle is None:
             raise ResourceError(
                 f"{str(self.folder)!r} is being filled by another process",
                 hint="wait for it, or choose another output",
-            ) from None
+            )
         return handle
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder that was not begun here: whatever it holds is not ours to remove."""
+        if not os.path.lexists(self.folder):
+            return
+        if self.folder.is_dir() and not self.folder.is_symlink():
+            if self._read() is not None:
+                return
+            # Killed before anything was begun.
+            if all(path.name == _LOCK or _is_staged(path) for path in self.folder.iterdir()):
+                return
+        raise UsageError(
+            f"{str(self.folder)!r} is in the way: no {_BEGUN!r} of lingc says that it was begun "
+            "here, so it is neither used nor removed",
+            hint="move or remove it, or choose another output",
+        )
 
     def _begin(self) -> None:
         begun = self._read()
-        if begun is not None and not self._fresh:
+        has_content = self.content.is_dir() and not is_empty(self.content)
+        try:
+            self._staging.refuse_existing()
+        except UsageError:
+            if begun is not None and not has_content:
+                self._remove()  # killed after its name was given
+            raise
+        if begun and not self._fresh:
             self._refuse_others(begun)
-            self.is_resumed = True
-        else:
-            for path in (self.content, self.state):
-                shutil.rmtree(path, ignore_errors=True)
-            (self.folder / _BEGUN).unlink(missing_ok=True)
-        refuse_no_room(self.final, self._needed_bytes - _size_bytes(self.content))
-        for path in (self.content, self.state):
-            path.mkdir(exist_ok=True)
+            self.is_resumed = self.content.is_dir() and self.state.is_dir()
         if not self.is_resumed:
+            # Empty, until the folder is: what a kill leaves of it is not gone on with.
+            write_whole(self.folder / _BEGUN, "{}\n")
+            for path in (self.content, self.state):
+                _drop(path)
+        refuse_no_room(self.final, self._needed_bytes - _size_bytes(self.folder))
+        if not self.is_resumed:
+            for path in (self.content, self.state):
+                path.mkdir()
             write_whole(self.folder / _BEGUN, json.dumps(self._inputs, indent=2) + "\n")
 
-    def _read(self) -> dict[str, Any] | None:
-        """What was begun; None where that was not even written down."""
+    def _remove(self) -> None:
+        """Remove what is ours; what says so goes last."""
+        for path in (self.content, self.state):
+            _drop(path)
+        for path in self.folder.iterdir():
+            if _is_staged(path):
+                path.unlink()
+        for name in (_BEGUN, _LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody put something else there
+            self.folder.rmdir()
+
+    def _read(self) -> dict[str, str] | None:
+        """What was begun; None where that was not even written down, {} while it is removed."""
         try:
             value = json.loads((self.folder / _BEGUN).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return None
-        return value if isinstance(value, dict) else None
+        if isinstance(value, dict) and all(isinstance(each, str) for each in value.values()):
+            return value
+        return None
 
-    def _refuse_others(self, begun: Mapping[str, Any]) -> None:
+    def _refuse_others(self, begun: Mapping[str, str]) -> None:
         names = [name for name in self._inputs if begun.get(name) != self._inputs[name]]
         names += [name for name in begun if name not in self._inputs]
         if not names:
@@ -146,7 +195,16 @@ def appearing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def _is_staged(path: Path) -> bool:
+    """Whether it is a `begun.json` that was not written whole."""
+    return path.name.startswith(f".{_BEGUN}.tmp-")
+
+
+def _drop(folder: Path) -> None:
+    """Remove a directory, all of it or with an error."""
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
+
+
 def _size_bytes(folder: Path) -> int:
-    if not folder.is_dir():
-        return 0
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

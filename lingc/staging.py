@@ -233,7 +233,7 @@ def clean_stale(final: Path) -> None:
 
 def _remove_if_dead(directory: Path) -> None:
     try:
-        lock = _try_lock(directory)
+        lock = try_lock(directory)
     except OSError as error:
         _LOG.warning("cannot tell whether %s is in use: %s", directory, error)
         return
@@ -279,7 +279,7 @@ def _create(final: Path) -> tuple[Path, int]:
             continue
         try:
             # None: it was taken for a dead one in the moment before it was locked.
-            if (lock := _try_lock(directory)) is not None:
+            if (lock := try_lock(directory)) is not None:
                 return directory, lock
         except FileNotFoundError:
             continue
@@ -291,7 +291,7 @@ def _create(final: Path) -> tuple[Path, int]:
             raise
 
 
-def _try_lock(directory: Path) -> int | None:
+def try_lock(directory: Path) -> int | None:
     """Take a directory's lock, or None where another holds it or has just removed it."""
     path = directory / "lock"
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)

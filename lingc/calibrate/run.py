@@ -24,7 +24,7 @@ from lingc.calibrate.matrices import Method, weight_of
 from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch
 from lingc.calibrate.samples import Samples, lengths
 from lingc.calibrate.spill import Spill, Tokens, refuse_wild
-from lingc.checkpoint.calibrated import DOCUMENT, FORMAT, LAYERS
+from lingc.checkpoint.calibrated import DOCUMENT, FORMAT, LAYERS, file_digests
 from lingc.checkpoint.expected import matrix_modules
 from lingc.checkpoint.source import Source
 from lingc.errors import IncompatibleError
@@ -126,6 +126,7 @@ def calibrate(
         )
         seen = _Steps(job, samples, folder).run()
         document = _document(source, recipe, samples, settings, inputs, seen)
+        document["files"] = file_digests(folder.content)
         write_whole(folder.content / DOCUMENT, json.dumps(document, indent=1) + "\n")
         folder.publish()
     return Calibrated(path=out_dir, is_resumed=folder.is_resumed, document=document)

@@ -1,14 +1,15 @@
 """What a calibration holds, and the checkpoint that it makes of another.
 
     <calibration>/
-      calibration.json       what it was made from, by digests; bounds of inputs; coverage
+      calibration.json       what it was made from, by digests; bounds of inputs; coverage; the
+                             SHA-256 of the other files
       layers/*.safetensors   tensors in place of the checkpoint's own, stored as in a checkpoint
 
 A calibration is of one checkpoint and one recipe, and says so.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from lingc.quantize.recipes import Recipe
 
 DOCUMENT = "calibration.json"
 LAYERS = "layers"
-FORMAT = 1
+FORMAT = 2
 """Version of `calibration.json`; another is refused."""
+_F32_MAX = 3.4e38
 
 
 def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
@@ -41,7 +43,9 @@ def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
 
     Raises:
         InputError: It is no calibration, or is damaged.
-        IntegrityError: It is of another checkpoint, or for another recipe.
+        CheckpointError: A file or tensor of it is lost.
+        IntegrityError: It is of another checkpoint or for another recipe, or a file of it is not
+            the one that was written.
     """
     document = read_document(path)
     for what, mine in (("checkpoint", source.identity()), ("recipe", recipe.digest())):
@@ -52,6 +56,7 @@ def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
                 f"given is {what} {mine[:16]}",
                 hint="calibrate again, or give the checkpoint and recipe that it was made with",
             )
+    lost_files = _check_files(path, document["files"])
     tensors: dict[str, Stored] = {}
     for file in sorted((path / LAYERS).glob("*.safetensors")):
         tensors |= read_header(file)
@@ -60,6 +65,7 @@ def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
     made = {one["module"] for one in document["matrices"] if one["how"] == "calibrated"}
     lost = made - {name.removesuffix(".weight") for name in entries}
     problems += [f"{module!r} is not there" for module in sorted(lost)]
+    problems += [f"{name!r} is not there" for name in lost_files]
     if problems:
         raise CheckpointError(
             f"calibration {str(path)!r} is not whole:",
@@ -73,7 +79,7 @@ def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
         names=frozenset(entries),
         moved=frozenset(),
         input_scales=scales,
-        digest=_digest(path, tensors),
+        digest=_digest(path),
     )
 
 
@@ -101,20 +107,71 @@ def read_document(path: Path) -> Mapping[str, Any]:
             f"{str(file)!r} has format {found!r}, this version reads {FORMAT}",
             hint="calibrate again",
         )
-    kinds = {"inputs": dict, "matrices": list, "input_bounds": dict, "coverage": dict}
+    kinds = {
+        "inputs": dict,
+        "files": dict,
+        "matrices": list,
+        "input_bounds": dict,
+        "coverage": dict,
+    }
     for key, kind in kinds.items():
         if not isinstance(value.get(key), kind):
             raise InputError(f"{str(file)!r} has no sound {key!r}", hint="calibrate again")
+    for key, found in _unsound(value):
+        raise InputError(f"{str(file)!r} has no sound {key}: it is {found}", hint="calibrate again")
     return value
 
 
-def _digest(path: Path, tensors: Mapping[str, Stored]) -> str:
-    """Of the document, which says what the rest follows from, and of what stands in the files."""
-    digest = hashlib.sha256(b"lingc calibration 1\n")
-    digest.update((path / DOCUMENT).read_bytes())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-    return digest.hexdigest()
+def file_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the files with tensors that a calibration's directory holds, by their names."""
+    digests = {}
+    for file in sorted((path / LAYERS).glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digests[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return digests
+
+
+def _check_files(path: Path, written: Mapping[str, str]) -> list[str]:
+    """Refuse files other than those that were written; names of those that are not there."""
+    try:
+        there = file_digests(path)
+    except OSError as error:
+        raise InputError(
+            f"calibration {str(path)!r} cannot be read: {error.strerror or error}"
+        ) from error
+    for name, digest in there.items():
+        if digest != written.get(name):
+            raise IntegrityError(
+                f"{str(path / LAYERS / name)!r} has SHA-256 {digest[:16]}, {DOCUMENT!r} has "
+                f"{written.get(name, 'none')[:16]}",
+                hint="copy the calibration again, or calibrate again",
+            )
+    return [name for name in written if name not in there]
+
+
+def _unsound(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What in the document is not what it must be: its key, and the value."""
+    for index, one in enumerate(document["matrices"]):
+        if not isinstance(one, dict):
+            yield f"'matrices[{index}]'", repr(one)
+            continue
+        for key in ("module", "how"):
+            if not isinstance(one.get(key), str):
+                yield f"'matrices[{index}].{key}'", repr(one[key]) if key in one else "missing"
+    for table in ("files", "inputs"):
+        for key, value in document[table].items():
+            if not isinstance(value, str):
+                yield f"'{table}' of {key!r}", repr(value)
+    for module, bound in document["input_bounds"].items():
+        # NaN is in no range.
+        is_number = isinstance(bound, int | float) and not isinstance(bound, bool)
+        if not (is_number and 0 <= bound <= _F32_MAX):
+            yield f"'input_bounds' of {module!r}", repr(bound)
+
+
+def _digest(path: Path) -> str:
+    """Of the document, which has digests of the rest."""
+    return hashlib.sha256(b"lingc calibration 2\n" + (path / DOCUMENT).read_bytes()).hexdigest()
 
 
 class _Calibrated:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -331,6 +332,48 @@ def test_a_calibration_that_lost_a_file_is_refused(
 
     with pytest.raises(CheckpointError, match=r"is not whole:\n  - 'model\.layers\.1\.mlp"):
         open_calibration(made.path, small, load_recipe("fp8"))
+
+
+def test_a_calibration_with_a_flipped_bit_or_a_foreign_file_is_refused(
+    small: Checkpoint, finished: Finished, tmp_path: Path
+) -> None:
+    path = shutil.copytree(finished("fp8"), tmp_path / "out")
+    file = path / "layers" / "0001-mlp.safetensors"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+
+    with pytest.raises(IntegrityError, match=r"0001-mlp\.safetensors' has SHA-256") as caught:
+        open_calibration(path, small, load_recipe("fp8"))
+    assert caught.value.exit_code == 6
+
+    file.write_bytes(sound)
+    open_calibration(path, small, load_recipe("fp8"))
+    shutil.copy(file, path / "layers" / "more.safetensors")
+    with pytest.raises(IntegrityError, match=r"more\.safetensors' has SHA-256 .* has none"):
+        open_calibration(path, small, load_recipe("fp8"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("matrices", [{"how": "calibrated"}], r"'matrices\[0\]\.module': it is missing"),
+        ("matrices", [{"module": "m", "how": 3}], r"'matrices\[0\]\.how': it is 3"),
+        ("matrices", ["m"], r"'matrices\[0\]': it is 'm'"),
+        ("input_bounds", {"m": "1"}, "'input_bounds' of 'm': it is '1'"),
+        ("input_bounds", {"m": -1.0}, r"'input_bounds' of 'm': it is -1\.0"),
+        ("input_bounds", {"m": float("nan")}, "'input_bounds' of 'm': it is nan"),
+        ("input_bounds", {"m": 10**400}, "'input_bounds' of 'm': it is 1000"),
+        ("files", {"m": None}, "'files' of 'm': it is None"),
+    ],
+)
+def test_unsound_values_are_refused_by_file_key_and_value(
+    key: str, value: object, said: str, small: Checkpoint, finished: Finished, tmp_path: Path
+) -> None:
+    document = {**read_document(finished("fp8")), key: value}
+    (tmp_path / "calibration.json").write_text(json.dumps(document))
+
+    with pytest.raises(InputError, match=rf"calibration\.json' has no sound {said}"):
+        open_calibration(tmp_path, small, load_recipe("fp8"))
 
 
 def test_a_full_disk_is_told_and_what_was_done_is_kept(
