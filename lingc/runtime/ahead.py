@@ -86,7 +86,7 @@ class Ahead:
 
 def wanted(sequences: Sequence[Running], ahead: int = 0) -> Draws:
     """How the next token of each is chosen, or the one `ahead` of it."""
-    return draws([(s.request.sampling, s.index, len(s.tokens) + ahead) for s in sequences])
+    return draws([(s.request.sampling, s.draws, len(s.tokens) + ahead) for s in sequences])
 
 
 def checked(token: int) -> int:

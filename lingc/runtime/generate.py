@@ -5,14 +5,16 @@ whose prompt is done one token further, or one speculative round. Sequences leav
 requests without a slot wait in order and join between steps.
 """
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
 from lingc.errors import UsageError
-from lingc.plan import Plan
+from lingc.plan import Plan, dumps
 from lingc.runtime import prefixes, sampling
 from lingc.runtime.ahead import Ahead, checked, wanted
 from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits, Speculating
@@ -109,6 +111,11 @@ class Generator:
         self.is_batch_invariant = isinstance(backend, Bounded) and backend.batch_invariant
         self.drafts = drafts
 
+    @cached_property
+    def plan_digest(self) -> str:
+        """SHA-256 of the plan: by which a parked request knows its engine."""
+        return hashlib.sha256(dumps(self.steps.backend.plan).encode()).hexdigest()
+
     def limit(self, request: Request) -> int:
         """Length at which a request's sequence must end.
 
@@ -193,6 +200,7 @@ class Run:
         self._steps = generator.steps
         self._waiting: deque[tuple[int, Request | Parked]] = deque(enumerate(requests))
         self._count = len(requests)
+        self._self = object()  # which another process does not have
         self._running: list[Running] = []
         self._owed: list[Event] = []
         self._ahead = _ahead(generator)
@@ -243,18 +251,44 @@ class Run:
         saved = save(self._steps.backend, table, s.lease, s.fed)
         self._running.remove(s)
         table.release(s.lease)
-        return Parked(sequence=s, saved=saved)
+        return Parked(sequence=s, saved=saved, run=self._self, plan=self._generator.plan_digest)
 
-    def resume(self, parked: Parked) -> None:
-        """Have a request that was parked wait for its turn to go on.
+    def resume(self, parked: Parked) -> int:
+        """Have a request that was parked wait for its turn to go on; returns its index here.
+
+        In another run than its own it gets the next index, as if it were added; its tokens are
+        drawn as they would have been.
 
         Raises:
-            UsageError: It goes on already.
+            UsageError: It goes on already, its engine has another plan or number of drafts, or it
+                may become longer than the cache.
         """
+        s, generator = parked.sequence, self._generator
         if parked.is_resumed:
-            raise UsageError(f"request {parked.sequence.index} was resumed before")
+            raise UsageError(f"request {s.index} was resumed before")
+        if parked.plan != generator.plan_digest:
+            raise UsageError(
+                f"request {s.index} was parked by another engine",
+                hint="go on with the engine that it began with",
+            )
+        if len(s.histogram) != generator.drafts + 1:
+            raise UsageError(
+                f"request {s.index} was parked with {len(s.histogram) - 1} drafts, this run makes "
+                f"{generator.drafts}",
+                hint="go on with as many drafts",
+            )
+        if s.limit - 1 > self._steps.table.capacity:
+            raise UsageError(
+                f"request {s.index} may come to {s.limit - 1} tokens, the cache holds "
+                f"{self._steps.table.capacity}",
+                hint="load the engine with as many tokens as where it was parked",
+            )
         parked.is_resumed = True
-        self._waiting.append((parked.sequence.index, parked))
+        if parked.run is not self._self:
+            parked.run, s.index = self._self, self._count
+            self._count += 1
+        self._waiting.append((s.index, parked))
+        return s.index
 
     def step(self) -> list[Event]:
         """Take every sequence as far as one step takes it."""
@@ -452,7 +486,7 @@ class Run:
             speculator.feed([s for s, _ in alive], [rows for _, rows in alive])
 
     def _choose(self, s: Running, logits: sampling.Row) -> Token:
-        token = sampling.choose(logits, s.request.sampling, request=s.index, position=len(s.tokens))
+        token = sampling.choose(logits, s.request.sampling, request=s.draws, position=len(s.tokens))
         return self._emit(s, token, logits)
 
     def _emit(self, s: Running, token: int, logits: sampling.Row | None = None) -> Token:

@@ -125,7 +125,7 @@ class Rounds:
         assert len(kept) == len(sequences), "feed comes before a round"
         drafts = [_draft(s, lead) for s, lead in zip(sequences, kept, strict=True)]
         draws = [
-            (s.request.sampling, s.index, s.fed + place + 1)
+            (s.request.sampling, s.draws, s.fed + place + 1)
             for s in sequences
             for place in range(each)
         ]
@@ -194,7 +194,7 @@ def _draft(s: Running, lead: Lead) -> int:
     if lead.draft is not None:
         return lead.draft
     assert lead.logits is not None, "one of the two is known"
-    return sampling.propose(lead.logits, s.request.sampling, request=s.index, position=s.fed + 1)
+    return sampling.propose(lead.logits, s.request.sampling, request=s.draws, position=s.fed + 1)
 
 
 def _same(some: Sequence[Running], others: Sequence[Running]) -> bool:

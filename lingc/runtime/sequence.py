@@ -165,6 +165,7 @@ class Sequence:
 
     Attributes:
         index: Of the request.
+        draws: The index that its tokens are drawn by: the one of the run that it began in.
         tokens: The prompt, and what was produced so far.
         limit: Length at which it must end.
         fed: Leading tokens that the model has seen.
@@ -179,6 +180,7 @@ class Sequence:
     limit: int
     text: TextStream | None
     stop_ids: frozenset[int]
+    draws: int = field(init=False)
     tokens: list[int] = field(init=False)
     stop: StopFilter = field(init=False)
     shown: list[str] = field(default_factory=list)
@@ -191,6 +193,7 @@ class Sequence:
     first_token_s: float | None = None
 
     def __post_init__(self) -> None:
+        self.draws = self.index
         self.tokens = list(self.request.tokens)
         self.stop = StopFilter(self.request.stop)
 
@@ -256,10 +259,17 @@ class Sequence:
 
 @dataclass(slots=True, kw_only=True)
 class Parked:
-    """A request that was taken out of a run between steps; `Run.resume` goes on with it."""
+    """A request that was taken out of a run between steps; `Run.resume` goes on with it.
+
+    Attributes:
+        run: Stands for the run that it was taken out of.
+        plan: SHA-256 of the engine's plan.
+    """
 
     sequence: Sequence
     saved: Saved
+    run: object
+    plan: str
     is_resumed: bool = False
 
 

@@ -170,7 +170,7 @@ class Speculator:
                 # Decided without looking at the draft, so the draft tells nothing about the token.
                 return [*kept, _choose(s, row, position)]
             token = sampling.judge(
-                row, draft, proposal.logits[place], s.request.sampling, request=s.index,
+                row, draft, proposal.logits[place], s.request.sampling, request=s.draws,
                 position=position,
             )  # fmt: skip
             kept.append(token)
@@ -182,10 +182,10 @@ class Speculator:
 def _propose(s: Running, proposal: Proposal, logits: Row) -> None:
     """Draw the next draft from the draft layer's logits."""
     position = s.fed + len(proposal.tokens) + 1
-    token = sampling.propose(logits, s.request.sampling, request=s.index, position=position)
+    token = sampling.propose(logits, s.request.sampling, request=s.draws, position=position)
     proposal.tokens.append(token)
     proposal.logits.append(logits)
 
 
 def _choose(s: Running, logits: Row, position: int) -> int:
-    return sampling.choose(logits, s.request.sampling, request=s.index, position=position)
+    return sampling.choose(logits, s.request.sampling, request=s.draws, position=position)

@@ -12,6 +12,7 @@ from lingc.runtime import Completion, Finish, Generator, Limits, Prefix, Request
 from lingc.runtime.backend import Backend
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.cuda_state import runs
+from lingc.runtime.sampling import Sampling
 from tests.runtime.cuda_engine import LIMITS, REQUESTS, code, loaded, plan_and_weights
 from tests.runtime.host_device import HostDevice
 from tests.runtime.toy import ToyBackend, expected_greedy, plan
@@ -60,7 +61,7 @@ def test_a_parked_request_lets_another_have_its_only_slot_and_goes_on(drafts: in
     assert generator.steps.table.free_pages == 8
 
 
-def test_a_parked_request_may_go_on_in_another_run_of_another_engine() -> None:
+def test_a_parked_request_may_go_on_in_another_run_with_other_limits() -> None:
     with Generator(toy()).start([request([3, 1, 4], 9)]) as run:
         run.step()
         parked = run.park(0)
@@ -68,11 +69,47 @@ def test_a_parked_request_may_go_on_in_another_run_of_another_engine() -> None:
 
     with Generator(toy(slots=3, pages=12)).start([request([8], 2)] * 2) as run:
         run.step()
-        parked.sequence.index = 7
-        run.resume(parked)
+        index = run.resume(parked)
+        added = run.add(request([8], 2))
         found = finished(run)
 
-    assert [*found[7].tokens] == expected_greedy([3, 1, 4], 9)
+    assert (index, added, sorted(found)) == (2, 3, [2, 3])
+    assert [*found[index].tokens] == expected_greedy([3, 1, 4], 9)
+
+
+def test_a_request_that_gets_another_index_draws_as_it_would_have() -> None:
+    asked = replace(request([3, 1, 4], 24), sampling=Sampling(temperature=1.5, seed=5))
+    want = Generator(toy()).generate([asked])[0]
+    with Generator(toy()).start([asked]) as run:
+        run.step()
+        parked = run.park(0)
+    with Generator(toy(slots=3, pages=24)).start([asked, asked]) as run:
+        index = run.resume(parked)
+        found = finished(run)
+
+    assert index == 2
+    assert found[2].tokens == want.tokens != found[1].tokens
+
+
+@pytest.mark.parametrize(
+    ("backend", "drafts", "message"),
+    [
+        (ToyBackend(Limits(slots=1, pages=8), plan(page_size=8)), 0, "parked by another engine"),
+        (toy(), 1, "parked with 0 drafts, this run makes 1"),
+        (toy(pages=2), 0, "may come to 11 tokens, the cache holds 8"),
+    ],
+)
+def test_where_a_parked_request_cannot_go_on_it_is_refused(
+    backend: ToyBackend, drafts: int, message: str
+) -> None:
+    with Generator(toy()).start([request([3, 1, 4], 9)]) as run:
+        run.step()
+        parked = run.park(0)
+        with Generator(backend, drafts=drafts).start([]) as other:
+            with pytest.raises(UsageError, match=message):
+                other.resume(parked)
+            assert other.is_done
+        assert run.resume(parked) == 0
 
 
 def test_what_does_not_run_cannot_be_parked_and_goes_on_once() -> None:
