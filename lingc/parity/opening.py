@@ -210,7 +210,7 @@ def _open(kind: Kind, path: Path, cache_dir: Path, source: Path | None) -> Subje
             "bundle_id": manifest.bundle_id,
             "precision": manifest.precision,
             "target": runs,
-            "engine": manifest.variants[runs].engine,
+            "engine": package.manifest.variants[runs].engine,
         },
         opened=opened,
     )

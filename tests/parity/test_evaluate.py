@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 import torch
 
 from lingc.cli import main
+from lingc.engine import Package, open_package
+from lingc.engine.examine import Level
 from lingc.errors import DataError
 from lingc.parity.evaluate import Window, evaluate, read_windows
 from lingc.parity.opening import Start, open_each
 from lingc.parity.side import Mode, Scores, Tokens
 from lingc.runtime.tokenizer import Tokenizer
 from tests.parity import trained
-from tests.parity.packages import checkpoint
+from tests.parity.packages import checkpoint, engine
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ling-tiny"
 
@@ -131,6 +134,36 @@ def test_eager_has_the_surprise_that_the_published_code_has(count: int | None) -
         assert found.sides[0].bits_per_byte is not None
         assert found.sides[0].bits_per_byte.value == pytest.approx(0.91794, abs=5e-6)
         assert found.sides[0].perplexity.value == pytest.approx(7.49875, abs=5e-5)
+
+
+def test_weights_of_another_checkpoint_are_not_taken_for_the_engines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [1, 2, 3, 4]}\n' * 2, encoding="utf-8")
+    words = ["eval", str(engine()), "--against", str(checkpoint(2)), "--text", str(rows)]
+
+    assert main([*words, "--weights", "engine", "--progress", "none"]) == 6
+    assert "has the weights of checkpoint" in capsys.readouterr().err
+
+
+def test_a_side_is_called_by_the_variant_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = open_package
+
+    def another(path: Path, *, level: Level) -> Package:
+        package = sound(path, level=level)
+        variants = {**package.manifest.variants}
+        variants["other"] = replace(variants[package.manifest.target], engine="cuda")
+        manifest = replace(package.manifest, variants=variants)
+        return replace(package, manifest=manifest, target="other")
+
+    monkeypatch.setattr("lingc.parity.opening.open_package", another)
+
+    (subject,) = open_each([f"interpret:{engine()}"], cache_dir=tmp_path)
+
+    assert (subject.facts["target"], subject.facts["engine"]) == ("other", "cuda")
 
 
 BAD = {
