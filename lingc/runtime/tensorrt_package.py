@@ -7,16 +7,16 @@ and every kernel that it names must be there.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lingc.device import Binary
 from lingc.engine import Package
 from lingc.errors import IncompatibleError, IntegrityError
-from lingc.launch_table import Bucket
+from lingc.launch_table import Bucket, Place
 from lingc.plan import Plan
-from lingc.plugin_table import PluginTable, from_value
+from lingc.plugin_table import Axis, Call, PluginTable, from_value
 from lingc.runtime.cuda_code import KERNEL_BYTES, TABLE_BYTES, unpacked
 from lingc.targets.spec import Target
 
@@ -174,14 +174,53 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
             f"{lacking[0][:12]}…",
             hint=HINT,
         )
-    for call in table.calls:
-        for index in call.choices.values():
-            if not 0 <= index < len(table.tactics):
-                raise IntegrityError(f"{call.op} names tactic {index}, which is not there")
+    for number, call in enumerate(table.calls):
+        try:
+            problem = next(_call_problems(call, table), None)
+        except (TypeError, ValueError, AttributeError) as error:
+            problem = f"it cannot be read: {error!r}"
+        if problem is not None:
+            raise IntegrityError(f"plugin {number}, {call.op}: {problem}", hint=HINT)
     for tactic in table.tactics:
         for launch in tactic.launches:
-            if not 0 <= launch.kernel < len(table.kernels):
+            if not _is_whole(launch.kernel, 0, len(table.kernels)):
                 raise IntegrityError(f"{tactic.op} launches kernel {launch.kernel}, not there")
+
+
+def _call_problems(call: Call, table: PluginTable) -> Iterator[str]:
+    """What of a call would fail, or read what is not meant, only when it is launched."""
+    ranks = [rank for _, _, rank in call.inputs]
+    dims = [dim for one in call.outputs for dim in one.shape]
+    for axis in (*call.axes, *dims, *(one for one in (call.slots, call.rows) if one is not None)):
+        if not isinstance(axis, Axis):
+            is_right = _is_whole(axis, 0)
+        else:
+            is_right = _is_whole(axis.times, 1) and _is_whole(axis.input, 0, len(ranks))
+            is_right = is_right and _is_whole(axis.axis, 0, ranks[axis.input])
+        if not is_right:
+            yield f"it reads a size from {axis}, which is not there"
+    for one in call.outputs:
+        if not _is_whole(one.place, -1, len(ranks)):
+            yield f"{one.name!r} is updated in input {one.place!r}, which is not there"
+    absent = {name for name, value in call.literals.items() if value is None}
+    names = {name for name, _, _ in call.inputs} | {one.name for one in call.outputs} | absent
+    for sizes, index in call.choices.items():
+        if len(sizes) != len(call.axes) or not all(_is_whole(size, -1) for size in sizes):
+            yield f"its sizes {list(sizes)} are not {len(call.axes)} numbers"
+        if not _is_whole(index, 0, len(table.tactics)):
+            yield f"it names tactic {index!r}, which is not there"
+            return
+        tactic = table.tactics[index]
+        known = names | {name for name, _ in (*tactic.workspaces, *tactic.counters)}
+        for launch in tactic.launches:
+            for operand in launch.operands:
+                if isinstance(operand, Place) and operand.name not in known:
+                    yield f"a launch takes {operand.name!r}, which is not there"
+
+
+def _is_whole(value: Any, least: int, end: int | None = None) -> bool:
+    """Whether it is an integer, from `least` on and below `end`."""
+    return type(value) is int and least <= value and (end is None or value < end)
 
 
 def _table(data: bytes, name: str) -> PluginTable:

@@ -136,7 +136,7 @@ def _value(operand: Operand, places: Mapping[str, int], room: tuple[int, int]) -
         case None:
             return 0
         case Place(name, offset):
-            # An optional argument that is absent is a null pointer.
+            # An optional argument that is absent is a null pointer; loading checked the names.
             return places[name] + offset if name in places else 0
         case Counted(slots, pages, plus):
             return slots * room[0] + pages * room[1] + plus

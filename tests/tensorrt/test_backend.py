@@ -249,6 +249,20 @@ def test_a_whole_package_reads() -> None:
     assert {bucket.phase for bucket in read.buckets} == {*held.plan.programs}
 
 
+def changed_call(**more: Any) -> Callable[[Held], None]:
+    """Of the call of `router`."""
+
+    def change(value: dict[str, Any]) -> None:
+        next(one for one in value["calls"] if one["op"] == "router").update(more)
+
+    return lambda held: held.change_table(change)
+
+
+def unknown_operand(value: dict[str, Any]) -> None:
+    index = next(one for one in value["calls"] if one["op"] == "router")["choices"][0][-1]
+    value["tactics"][index]["launches"][0]["operands"][0] = {"at": "nothing"}
+
+
 def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], str]]:
     def table(**more: Any) -> Callable[[Held], None]:
         return lambda held: held.change_table(lambda value: value.update(more))
@@ -278,6 +292,26 @@ def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], s
             "there is no engine for the phases verify",
         ),
         "no facts": (lambda held: held.info.clear(), IntegrityError, "facts of the 'spark'"),
+        "another input": (
+            changed_call(axes=[[3, 0, 1]]),
+            IntegrityError,
+            "router: it reads a size",
+        ),
+        "another axis": (changed_call(axes=[[0, -1, 1]]), IntegrityError, "a size from Axis"),
+        "no axis": (changed_call(slots=[0, "0", 1]), IntegrityError, "a size from Axis"),
+        "no rank": (
+            changed_call(inputs=[["x", "bf16", "2"]]),
+            IntegrityError,
+            "router: it cannot be read",
+        ),
+        "no tactic": (changed_call(choices=[[16, "0"]]), IntegrityError, "names tactic '0'"),
+        "no sizes": (changed_call(choices=[["16", 0]]), IntegrityError, "are not 1 numbers"),
+        "too many sizes": (changed_call(choices=[[1, 1, 0]]), IntegrityError, "are not 1 numbers"),
+        "an operand that is none": (
+            lambda held: held.change_table(unknown_operand),
+            IntegrityError,
+            "router: a launch takes 'nothing', which is not there",
+        ),
         "tactics are missing": (table(tactics=[]), IntegrityError, "which is not there"),
     }
 
