@@ -430,7 +430,8 @@ def _kill_and_finish(
     settings, recipe, given = Settings(fallback_below=2), load_recipe("int4-all"), read(rows)
     started = time.monotonic()
     calibrate(small, recipe, given, out.with_name("timed"), settings)
-    whole_s = time.monotonic() - started
+    # Less, as later runs find more in caches than the one that is timed.
+    whole_s = 0.7 * (time.monotonic() - started)
     draw = random.Random(points)  # noqa: S311 a seeded choice of moments
 
     codes = [
