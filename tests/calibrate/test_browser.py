@@ -34,7 +34,7 @@ def test_pages_open_without_network_fit_a_phone_and_print(
     for name, text in pages.items():
         path, frame, paper = (tmp_path / f"{name}{end}" for end in (".html", "-f.html", ".pdf"))
         path.write_text(text, encoding="utf-8")
-        frame.write_text(FRAME % base64.b64encode(text.encode()).decode(), encoding="utf-8")
+        frame.write_text(FRAME % (500, base64.b64encode(text.encode()).decode()), encoding="utf-8")
 
         dom, log = browse(tmp_path, "--dump-dom", path.as_uri())
         framed, _ = browse(tmp_path, "--dump-dom", frame.as_uri())

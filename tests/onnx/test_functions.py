@@ -86,7 +86,9 @@ def cases(*names: str) -> list[Any]:
 
 
 def test_every_op_of_a_cpu_plan_has_a_function_but_the_structural_one() -> None:
-    assert OPS.keys() - FUNCTIONS.keys() == {"expert_dispatch", "sample", *LAUNCHED_OPS}
+    after_logits = {"sample", "judge", "accept", "verify_inputs"}  # the host's work on a CPU
+
+    assert OPS.keys() - FUNCTIONS.keys() == {"expert_dispatch", *after_logits, *LAUNCHED_OPS}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
