@@ -26,10 +26,10 @@ from lingc.runtime import (
     Stats,
     Tokenizer,
 )
-from lingc.runtime.generate import check_requests
 from lingc.runtime.load import OpenedEngine, open_engine
 from lingc.runtime.messages import Message
 from lingc.runtime.prompts import decode_text, parse_ids, read_conversations
+from lingc.runtime.sequence import check_requests
 from lingc.runtime.speculative import check_drafts
 
 _MOST_SLOTS = 8

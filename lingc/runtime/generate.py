@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Self
 
 from lingc.errors import UsageError
-from lingc.plan import Plan, dumps
+from lingc.plan import dumps
 from lingc.runtime import prefixes, sampling
 from lingc.runtime.ahead import Ahead, checked, wanted
-from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Limits, Speculating
+from lingc.runtime.backend import Array, Backend, Bounded, Drawing, Speculating
 from lingc.runtime.rounds import Rounds
 from lingc.runtime.saved import Prefix, restore, save
 from lingc.runtime.sequence import (
@@ -25,7 +25,8 @@ from lingc.runtime.sequence import (
     Parked,
     Request,
     Token,
-    check_prompt,
+    check_requests,
+    longest_sequence,
     never_started,
 )
 from lingc.runtime.sequence import Sequence as Running
@@ -36,40 +37,10 @@ from lingc.runtime.steps import Steps
 from lingc.runtime.tokenizer import Tokenizer
 
 Event = Token | Completion
-
 PREFILL_TOKENS = 512
 """Most tokens of a prefill step, for a backend that does not say what is best."""
 BESIDE_TOKENS = 8192
 """Most of them while other sequences wait for their next token."""
-
-
-def longest_sequence(plan: Plan, limits: Limits) -> tuple[int, str]:
-    """Most tokens that a sequence can be fed, and what sets it, for a message."""
-    capacity = limits.pages * plan.page_size
-    context: int | None = plan.config.get("max_position_embeddings")
-    if context is not None and context < capacity:
-        return context, "the model was made for"
-    return capacity, "the cache holds"
-
-
-def check_requests(
-    requests: Sequence[Request], plan: Plan, limits: Limits, *, has_tokenizer: bool, first: int = 0
-) -> None:
-    """Refuse what an engine with those limits could not run; needs no backend yet.
-
-    Raises:
-        PromptError: A prompt is empty, too long or out of range.
-        UsageError: A request has stop strings and there is no tokenizer.
-    """
-    longest, reason = longest_sequence(plan, limits)
-    vocab: int = plan.config["vocab_size"]
-    for index, request in enumerate(requests, first):
-        check_prompt(request, index=index, vocab=vocab, capacity=longest, reason=reason)
-        if request.stop and not has_tokenizer:
-            raise UsageError(
-                f"request {index} has stop strings, but the engine has no tokenizer",
-                hint="stop by token id, or add tokenizer.json to the checkpoint and rebuild",
-            )
 
 
 class Generator:

@@ -7,7 +7,8 @@ from enum import StrEnum
 import numpy as np
 
 from lingc.errors import PromptError, UsageError
-from lingc.runtime.backend import Array
+from lingc.plan import Plan
+from lingc.runtime.backend import Array, Limits
 from lingc.runtime.sampling import Row, Sampling, log_softmax
 from lingc.runtime.saved import Prefix, Saved
 from lingc.runtime.slots import Lease
@@ -318,3 +319,32 @@ def _logprob(logits: Row, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(
         logprob=float(values[token]), top=tuple((int(t), float(values[t])) for t in likeliest)
     )
+
+
+def longest_sequence(plan: Plan, limits: Limits) -> tuple[int, str]:
+    """Most tokens that a sequence can be fed, and what sets it, for a message."""
+    capacity = limits.pages * plan.page_size
+    context: int | None = plan.config.get("max_position_embeddings")
+    if context is not None and context < capacity:
+        return context, "the model was made for"
+    return capacity, "the cache holds"
+
+
+def check_requests(
+    requests: Tokens[Request], plan: Plan, limits: Limits, *, has_tokenizer: bool, first: int = 0
+) -> None:
+    """Refuse what an engine with those limits could not run; needs no backend yet.
+
+    Raises:
+        PromptError: A prompt is empty, too long or out of range.
+        UsageError: A request has stop strings and there is no tokenizer.
+    """
+    longest, reason = longest_sequence(plan, limits)
+    vocab: int = plan.config["vocab_size"]
+    for index, request in enumerate(requests, first):
+        check_prompt(request, index=index, vocab=vocab, capacity=longest, reason=reason)
+        if request.stop and not has_tokenizer:
+            raise UsageError(
+                f"request {index} has stop strings, but the engine has no tokenizer",
+                hint="stop by token id, or add tokenizer.json to the checkpoint and rebuild",
+            )

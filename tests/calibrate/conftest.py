@@ -1,6 +1,9 @@
 """A small checkpoint, rows of tokens for it, and one thread."""
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +89,20 @@ def finished(
         return made[name]
 
     return run
+
+
+def killed(work: Callable[[], object], after_s: float) -> int:
+    """Do something in a child, kill it after a while, and say how it ended."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)  # whatever it raised, a second pytest must not go on from here
+    deadline = time.monotonic() + after_s
+    while time.monotonic() < deadline:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return 0
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -44,7 +44,7 @@ from lingc.model.config import ModelConfig
 from lingc.model.loading import from_source
 from lingc.quantize.formats import E4M3_MAX
 from lingc.quantize.recipes import load_recipe, parse_recipe
-from tests.calibrate.conftest import read, write_rows
+from tests.calibrate.conftest import killed, read, write_rows
 
 Finished = Callable[[str], Path]
 
@@ -406,23 +406,6 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
 # ----------------------------------------------------------------------------------------- resuming
 
 
-def _killed(work: Callable[[], object], after_s: float) -> int:
-    """Do something in a child, kill it after a while, and say how it ended."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-        finally:
-            os._exit(0)  # whatever it raised, a second pytest must not go on from here
-    deadline = time.monotonic() + after_s
-    while time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return 0
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def _kill_and_finish(
     small: Checkpoint, rows: Path, want: Path, out: Path, *, points: int
 ) -> list[int]:
@@ -435,7 +418,7 @@ def _kill_and_finish(
     draw = random.Random(points)  # noqa: S311 a seeded choice of moments
 
     codes = [
-        _killed(lambda: calibrate(small, recipe, given, out, settings), draw.random() * whole_s)
+        killed(lambda: calibrate(small, recipe, given, out, settings), draw.random() * whole_s)
         for _ in range(points)
     ]
     if not out.exists():
