@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lingc.errors import IntegrityError, ResourceError, UsageError
-from lingc.staging import Scratch, Staging, is_empty, writing
+from lingc.staging import Scratch, Staging, is_empty, refuse_unwritable, writing
 
 
 def test_what_a_killed_writer_left_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:
@@ -105,3 +105,14 @@ def test_a_disk_that_fills_up_at_the_start_leaves_nothing(
 def test_a_reader_of_the_progress_that_went_away_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
     with pytest.raises(BrokenPipeError), writing(tmp_path):
         raise BrokenPipeError
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work_for_it(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("kept")
+
+    refuse_unwritable(tmp_path / "there", None, tmp_path / "new")
+    with pytest.raises(ResourceError, match=r"cannot be written: No such file"):
+        refuse_unwritable(tmp_path / "new", tmp_path / "nowhere" / "new")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_text() == "kept"

@@ -301,17 +301,19 @@ def _problem(
     return _judged(op, arguments, got, want, similar=similar)
 
 
-def problem_of(op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor]) -> str | None:
+def problem_of(
+    op: Op, arguments: Sequence[Any], got: Sequence[torch.Tensor], *, similar: float = SIMILAR
+) -> str | None:
     """Why results on a model's own values are not what the reference makes of them, or None.
 
     Weights of a trained model have outliers, and an FP8 code that falls the other way beside one
     moves a single result by more than a tolerance for random values allows, as does a key that
     rounds the other way. So results are compared as a whole, but for integers and codes, which have
-    a judge; the gate over cases goes element by element.
+    a judge; the gate over cases goes element by element, as this does where `similar` is 0.
     """
     want = op.reference(*wide_arguments(op, arguments))
     wanted = [want] if isinstance(want, torch.Tensor) else list(want)
-    return _judged(op, arguments, got, wanted, similar=SIMILAR)
+    return _judged(op, arguments, got, wanted, similar=similar)
 
 
 def _judged(

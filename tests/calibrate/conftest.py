@@ -91,16 +91,15 @@ def finished(
     return run
 
 
-def killed(work: Callable[[], object], after_s: float) -> int:
-    """Do something in a child, kill it after a while, and say how it ended."""
+def killed(work: Callable[[], object], when: Callable[[], bool]) -> int:
+    """Do something in a child, kill it as soon as something holds, and say how it ended."""
     child = os.fork()
     if not child:
         try:
             work()
         finally:
             os._exit(0)  # whatever it raised, a second pytest must not go on from here
-    deadline = time.monotonic() + after_s
-    while time.monotonic() < deadline:
+    while not when():
         if os.waitpid(child, os.WNOHANG)[0]:
             return 0
         time.sleep(0.002)

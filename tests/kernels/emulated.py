@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from lingc.bench.kernels import wide_arguments
-from lingc.compare import close
+from lingc.bench.kernels import problem_of
 from lingc.kernel import Kernel, Launch, Operand, Tactic, Tensor
-from lingc.op import DTYPE_NAME, TORCH_DTYPE, Op, type_of
+from lingc.op import TORCH_DTYPE, Op, type_of
 from lingc.plan import TensorType
 from lingc.quantize.layouts import PLAIN, arrange
 from lingc.targets.cuda.binaries import cuda_sources
@@ -77,16 +76,8 @@ def problem(op: Op, arguments: Sequence[Any], tactic: Tactic, folder: Path) -> s
     for space in tactic.workspaces:
         if space.zeroed and bool(held[space.name].tensor().any()):
             return f"left {space.name} at other than zero"
-    want = op.reference(*wide_arguments(op, arguments))
-    want = [want] if isinstance(want, torch.Tensor) else list(want)
     got = [held[name].tensor() for name in op.results]
-    if op.judge is not None:
-        return op.judge(arguments, got, want)
-    for name, one, other in zip(op.results, got, want, strict=True):
-        found = close(one, other, dtype=DTYPE_NAME[one.dtype], mechanism=op.mechanism)
-        if not found.ok:
-            return f"{name}: {found}"
-    return None
+    return problem_of(op, arguments, got, similar=0.0)
 
 
 def results(op: Op, arguments: Sequence[Any], tactic: Tactic, folder: Path) -> list[torch.Tensor]:

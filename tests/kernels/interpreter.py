@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from lingc.bench.kernels import wide_arguments
-from lingc.compare import close
+from lingc.bench.kernels import problem_of
 from lingc.kernel import Launch, Tactic, Tensor
-from lingc.op import DTYPE_NAME, OPS, TORCH_DTYPE, Op, type_of
+from lingc.op import OPS, TORCH_DTYPE, Op, type_of
 from lingc.plan import TensorType
 from lingc.plugins import table  # noqa: F401 (registers the ops)
 from lingc.targets.nvidia import H200_SXM, SPARK
@@ -52,16 +51,7 @@ def interpreted(tactics: Sequence[Tactic]) -> list[Tactic]:
 
 def problem(op: Op, arguments: Sequence[Any], tactic: Tactic) -> str | None:
     """What is wrong with a tactic's results, against the reference in FP64."""
-    want = op.reference(*wide_arguments(op, arguments))
-    want = [want] if isinstance(want, torch.Tensor) else list(want)
-    got = results(op, arguments, tactic)
-    if op.judge is not None:
-        return op.judge(arguments, got, want)
-    for name, one, other in zip(op.results, got, want, strict=True):
-        found = close(one, other, dtype=DTYPE_NAME[one.dtype], mechanism=op.mechanism)
-        if not found.ok:
-            return f"{name}: {found}"
-    return None
+    return problem_of(op, arguments, results(op, arguments, tactic), similar=0.0)
 
 
 def results(op: Op, arguments: Sequence[Any], tactic: Tactic) -> list[torch.Tensor]:

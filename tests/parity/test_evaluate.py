@@ -128,7 +128,10 @@ def test_eager_has_the_surprise_that_the_published_code_has(count: int | None) -
     found = evaluate([side], read, text="eval", batch=1, resamples=100)
 
     want = metrics["eval_window_nll_bf16_weights"][:count]
-    assert found.sides[0].nats.value * found.predictions == pytest.approx(sum(want), rel=1e-6)
+    # No logit is farther from the published code's than 3.8e-5 (tests/golden), so no surprise is by
+    # much more; sums in f32 come out otherwise on another CPU.
+    surprise = found.sides[0].nats.value * found.predictions
+    assert surprise == pytest.approx(sum(want), abs=3.8e-5 * found.predictions)
     if count is None:
         assert (found.bytes, found.predictions) == (285615, 90199)
         assert found.sides[0].bits_per_byte is not None

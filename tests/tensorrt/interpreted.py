@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from lingc import targets
-from lingc.bench.kernels import wide_arguments
-from lingc.compare import close
+from lingc.bench.kernels import problem_of
 from lingc.device import Binary
-from lingc.kernel import Kernel
-from lingc.op import DTYPE_NAME, OPS, TORCH_DTYPE
-from lingc.plugin_table import aligned, shape_of
+from lingc.kernel import Kernel, align
+from lingc.op import OPS, TORCH_DTYPE
+from lingc.plugin_table import shape_of
 from lingc.runtime.tensorrt_plugin import Launcher, OpPlugin
 from lingc.targets.tensorrt import lower
 from tests.kernels.interpreter import exact_rounding
@@ -89,7 +88,7 @@ def problem(plugin: OpPlugin, given: list[Any], device: InterpretedDevice) -> st
     at, tactic = workspace.data_ptr(), table.tactic(call, shapes)
     for _, size in (*tactic.workspaces, *tactic.counters):
         device.extents[at] = size
-        at += aligned(size)
+        at += align(size)
     plugin.enqueue(
         [SimpleNamespace(dims=shape) for shape in shapes],
         [SimpleNamespace(dims=tuple(value.shape)) for value in results],
@@ -98,15 +97,7 @@ def problem(plugin: OpPlugin, given: list[Any], device: InterpretedDevice) -> st
         workspace.data_ptr(),
         device.stream,
     )
-    made = op.reference(*wide_arguments(op, given))
-    want = [made] if isinstance(made, torch.Tensor) else list(made)
-    if op.judge is not None:
-        return op.judge(given, results, want)
-    for name, a, b in zip(op.results, results, want, strict=True):
-        found = close(a, b, dtype=DTYPE_NAME[a.dtype], mechanism=op.mechanism)
-        if not found.ok:
-            return f"{name}: {found}"
-    return None
+    return problem_of(op, given, results, similar=0.0)
 
 
 def main() -> None:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from lingc import targets
-from lingc.bench.kernels import wide_arguments
+from lingc.bench.kernels import problem_of
 from lingc.cli.failure import cache_dir
-from lingc.compare import close
 from lingc.device import Binary
 from lingc.interpret import InterpreterBackend, open_sizes, run_step
 from lingc.kernel import Kernel
-from lingc.op import DTYPE_NAME, OPS, TORCH_DTYPE
+from lingc.op import OPS, TORCH_DTYPE
 from lingc.plan import Plan, Ref, Step
 from lingc.plugin_table import shape_of
 from lingc.runtime.backend import Limits
@@ -162,12 +161,4 @@ def difference(plugin: Any, given: list[Any], device: Any, *, in_place: bool) ->
     )
     device.synchronize()
     got = [value.cpu() for value in results]
-    made = op.reference(*wide_arguments(op, given))
-    want = [made] if isinstance(made, Tensor) else list(made)
-    if op.judge is not None:
-        return op.judge(given, got, want)
-    for name, a, b in zip(op.results, got, want, strict=True):
-        found = close(a, b, dtype=DTYPE_NAME[a.dtype], mechanism=op.mechanism)
-        if not found.ok:
-            return f"{name}: {found}"
-    return None
+    return problem_of(op, given, got, similar=0.0)
