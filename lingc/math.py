@@ -39,6 +39,15 @@ def wide_name(dtype: str) -> str:
     return "f64" if dtype == "f64" else "f32"
 
 
+def uneven(tokens: int | str, sequences: int | str, most: int) -> str | None:
+    """Why so many tokens are not 1 to `most` for each sequence, or None; sizes may be open yet."""
+    if isinstance(tokens, str) or isinstance(sequences, str):
+        return None
+    if tokens % sequences == 0 and 1 <= tokens // sequences <= most:
+        return None
+    return f"{tokens} tokens are not 1 to {most} for each of {sequences} sequences"
+
+
 def number(size: Dim) -> int:
     """A size that the config fixes, for arithmetic; symbolic ones may only be passed on."""
     assert not isinstance(size, str), f"size {size!r} is symbolic"

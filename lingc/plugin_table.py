@@ -16,13 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lingc.errors import IncompatibleError, UsageError
+from lingc.kernel import align
 from lingc.launch_table import TableTactic, plain, tactic_from_value
 
 FORMAT = 1
 """Version of the table's JSON form; a reader refuses a newer one."""
-
-ALIGNMENT = 256
-"""Bytes that workspaces are aligned to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +124,7 @@ def shape_of(output: Output, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]
 
 def workspace_bytes(tactic: TableTactic) -> int:
     """Bytes of a tactic's workspaces and counters, side by side."""
-    return sum(aligned(size) for _, size in (*tactic.workspaces, *tactic.counters))
-
-
-def aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+    return sum(align(size) for _, size in (*tactic.workspaces, *tactic.counters))
 
 
 # ------------------------------------------------------------------------------------------- JSON

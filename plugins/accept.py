@@ -43,7 +43,7 @@ from torch import Tensor
 
 from lingc.kernel import Kernel, Launch, Tactic
 from lingc.kernel import Tensor as Operand
-from lingc.math import number, stored_bytes
+from lingc.math import number, stored_bytes, uneven
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -130,11 +130,7 @@ def refusal(
     if number(hidden.shape[1]) % 8:
         return f"hidden states of {hidden.shape[1]} elements are not a multiple of 8"
     count, sequences = tokens.shape[0], slots.shape[0]
-    if isinstance(count, str) or isinstance(sequences, str):
-        return None  # asked again with sizes
-    if count % sequences or count > MOST_TOKENS * sequences:
-        return f"{count} tokens are not 1 to {MOST_TOKENS} for each of {sequences} sequences"
-    return None
+    return uneven(count, sequences, MOST_TOKENS)
 
 
 def tactics(

@@ -32,7 +32,7 @@ from torch import Tensor
 from lingc.compare import close
 from lingc.kernel import Tactic
 from lingc.kernels import lightning_step
-from lingc.math import Held, elements, lightning_verify, number, qk_norm_rope, stored_bytes
+from lingc.math import Held, elements, lightning_verify, number, qk_norm_rope, stored_bytes, uneven
 from lingc.op import Benchmark, Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -94,12 +94,9 @@ def refusal(
     pending_k: TensorType, pending_v: TensorType, slots: TensorType, accepted: TensorType,
     offsets: TensorType, positions: TensorType, heads: int, eps: float,
 ) -> str | None:  # fmt: skip
-    tokens, sequences, most = qkvg.shape[0], slots.shape[0], lightning_step.MOST_TOKENS
-    if isinstance(tokens, str) or isinstance(sequences, str):
-        pass  # asked again with sizes
-    elif tokens % sequences or not 1 <= tokens // sequences <= most:
-        return f"{tokens} tokens are not 1 to {most} for each of {sequences} sequences"
-    return lightning_step.refusal(qkvg, q_weight, cos, state, pending_k)
+    return uneven(
+        qkvg.shape[0], slots.shape[0], lightning_step.MOST_TOKENS
+    ) or lightning_step.refusal(qkvg, q_weight, cos, state, pending_k)
 
 
 def tactics(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lingc.kernel import Kernel, Launch, Tactic
 from lingc.kernel import Tensor as Operand
-from lingc.math import stored_bytes
+from lingc.math import stored_bytes, uneven
 from lingc.op import Cost, define
 from lingc.plan import TensorType
 from lingc.samples import Samples
@@ -77,12 +77,7 @@ def refusal(
     ahead_rows: TensorType,
     slots: TensorType,
 ) -> str | None:
-    tokens, sequences = token_ids.shape[0], slots.shape[0]
-    if isinstance(tokens, str) or isinstance(sequences, str):
-        return None  # asked again with sizes
-    if tokens % sequences or tokens > MOST_TOKENS * sequences:
-        return f"{tokens} tokens are not 1 to {MOST_TOKENS} for each of {sequences} sequences"
-    return None
+    return uneven(token_ids.shape[0], slots.shape[0], MOST_TOKENS)
 
 
 def tactics(

@@ -178,7 +178,7 @@ class Layer:
         mlp, config = f"{self._prefix}.mlp", self._config
         every = torch.arange(self._tokens.count)
         if config.is_dense(self._number):
-            with self.rounder.storing(path, _swiglu(mlp)):
+            with self.rounder.storing(path, swiglu_modules(mlp)):
                 self._mlps([_Part(mlp, every, None)], after, normed)
             return
         ids, weights = self._route(normed)
@@ -186,8 +186,8 @@ class Layer:
         self.seen.coverage[str(self._number)] = counts
         enough = [e for e, count in enumerate(counts) if count >= self._job.fallback_below]
         shared = [f"{mlp}.shared_experts"] if config.num_shared_experts else []
-        modules = [m for e in enough for m in _swiglu(f"{mlp}.experts.{e}")]
-        modules += [m for name in shared for m in _swiglu(name)]
+        modules = [m for e in enough for m in swiglu_modules(f"{mlp}.experts.{e}")]
+        modules += [m for name in shared for m in swiglu_modules(name)]
         self._observe_experts(normed)
         inner = Watch(self._job, [f"{mlp}.experts.0.down_proj"], config.moe_intermediate_size)
         parts = {}
@@ -279,7 +279,7 @@ class Layer:
                 after.add(part.rows[some], y if by is None else y * by.unsqueeze(1).to(y.device))
 
     def _watch(self, part: _Part, which: Sequence[int]) -> Watch:
-        modules = [_swiglu(part.name)[i] for i in which]
+        modules = [swiglu_modules(part.name)[i] for i in which]
         watch = Watch(self._job, modules, self._job.source.shape(f"{modules[0]}.weight")[1])
         if part.weights is not None:  # experts have one observer for all of a layer
             watch.observer = None
@@ -302,5 +302,6 @@ class Layer:
             self._check(x[wild : wild + 1], int(rows[wild]), name)
 
 
-def _swiglu(name: str) -> list[str]:
+def swiglu_modules(name: str) -> list[str]:
+    """The three matrices of a feed-forward, in the order that they run in."""
     return [f"{name}.gate_proj", f"{name}.up_proj", f"{name}.down_proj"]

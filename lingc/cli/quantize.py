@@ -1,5 +1,6 @@
 """`lingc quantize`: a checkpoint in the formats of a recipe."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def command(
     source = open_checkpoint(checkpoint)
     validate(source)
     changes = None if calibration is None else open_calibration(calibration, source, chosen)
-    total = sum(2 * _elements(source.shape(name)) for name in source.names)
+    total = sum(2 * math.prod(source.shape(name)) for name in source.names)
     with out.stage("quantize", total=total, unit="B") as advance:
         result = quantize_checkpoint(
             source,
@@ -101,13 +102,6 @@ def command(
         out.emit(_document(result, found, better))
     else:
         _show(out, result, found, better)
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _document(

@@ -15,8 +15,9 @@ import numpy as np
 
 from lingc.device import Binary, Device
 from lingc.errors import IncompatibleError
+from lingc.kernel import align
 from lingc.launch_table import Counted, Operand, Place, TableTactic
-from lingc.plugin_table import Call, PluginTable, aligned, shape_of, size_of
+from lingc.plugin_table import Call, PluginTable, shape_of, size_of
 
 NAMESPACE = "lingc"
 VERSION = "1"
@@ -88,11 +89,11 @@ class Launcher:
             at = workspace
             for name, size in tactic.workspaces:
                 places[name] = at
-                at += aligned(size)
+                at += align(size)
             for name, size in tactic.counters:
                 places[name] = at
                 self.device.clear(at, size)
-                at += aligned(size)
+                at += align(size)
             self._launch(call, tactic, shapes, places)
 
     def _launch(
