@@ -222,6 +222,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def refuse_unwritable(*paths: Path | None) -> None:
+    """Refuse files that could not be written, before the work whose result they are to hold.
+
+    Raises:
+        ResourceError: One cannot be written there; nothing was left behind.
+    """
+    for path in paths:
+        if path is not None:
+            staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+            with writing(path):
+                staged.touch()
+                staged.unlink()
+
+
 def clean_stale(final: Path) -> None:
     """Remove what dead processes left while writing `final`. Never fails, never blocks."""
     pattern = re.compile(re.escape(f".{final.name}.tmp-") + r"\d+-[0-9a-f]{8}")

@@ -8,7 +8,7 @@ predictions from those of the unrounded model is the unit's price for that forma
     KL(p || q), mean over tokens, nats
 
 All copies go through the checkpoint together: behind the layer that tells them apart they are more
-rows of the same activations. So one pass over the weights measures everything.
+rows of the same activations. So one pass over the weights measures every part.
 
 Prices of several units are taken to add up, which holds as long as they are small; what is chosen
 is then run as a whole, so that the sum is held to a measurement. From every unit in its smallest
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lingc.calibrate.layer import Layer
+from lingc.calibrate.layer import Layer, swiglu_modules
 from lingc.calibrate.matrices import Method, weight_of
 from lingc.calibrate.rounder import Job
 from lingc.calibrate.samples import Samples, lengths
@@ -114,9 +114,11 @@ def units_of(config: ModelConfig) -> tuple[Unit, ...]:
                                                  f"{at}.attention.g_proj"]))  # fmt: skip
         found.append(_unit("dense", layer, [f"{at}.attention.dense"]))
         if config.is_dense(layer):
-            found.append(_unit("mlp", layer, _swiglu(f"{at}.mlp")))
+            found.append(_unit("mlp", layer, swiglu_modules(f"{at}.mlp")))
             continue
-        experts = [m for e in range(config.num_experts) for m in _swiglu(f"{at}.mlp.experts.{e}")]
+        experts = [
+            m for e in range(config.num_experts) for m in swiglu_modules(f"{at}.mlp.experts.{e}")
+        ]
         found.append(
             Unit(
                 name=f"layer {layer} experts",
@@ -126,7 +128,7 @@ def units_of(config: ModelConfig) -> tuple[Unit, ...]:
             )
         )
         if config.num_shared_experts:
-            found.append(_unit("shared", layer, _swiglu(f"{at}.mlp.shared_experts")))
+            found.append(_unit("shared", layer, swiglu_modules(f"{at}.mlp.shared_experts")))
     found.append(_unit("head", -1, ["lm_head"]))
     return tuple(found)
 
@@ -134,10 +136,6 @@ def units_of(config: ModelConfig) -> tuple[Unit, ...]:
 def _unit(kind: str, layer: int, modules: Sequence[str]) -> Unit:
     name = kind if layer < 0 else f"layer {layer} {kind}"
     return Unit(name=name, layer=layer, patterns=tuple(modules), modules=tuple(modules))
-
-
-def _swiglu(name: str) -> list[str]:
-    return [f"{name}.gate_proj", f"{name}.up_proj", f"{name}.down_proj"]
 
 
 def bytes_per_token(config: ModelConfig, recipe: Recipe) -> float:

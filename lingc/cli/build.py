@@ -102,7 +102,7 @@ def command(
     """Build an engine from a Hugging Face checkpoint directory.
 
     The package is written whole or not at all. The same checkpoint and options give the same bytes
-    on any machine.
+    on any machine; TensorRT's engines alone differ from build to build.
 
     \b
     Examples:

@@ -70,8 +70,9 @@ def command(
     """Choose what stays in higher precision, such that a token reads no more than a budget.
 
     Each part of the model is rounded by itself, to FP8 and to INT4, and the divergence that this
-    makes in the predictions is measured; one pass over the weights does all of them. Then the parts
-    that lose most for a byte saved stay in more bits. The result is a recipe like any other.
+    makes in the predictions is measured, all in one pass over the weights. Then the parts that lose
+    most for a byte saved stay in more bits, and the choices are measured as a whole in a second
+    pass. The result is a recipe like any other.
 
     \b
     Examples:
@@ -88,8 +89,9 @@ def command(
         from lingc.calibrate.samples import parse_share, read_samples
     from lingc.checkpoint import open_checkpoint, validate
     from lingc.runtime.tokenizer import Tokenizer
-    from lingc.staging import write_whole, writing
+    from lingc.staging import refuse_unwritable, write_whole, writing
 
+    refuse_unwritable(path, report)
     source = open_checkpoint(checkpoint)
     validate(source)
     given = read_samples(

@@ -152,8 +152,10 @@ def command(
         from lingc.parity import run as parity
         from lingc.parity import side
         from lingc.parity.opening import Weights
+        from lingc.staging import refuse_unwritable
 
     _refuse_idle(*_action(a, b, drift=drift, record=record, bisect=bisect, budget=budget))
+    refuse_unwritable(report, record, repro if bisect else None)
     if drift is not None:
         _drift(out, Path(a), drift, state_dtype, budget, data, report)
         return
