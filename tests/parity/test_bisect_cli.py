@@ -163,7 +163,7 @@ def test_a_node_that_is_wrong_is_found_in_its_engine(
         (("SMALL", "SMALL", "--bisect", "--budget", "quantized"), 2, "has limits of its own"),
         (("SMALL", "SMALL", "--drift", "64"), 2, "--drift is of A alone"),
         (("SMALL", "ENGINE", "--bisect", "--data", "none"), 3, "'none' cannot be read"),
-        (("SMALL", "ENGINE", "--bisect", "--repro", "no/x", "--data", "rows.jsonl"), 0, ""),
+        (("SMALL", "ENGINE", "--bisect", "--repro", "no/x", "--data", "rows.jsonl"), 7, "no/x"),
     ],
 )
 def test_what_cannot_be_walked_is_answered(
