@@ -6,9 +6,11 @@ asks of it while building (types and shapes); everything else is looked up when 
     call     router of bf16[T, 4096], …: where each open size is read, a tactic for each set of them
     tactic   launches over the op's own argument names, as in a launch table
     kernels  digests of compiled kernels, files of the package
+    images   digests of the same when unpacked
 
 So a table serves every phase, a kernel is stored once whatever launches it, and code in any
-language can run a plugin by evaluating its tactic.
+language can run a plugin by evaluating its tactic. An engine names its table by the SHA-256 of its
+canonical JSON, and the table its kernels by theirs: who has both unpacked can check both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from lingc.errors import IncompatibleError, UsageError
 from lingc.kernel import align
 from lingc.launch_table import TableTactic, plain, tactic_from_value
 
-FORMAT = 1
+FORMAT = 2
 """Version of the table's JSON form; a reader refuses a newer one."""
 
 
@@ -81,6 +83,7 @@ class PluginTable:
     Attributes:
         arch: What the kernels were compiled for.
         kernels: Digests of the kernels' files.
+        images: Digests of the same files when unpacked.
         page_size: Tokens a page of the latent cache.
     """
 
@@ -88,6 +91,7 @@ class PluginTable:
     arch: str
     page_size: int
     kernels: tuple[str, ...]
+    images: tuple[str, ...]
     tactics: tuple[TableTactic, ...]
     calls: tuple[Call, ...]
     format: int = field(default=FORMAT)
@@ -138,6 +142,7 @@ def to_value(table: PluginTable) -> dict[str, Any]:
         "arch": table.arch,
         "page_size": table.page_size,
         "kernels": list(table.kernels),
+        "images": list(table.images),
         "tactics": [plain(one) for one in table.tactics],
         "calls": [_call_value(one) for one in table.calls],
     }
@@ -161,6 +166,7 @@ def from_value(value: Mapping[str, Any]) -> PluginTable:
             arch=value["arch"],
             page_size=value["page_size"],
             kernels=tuple(value["kernels"]),
+            images=tuple(value["images"]),
             tactics=tuple(tactic_from_value(one) for one in value["tactics"]),
             calls=tuple(_call(one) for one in value["calls"]),
         )

@@ -35,7 +35,7 @@ class TensorrtCode:
     Attributes:
         module: `tensorrt` or `tensorrt_rtx`.
         version: Of the library that wrote the engines.
-        digest: SHA-256 of the table's file, by which plugins name it.
+        digest: SHA-256 of the table's JSON, by which plugins name it.
         engines: Phase -> the engine.
         buckets: Sizes that plugins have launches for.
         kernel: A kernel by its number in the table.
@@ -70,7 +70,7 @@ def read_code(package: Package) -> TensorrtCode:
         raise IntegrityError(
             f"the facts of the {code.target!r} variant cannot be read: {error!r}", hint=HINT
         ) from error
-    data = package.read(f"{folder}/{name}")
+    data = unpacked(package.read(f"{folder}/{name}"), name, TABLE_BYTES)
     digest = hashlib.sha256(data).hexdigest()
     if digest != wanted:
         raise IntegrityError(
@@ -78,7 +78,7 @@ def read_code(package: Package) -> TensorrtCode:
             f"{digest[:12]}…, which is of another build",
             hint="take both from one build: get the package again",
         )
-    table = _table(data, name)
+    table = _table(data)
     made = TensorrtCode(
         plan=package.plan,
         module=module,
@@ -167,13 +167,7 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
                 f"the {phase} engine has plugin {over[0]}, the table has {len(table.calls)}",
                 hint=HINT,
             )
-    lacking = [one for one in table.kernels if f"kernels/{one}.xz" not in kernels]
-    if lacking:
-        raise IntegrityError(
-            f"the plugins launch {len(lacking)} kernels that the package does not hold, the first "
-            f"{lacking[0][:12]}…",
-            hint=HINT,
-        )
+    _check_kernels(table, kernels)
     for number, call in enumerate(table.calls):
         try:
             problem = next(_call_problems(call, table), None)
@@ -185,6 +179,22 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
         for launch in tactic.launches:
             if not _is_whole(launch.kernel, 0, len(table.kernels)):
                 raise IntegrityError(f"{tactic.op} launches kernel {launch.kernel}, not there")
+
+
+def _check_kernels(table: PluginTable, kernels: set[str]) -> None:
+    if len(table.images) != len(table.kernels):
+        raise IntegrityError(
+            f"the plugin table names {len(table.kernels)} kernels and the contents of "
+            f"{len(table.images)}",
+            hint=HINT,
+        )
+    lacking = [one for one in table.kernels if f"kernels/{one}.xz" not in kernels]
+    if lacking:
+        raise IntegrityError(
+            f"the plugins launch {len(lacking)} kernels that the package does not hold, the first "
+            f"{lacking[0][:12]}…",
+            hint=HINT,
+        )
 
 
 def _call_problems(call: Call, table: PluginTable) -> Iterator[str]:
@@ -223,9 +233,9 @@ def _is_whole(value: Any, least: int, end: int | None = None) -> bool:
     return type(value) is int and least <= value and (end is None or value < end)
 
 
-def _table(data: bytes, name: str) -> PluginTable:
+def _table(data: bytes) -> PluginTable:
     try:
-        value: Any = json.loads(unpacked(data, name, TABLE_BYTES))
+        value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"the engine's plugin table is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -241,6 +251,8 @@ def _kernel(package: Package, table: PluginTable, index: int) -> Binary:
         binary = Binary.from_bytes(data)
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{name!r} is no kernel: {error}", hint=HINT) from error
+    if hashlib.sha256(data).hexdigest() != table.images[index]:
+        raise IntegrityError(f"{name!r} is not the kernel that the table names", hint=HINT)
     if binary.arch != table.arch:
         raise IntegrityError(
             f"{name!r} is compiled for {binary.arch}, the table is for {table.arch}", hint=HINT

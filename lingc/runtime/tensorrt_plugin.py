@@ -41,7 +41,7 @@ class Launcher:
     """A plugin table with its kernels, on a device.
 
     Attributes:
-        digest: SHA-256 of the table's file, by which engines name it.
+        digest: SHA-256 of the table's JSON, by which engines name it.
         kernel: Number in the table's kernels -> the binary; only asked for when it is launched.
         device: Where to launch; None where engines are only built.
         aliased: Whether results that are updated in place are the same tensor to TensorRT.

@@ -78,13 +78,15 @@ class Calls:
 
     def table(self, binaries: Mapping[Kernel, Binary]) -> tuple[PluginTable, dict[str, bytes]]:
         """The table, and the kernels' files by digest."""
-        files = [compressed(binaries[kernel].to_bytes()) for kernel in self.kernels]
+        images = [binaries[kernel].to_bytes() for kernel in self.kernels]
+        files = [compressed(image) for image in images]
         names = [hashlib.sha256(data).hexdigest() for data in files]
         made = PluginTable(
             target=self.target.name,
             arch=self.target.arch,
             page_size=self.plan.page_size,
             kernels=tuple(names),
+            images=tuple(hashlib.sha256(image).hexdigest() for image in images),
             tactics=tuple(self._tactics.table),
             calls=tuple(self.made),
         )

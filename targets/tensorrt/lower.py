@@ -45,7 +45,8 @@ class Tabled:
 
     Attributes:
         table: What they launch.
-        data: The table's file.
+        data: The table's file, compressed.
+        digest: SHA-256 of what is in it, by which plugins name it.
         kernels: Digest -> file, compressed.
         numbers: For each phase, step by step, the number of its call; None for a native one.
     """
@@ -54,11 +55,7 @@ class Tabled:
     data: bytes
     kernels: Mapping[str, bytes]
     numbers: Mapping[str, tuple[int | None, ...]]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the table's file, by which plugins name it."""
-        return hashlib.sha256(self.data).hexdigest()
+    digest: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -115,8 +112,14 @@ def tabled(plan: Plan, target: Target, compile_kernels: Compile, *, embeds: bool
     """Choose the plugins' launches and compile their kernels; see `calls_of`."""
     calls, numbers = calls_of(plan, target, embeds=embeds)
     table, kernels = calls.table(compile_kernels(calls.kernels))
-    data = compressed(canonical.encode(plugin_table.to_value(table)))
-    return Tabled(table=table, data=data, kernels=kernels, numbers=numbers)
+    data = canonical.encode(plugin_table.to_value(table))
+    return Tabled(
+        table=table,
+        data=compressed(data),
+        kernels=kernels,
+        numbers=numbers,
+        digest=hashlib.sha256(data).hexdigest(),
+    )
 
 
 class Lowering:

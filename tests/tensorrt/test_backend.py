@@ -234,8 +234,8 @@ class Held:
         """Write another table; `told` says whether the facts know of it."""
         value: dict[str, Any] = to_value(plugins(TARGET, PRECISION).table)
         change(value)
-        data = lzma.compress(canonical.encode(value))
-        self.files[f"variants/{TARGET}/plugins.json.xz"] = data
+        data = canonical.encode(value)
+        self.files[f"variants/{TARGET}/plugins.json.xz"] = lzma.compress(data)
         if told:
             self.info["table_sha256"] = hashlib.sha256(data).hexdigest()
 
@@ -273,7 +273,8 @@ def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], s
             IntegrityError,
             "launch from table .*… the package holds|which is of another build",
         ),
-        "newer": (table(format=2), IncompatibleError, "has format 2, this version reads 1"),
+        "newer": (table(format=3), IncompatibleError, "has format 3, this version reads 2"),
+        "contents are missing": (table(images=[]), IntegrityError, "and the contents of 0"),
         "of another target": (table(target="rtx-89"), IntegrityError, "is for 'rtx-89'"),
         "not a table": (table(calls=7), IncompatibleError, "plugin table cannot be read"),
         "a kernel is missing": (
