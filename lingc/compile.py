@@ -136,6 +136,7 @@ def compile_plan(
         target=target,
         recipe=recipe,
         engine=engine_kind(target, request.engine),
+        embeds=request.weights == "embed",
     )
     fused: dict[str, Fused] = {}
     with stage("capture and fuse", total=len(phases), unit="phases") as advance:

@@ -40,7 +40,9 @@ class Context:
     """What one run of the pipeline over one phase may know.
 
     Attributes:
-        recipe: In the formats that engines have, whatever recipe it is made with.
+        recipe: In the formats that such an engine has, whatever recipe it is made with.
+        embeds: Whether weights are there when the engine's code is made, so that some of them can
+            be constants of it.
     """
 
     config: ModelConfig
@@ -48,9 +50,10 @@ class Context:
     target: Target
     recipe: Recipe
     engine: EngineKind | None = None
+    embeds: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recipe", self.recipe.in_engines())
+        object.__setattr__(self, "recipe", self.recipe.in_engines(static=self.takes_static))
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -91,8 +94,16 @@ class Context:
 
     @property
     def dynamic_fp8(self) -> bool:
-        """Whether activations are quantized on the fly where weights are FP8."""
-        return self.target.fp8_activations and self.recipe.activations == "fp8"
+        """Whether activations are quantized on the fly where weights are FP8 blocks."""
+        return self.target.fp8_activations and self.recipe.activations != "plain"
+
+    @property
+    def takes_static(self) -> bool:
+        """Whether the engine multiplies by static scales where the recipe asks for them.
+
+        TensorRT alone does, and it wants them as constants.
+        """
+        return self.engine_kind == "tensorrt" and self.target.fp8_activations and self.embeds
 
     @property
     def engine_kind(self) -> EngineKind:
@@ -106,7 +117,17 @@ class Context:
 
     def format_of(self, spec: WeightSpec) -> Format:
         """Storage format that the recipe asks for a weight, whose sources agree."""
-        return self.recipe.format_of(module_of(spec.sources[0]))
+        return self.stored_as(module_of(spec.sources[0]))
+
+    def stored_as(self, module: str) -> Format:
+        """Storage format of a module's weight.
+
+        Routed experts with one scale a matrix are blocks that share it: no kernel of theirs reads
+        static scales.
+        """
+        found = self.recipe.format_of(module)
+        is_expert = ".mlp.experts." in module
+        return Format(kind="fp8_block") if is_expert and found.kind == "fp8_tensor" else found
 
     def storage_refusal(self, *specs: WeightSpec) -> str | None:
         """Why weights cannot be stored as one, or None: the recipe's formats differ."""
@@ -126,8 +147,12 @@ class Context:
         return f"the recipe {self.recipe.name!r} stores {module} as {stored}, not plain"
 
     def is_fp8(self, module: str) -> bool:
-        """Whether the recipe stores a module in FP8 blocks."""
-        return self.recipe.format_of(module).kind == "fp8_block"
+        """Whether a module is stored in FP8 blocks."""
+        return self.stored_as(module).kind == "fp8_block"
+
+    def is_static(self, module: str) -> bool:
+        """Whether a module's inputs are quantized by a scale that is known."""
+        return self.stored_as(module).kind == "fp8_tensor"
 
     def join_refusal(self, first: str, second: str, rows: int) -> str | None:
         """Why two matrices cannot be stored one below the other, or None.
@@ -141,6 +166,8 @@ class Context:
         if formats[first] != formats[second]:
             listed = ", ".join(f"{m} as {f}" for m, f in formats.items())
             return f"the recipe {self.recipe.name!r} stores {listed}"
+        if formats[first].kind == "fp8_tensor":
+            return f"{first} and {second} have one scale each"
         if formats[first].kind == "fp8_block" and rows % FP8_BLOCK:
             return (
                 f"{first} has {rows} rows, not a multiple of {FP8_BLOCK}: its last FP8 block"

@@ -105,10 +105,11 @@ class WeightSpec:
         last: Sources of one more matrix of the same size behind the experts, as many as `sources`:
             a shared expert. Empty where there is none.
         format: `plain` (rounded to `type.dtype`), `fp8_block` (E4M3, one FP32 scale a 128x128
-            block), `int4_group` (symmetric, 8 nibbles an int32 along the input axis, lowest nibble
-            first, value + 8; bf16 scales), or `decay` (per-head decay rate of a layer, from the
-            config).
-        part: `values` for plain and decay; `codes` or `scales` for a quantized format.
+            block), `fp8_tensor` (E4M3, one FP32 scale a matrix, one for its inputs), `int4_group`
+            (symmetric, 8 nibbles an int32 along the input axis, lowest nibble first, value + 8;
+            bf16 scales), or `decay` (per-head decay rate of a layer, from the config).
+        part: `values` for plain and decay; `codes` or `scales` for a quantized format;
+            `input_scales` of `fp8_tensor`, what an E4M3 code of its inputs stands for.
         group: Group size along the input axis for `int4_group`, else 0.
         take: `None`, or the slice of a kv_b matrix viewed as [H, nope + V, c]: `absorb_k`
             ([H, nope, c]) or `absorb_v` ([H, V, c]). `plain` format only.

@@ -44,6 +44,7 @@ def key(
         "recipe": asdict(recipe),
         "target": asdict(target),
         "engine": request.engine,
+        "weights": request.weights if recipe.activations == "fp8_static" else "",
         "sizes": sizes,
         "waived": waived,
         "has_mtp": has_mtp,

@@ -160,6 +160,11 @@ class Samples:
         blocks = halves * -(-rows // halves // 128)
         return codes, self._scales(*stack, blocks, -(-width // 128), size=0.01 * width**-0.5)
 
+    def fp8_scaled(self, rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale of inputs, codes of a matrix and its one scale."""
+        codes = self._codes(rows, width)
+        return self._scales(1, size=0.01), codes, self._scales(1, size=0.01 * width**-0.5)
+
     def int4_weight(self, *shape: int, group: int) -> tuple[Tensor, Tensor]:
         """Packed nibbles and scales of a matrix or stack."""
         *outer, width = shape

@@ -2,8 +2,11 @@
 
 A `WeightSpec` says which tensors of the checkpoint a weight is made of. What the checkpoint stores
 in the same format and group is taken unchanged; else the dequantized values are rounded to nearest.
-The codes and the scales of one matrix are two weights, made together. Rows are put in the order of
-the weight's layout, whether it is written or read straight from the checkpoint.
+The codes and the scales of one matrix are weights of their own, made together. Rows are put in the
+order of the weight's layout, whether it is written or read straight from the checkpoint.
+
+The scale of a matrix's inputs is what the checkpoint says, or 1 where nothing was calibrated: E4M3
+spans 2^-9 to 448, and activations of a model with norms lie inside of that.
 
 FP8 blocks cover 128 rows of a matrix. Several matrices are joined block by block where each but the
 last ends on a block, and always in stacked experts, whose scales are laid out by source; otherwise
@@ -142,7 +145,12 @@ def _parts(spec: WeightSpec, names: Sequence[str], checkpoint: Source) -> dict[s
         pairs = [quantize_fp8_block(dense)]
     else:
         pairs = [to_quantized(checkpoint, name, spec.format, spec.group) for name in names]
-    return {"codes": _join([a for a, _ in pairs]), "scales": _join([b for _, b in pairs])}
+    made = {"codes": _join([a for a, _ in pairs]), "scales": _join([b for _, b in pairs])}
+    if spec.format == "fp8_tensor":
+        made["scales"] = made["scales"].reshape(1)  # stored as one number, with an axis or without
+        found = [checkpoint.input_scale(name) for name in names]
+        made["input_scales"] = np.array([1.0 if one is None else one for one in found], np.float32)
+    return made
 
 
 def _refuse_wild(parts: Mapping[str, Array]) -> None:

@@ -6,12 +6,14 @@
 
 Why: the separate quantization reads what was just written and costs a launch; fused, the row is
 still in registers. Where our own kernels are launched, what reads the codes makes them
-(`fuse_linear`).
+(`fuse_linear`). A norm that is also read by a product with static scales is left to TensorRT, which
+quantizes for that one in the norm.
 
 Costs nothing in precision: the value is rounded to the activations' dtype first, as when apart.
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from lingc.context import Context
@@ -19,6 +21,7 @@ from lingc.graph import Value
 from lingc.plugins import (
     add_rms_norm,
     add_rms_norm_fp8,
+    fp8_static_linear,
     quantize_fp8,
     rms_norm,
     rms_norm_fp8,
@@ -33,8 +36,10 @@ def _quantized(x: Value) -> tuple[Value, Value]:
     return operator.getitem(both, 0), operator.getitem(both, 1)
 
 
-def _check(_match: Match, context: Context) -> str | None:
-    return NOT_MINE if context.fuses_launches else None
+def _check(match: Match, context: Context) -> str | None:
+    static = (fp8_static_linear.OP.overload, fp8_static_linear.OP_F32.overload)
+    readers = (user.target for output in match.outputs for user in output.users)
+    return NOT_MINE if context.fuses_launches or any(r in static for r in readers) else None
 
 
 def _is_quantized(context: Context) -> bool:
@@ -65,7 +70,7 @@ def replace_add_norm(build: Builder, match: Match, _context: Any) -> tuple[Value
 
 
 def expected_add_norm(context: Context) -> int:
-    """A layer's norms whose readers take FP8, but the first, which follows no add."""
+    """A layer's norms whose readers take FP8 blocks alone, but the first, which follows no add."""
     if not _is_quantized(context):
         return 0
     attention = sum(_reads_fp8(context, layer) for layer in context.layers[1:])
@@ -75,22 +80,30 @@ def expected_add_norm(context: Context) -> int:
 
 
 def _reads_fp8(context: Context, layer: int) -> bool:
-    """Whether a layer's attention quantizes its input."""
+    """Whether a layer's attention quantizes its input, for FP8 blocks alone."""
     at, config = f"model.layers.{layer}.attention", context.config
     if not config.is_mla(layer):
         names = ["query_key_value", "g_proj"]
     else:
         names = ["kv_a_proj_with_mqa", "q_proj" if config.q_lora_rank is None else "q_a_proj"]
-    return any(context.is_fp8(f"{at}.{name}") for name in names)
+    return _is_coded(context, [f"{at}.{name}" for name in names])
 
 
 def _feeds_fp8(context: Context, layer: int) -> bool:
-    """Whether a layer's feed-forward half quantizes its input."""
+    """Whether a layer's feed-forward half quantizes its input, for FP8 blocks alone."""
     mlp = f"model.layers.{layer}.mlp"
+    halves = ("gate_proj", "up_proj")
     if context.config.is_dense(layer):
-        return context.is_fp8(f"{mlp}.gate_proj")
-    shared = layer in context.shared_layers and context.is_fp8(f"{mlp}.shared_experts.gate_proj")
-    return shared or context.is_fp8(f"{mlp}.experts.0.gate_proj")
+        return _is_coded(context, [f"{mlp}.{half}" for half in halves])
+    shared = [f"{mlp}.shared_experts.{half}" for half in halves]
+    routed = [f"{mlp}.experts.0.gate_proj"]
+    return _is_coded(context, routed + shared if layer in context.shared_layers else routed)
+
+
+def _is_coded(context: Context, readers: Sequence[str]) -> bool:
+    """Whether one of the readers is in FP8 blocks, and none has a static scale."""
+    static = any(context.is_static(module) for module in readers)
+    return not static and any(context.is_fp8(module) for module in readers)
 
 
 ADD_NORM_RULE = Rewrite(

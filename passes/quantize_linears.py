@@ -3,10 +3,11 @@
     linear(x, W)    ->    linear(x, W)                                   plain
                           fp8_linear(quantize_fp8(x), W8, scale)         FP8 blocks, FP8 activations
                           fp8_weight_linear(x, W8, scale)                FP8 blocks, weight-only
+                          fp8_static_linear(x, x_scale, W8, scale)       FP8, one scale each
                           int4_weight_linear(x, W4, scale, group)        INT4 groups
 
 and likewise for the head, whose result is FP32. An input that several linears read is quantized
-once.
+once; by a static scale TensorRT does it, in the norm in front.
 
 Costs what the recipe costs: this is where values are rounded to its formats.
 """
@@ -15,8 +16,8 @@ import torch
 
 from lingc.context import Context
 from lingc.graph import Value
-from lingc.plugins import fp8_linear, int4_linear, linear, quantize_fp8
-from lingc.quantize.stored import fp8_specs, int4_specs
+from lingc.plugins import fp8_linear, fp8_static_linear, int4_linear, linear, quantize_fp8
+from lingc.quantize.stored import fp8_specs, fp8_tensor_specs, int4_specs
 from lingc.rewrite import NOT_MINE, Builder, Match, Rewrite
 
 aten = torch.ops.aten
@@ -50,6 +51,10 @@ def replacement(build: Builder, match: Match, context: Context) -> tuple[Value, 
         packed, scales = (build.weight(part) for part in int4_specs(spec, stored.group))
         op = int4_linear.OP_F32 if head else int4_linear.OP
         return (build.call(op.overload, x, packed, scales, stored.group),)
+    if stored.kind == "fp8_tensor":
+        codes, scale, x_scale = (build.weight(part) for part in fp8_tensor_specs(spec))
+        op = fp8_static_linear.OP_F32 if head else fp8_static_linear.OP
+        return (build.call(op.overload, x, x_scale, codes, scale),)
     codes, scales = (build.weight(part) for part in fp8_specs(spec))
     if not context.dynamic_fp8:
         op = fp8_linear.OP_WEIGHT_F32 if head else fp8_linear.OP_WEIGHT

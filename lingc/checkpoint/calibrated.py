@@ -75,7 +75,7 @@ def open_calibration(path: Path, source: Source, recipe: Recipe) -> Changes:
     bounds = document["input_bounds"]
     scales = {module: bound / float(E4M3_MAX) or 1.0 for module, bound in bounds.items()}
     return Changes(
-        source=_Calibrated(source, entries),
+        source=_Calibrated(source, entries, scales),
         names=frozenset(entries),
         moved=frozenset(),
         input_scales=scales,
@@ -177,9 +177,12 @@ def _digest(path: Path) -> str:
 class _Calibrated:
     """A source with some tensors in place of its own."""
 
-    def __init__(self, source: Source, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, source: Source, entries: Mapping[str, Entry], input_scales: Mapping[str, float]
+    ) -> None:
         self._source = source
         self._entries = entries
+        self._input_scales = input_scales
         self._maps = Maps()
 
     @property
@@ -213,6 +216,9 @@ class _Calibrated:
             return self._source.quantized(name)
         codes, scales = (self._maps.read(part) for part in entry.parts[:2])
         return codes, scales, entry.group
+
+    def input_scale(self, name: str) -> float | None:
+        return self._input_scales.get(name.removesuffix(".weight"))
 
     def identity(self) -> str:
         return self._source.identity()

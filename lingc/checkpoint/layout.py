@@ -3,9 +3,10 @@
     kind         stored for `<module>.weight`
     plain        `.weight` BF16 or F32
     fp8_block    `.weight` F8_E4M3, `.weight_scale_inv` F32 a block
-    fp8_tensor   `.weight` F8_E4M3, `.weight_scale` F32 [1]; `.input_scale` F32 [1] of the module
+    fp8_tensor   `.weight` F8_E4M3, `.weight_scale` F32 [1]; `.input_scale` F32 [1]
     int4_group   `.weight_packed` I32, `.weight_scale` BF16, `.weight_shape` I64 [2]
 
+`<module>.input_scale` may stand beside any matrix: one scale for all of its inputs, F32 or BF16.
 The scales of FP8 blocks may also be called `.weight_scale`, as compressed-tensors does.
 The tensors themselves say which; of `quantization_config` only the group size is read, and may be
 absent where it divides the width.
@@ -13,7 +14,7 @@ absent where it divides the width.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lingc.checkpoint.directory import Scan, is_ignored
@@ -45,6 +46,7 @@ class Entry:
         shape: As in an unquantized checkpoint.
         parts: Where its pieces are: the values, codes and scales, or packed, scales and shape.
         group: Columns that share a scale in `int4_group`, 128 in `fp8_block`, else 0.
+        input_scale: Where the scale of a matrix's inputs is, if there is one.
     """
 
     name: str
@@ -52,14 +54,18 @@ class Entry:
     shape: Shape
     parts: tuple[Stored, ...]
     group: int = 0
+    input_scale: Stored | None = None
 
 
 def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
     """Every logical tensor that is sound, and what is wrong with the others."""
     expected = expected_tensors(config)
     stored: dict[str, dict[str, Stored]] = defaultdict(dict)
+    scales: dict[str, Stored] = {}
     for full_name, tensor in scan.tensors.items():
-        if not is_ignored(full_name) and not is_input_scale(full_name, expected):
+        if is_input_scale(full_name, expected):
+            scales[full_name.removesuffix(INPUT_SCALE) + ".weight"] = tensor
+        elif not is_ignored(full_name):
             name, suffix = _split(full_name)
             stored[name][suffix] = tensor
     lost = {_split(name)[0] for name in scan.lost}
@@ -70,7 +76,21 @@ def assemble(scan: Scan, config: ModelConfig) -> tuple[dict[str, Entry], list[st
     problems += _missing(config, expected, stored.keys() | lost, scan)
     sound = {name: parts for name, parts in stored.items() if name not in lost}
     entries, faults = _entries(expected, sound, _group_sizes(config.quantization))
+    for name, scale in scales.items():
+        unfit = [f"tensor {name!r} {fault}" for fault in _scale_faults(scale)]
+        faults += unfit
+        if name in entries and not unfit:
+            entries[name] = replace(entries[name], input_scale=scale)
     return entries, problems + faults
+
+
+def _scale_faults(scale: Stored) -> Iterator[str]:
+    """What is wrong with the scale of a matrix's inputs."""
+    if scale.dtype not in PLAIN_DTYPES or not _is_one(scale):
+        yield (
+            f"has an {INPUT_SCALE[1:]!r} that is {scale.dtype} {list(scale.shape)} in "
+            f"{scale.path.name!r}, F32 [1] is due"
+        )
 
 
 def assemble_some(

@@ -14,7 +14,7 @@ from lingc.checkpoint.directory import scan
 from lingc.checkpoint.expected import mtp_prefix
 from lingc.checkpoint.layout import PLAIN_DTYPES, Entry, assemble
 from lingc.checkpoint.tensorfile import Maps, Stored
-from lingc.checkpoint.values import value_faults
+from lingc.checkpoint.values import input_scale, value_faults
 from lingc.errors import CheckpointError
 from lingc.model.config import ModelConfig
 from lingc.quantize.formats import (
@@ -87,6 +87,11 @@ class Checkpoint:
         codes, scales = (self._maps.read(part) for part in entry.parts[:2])
         return codes, scales, entry.group
 
+    def input_scale(self, name: str) -> float | None:
+        """What an E4M3 code of a matrix's inputs stands for, where that was calibrated."""
+        stored = self._entry(name).input_scale
+        return None if stored is None else input_scale(stored, self._maps)
+
     def identity(self) -> str:
         """A SHA-256 that tells weights apart.
 
@@ -99,7 +104,8 @@ class Checkpoint:
         for name in sorted(self._entries):
             entry = self._entries[name]
             digest.update(f"{name} {entry.kind} {entry.group}\n".encode())
-            for part in entry.parts[:2]:
+            scale = [] if entry.input_scale is None else [entry.input_scale]
+            for part in (*entry.parts[:2], *scale):
                 digest.update(f"{part.dtype} {part.shape}\n".encode())
                 digest.update(_sample(part))
         return digest.hexdigest()

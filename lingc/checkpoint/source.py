@@ -56,6 +56,10 @@ class Source(Protocol):
         """
         ...
 
+    def input_scale(self, name: str, /) -> float | None:
+        """What an E4M3 code of a matrix's inputs stands for, where that was calibrated."""
+        ...
+
     def identity(self) -> str:
         """A digest that tells weights apart; the same for the same weights, however sharded."""
         ...

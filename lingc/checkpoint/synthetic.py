@@ -102,6 +102,10 @@ class SyntheticCheckpoint:
             return *quantize_fp8_tensor(self._bits(name)), 0
         return *quantize_int4_group(self._bits(name), chosen.group), chosen.group
 
+    def input_scale(self, _name: str) -> float | None:
+        """None: nothing was seen."""
+        return None
+
     def identity(self) -> str:
         """A SHA-256 of the config, the seed and the layout."""
         text = json.dumps([self._config.raw, self._seed, self._layout], sort_keys=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from lingc.checkpoint.layout import Entry
 from lingc.checkpoint.listing import of_tensors
-from lingc.checkpoint.tensorfile import Maps
+from lingc.checkpoint.tensorfile import Maps, Stored
 from lingc.quantize.formats import F32, U16, widen_bf16
 
 
@@ -20,7 +20,17 @@ def value_faults(entries: Iterable[Entry], maps: Maps) -> list[str]:
     return [line for fault, names in found.items() for line in of_tensors(names, fault)]
 
 
+def input_scale(stored: Stored, maps: Maps) -> float:
+    """The one number of a scale of inputs."""
+    values = maps.read(stored).reshape(-1)
+    return float((widen_bf16(values) if stored.dtype == "BF16" else values)[0])
+
+
 def _faults(entry: Entry, maps: Maps) -> Iterator[str]:
+    if entry.input_scale is not None:
+        scale = input_scale(entry.input_scale, maps)
+        if not (np.isfinite(scale) and scale > 0):
+            yield f"has an 'input_scale' of {scale}, which is no positive number"
     if entry.kind == "plain":
         if len(entry.shape) == 1 and not np.isfinite(_wide(entry, maps)).all():
             yield "has a value that is NaN or infinite"

@@ -72,6 +72,9 @@ class RoundedWeights:
     def quantized(self, name: str) -> tuple[NDArray[Any], NDArray[Any], int]:
         return self._source.quantized(name)
 
+    def input_scale(self, name: str) -> float | None:
+        return self._source.input_scale(name)
+
     def identity(self) -> str:
         return self._source.identity()
 
@@ -108,7 +111,7 @@ def formats(plan: Plan, phases: Iterable[str]) -> dict[str, Format]:
 def _format(spec: WeightSpec) -> Format | None:
     if spec.format == "plain":
         return Format() if spec.type.dtype == "bf16" else None
-    if spec.format in ("fp8_block", "int4_group"):
+    if spec.format in ("fp8_block", "fp8_tensor", "int4_group"):
         return Format(kind=spec.format, group=spec.group)
     return None
 

@@ -106,15 +106,21 @@ class Recipe:
         rule = next((rule for rule in self.rules if rule.matches(module)), None)
         return PLAIN if rule is None else rule.format
 
-    def in_engines(self) -> "Recipe":
-        """As the engines of this version hold weights and compute.
+    def in_engines(self, *, static: bool = False) -> "Recipe":
+        """As an engine holds weights and computes.
 
-        They have FP8 in blocks, of which those of one matrix may share a scale, and quantize inputs
-        on the fly, which is never less exact than a scale for all of them.
+        One that multiplies by static scales holds this recipe as it is, where it asks for them. Any
+        other has FP8 in blocks, of which those of one matrix may share a scale, and quantizes
+        inputs on the fly, which is never less exact than a scale for all of them.
+
+        Args:
+            static: Whether the engine multiplies by static scales.
         """
         if self.activations != "fp8_static" and all(
             rule.format.kind != "fp8_tensor" for rule in self.rules
         ):
+            return self
+        if static and self.activations == "fp8_static":
             return self
         return replace(
             self,
@@ -187,7 +193,8 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         RecipeError: The file cannot be read, or has problems; all are listed.
     """
     text = str(name_or_path)
-    if isinstance(name_or_path, Path) or "/" in text or text.endswith(".json"):
+    is_path = isinstance(name_or_path, Path) or "/" in text or text.endswith(".json")
+    if is_path or (text not in built_in() and Path(text).exists()):
         return _read(Path(name_or_path))
     if text not in built_in():
         near = difflib.get_close_matches(text.lower(), built_in(), n=1)
@@ -208,7 +215,10 @@ def _read(path: Path) -> Recipe:
             hint=f"give a file, or one of {', '.join(built_in())}",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"recipe {str(path)!r} is not JSON: {error}") from error
+        raise RecipeError(
+            f"recipe {str(path)!r} is not JSON: {error}",
+            hint="`lingc recipes fp8 --json` prints one to start from",
+        ) from error
     return parse_recipe(value, source=str(path))
 
 

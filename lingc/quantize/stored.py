@@ -31,6 +31,26 @@ def fp8_specs(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec]:
     return codes, scales
 
 
+def fp8_tensor_specs(spec: WeightSpec) -> tuple[WeightSpec, WeightSpec, WeightSpec]:
+    """Codes and scale of a weight in FP8 with one scale, and the one of what it is multiplied with.
+
+    One matrix of the checkpoint alone: another has another scale.
+    """
+    assert len(spec.members()) == len(spec.sources) == 1, f"{spec.name!r} is several matrices"
+    codes = replace(
+        spec, name=f"{spec.name}_codes", type=TensorType("f8e4m3", spec.type.shape),
+        format="fp8_tensor", part="codes",
+    )  # fmt: skip
+    scale, input_scale = (
+        replace(
+            spec, name=f"{spec.name}_{name}", type=TensorType("f32", (1,)), format="fp8_tensor",
+            part=part, shard_axis=None,
+        )
+        for name, part in (("scale", "scales"), ("input_scale", "input_scales"))
+    )  # fmt: skip
+    return codes, scale, input_scale
+
+
 def int4_specs(spec: WeightSpec, group: int) -> tuple[WeightSpec, WeightSpec]:
     """Packed codes and scales of a weight in INT4 groups along its input axis."""
     *stack, rows, columns = spec.type.shape

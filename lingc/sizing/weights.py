@@ -23,7 +23,7 @@ from lingc.quantize.layouts import (
     layout_refusal,
 )
 from lingc.quantize.recipes import Recipe
-from lingc.quantize.stored import fp8_specs, int4_specs
+from lingc.quantize.stored import fp8_specs, fp8_tensor_specs, int4_specs
 from lingc.targets.spec import Target
 
 Specs = Mapping[str, WeightSpec]
@@ -231,6 +231,8 @@ def _stored(context: Context, spec: WeightSpec) -> Iterable[WeightSpec]:
     stored = context.format_of(spec)
     if stored.kind == "fp8_block":
         return fp8_specs(spec)
+    if stored.kind == "fp8_tensor":
+        return fp8_tensor_specs(spec)
     return int4_specs(spec, stored.group) if stored.kind == "int4_group" else (spec,)
 
 

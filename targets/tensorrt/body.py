@@ -17,6 +17,8 @@ from lingc.targets.tensorrt.backend import Backend
 
 Array = NDArray[Any]
 
+_CODES = "/codes"
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -55,13 +57,19 @@ class Body:
         self._stem = step.outputs[0]
         self._note = f"{step.op} {step.source}"
 
-    def named(self, layer: Any, what: str) -> Any:
-        """Name a layer `<value>/<what>`, once more with a number where that is taken."""
+    def named(self, layer: Any, what: str, of: str = "") -> Any:
+        """Name a layer `<value>/<what>`, once more with a number where that is taken.
+
+        Args:
+            layer: Of the network.
+            what: It does.
+            of: What it is for is called, behind the value's name.
+        """
         name = f"{self._stem}/{what}"
         seen = self._taken.get(name, 0)
         self._taken[name] = seen + 1
         layer.name = f"{name}.{seen}" if seen else name
-        layer.metadata = f"{self._stem} {self._note}"
+        layer.metadata = f"{self._stem}{of} {self._note}"
         return layer
 
     def input(self, name: str, kind: TensorType) -> Value:
@@ -77,14 +85,16 @@ class Body:
         value.tensor.name = name
         self.network.mark_output(value.tensor)
 
-    def constant(self, array: Array, dtype: str = "f32", shape: Sequence[int] = ()) -> Value:
+    def constant(
+        self, array: Array, dtype: str = "f32", shape: Sequence[int] = (), of: str = ""
+    ) -> Value:
         """A constant; `int4` holds two numbers a byte, the first in the low nibble."""
         kept = np.ascontiguousarray(array)
         dims = tuple(shape) or kept.shape
         count = int(np.prod(dims, dtype=np.int64))
         kind = self.backend.trt.DataType.INT4 if dtype == "int4" else self._type(dtype)
         weights = self.backend.trt.Weights(kind, kept.ctypes.data, count)
-        layer = self.named(self.network.add_constant(dims, weights), "constant")
+        layer = self.named(self.network.add_constant(dims, weights), "constant", of)
         self.constants[layer.name] = kept
         # In the plan's words there is no INT4; what it is stored in has its bits.
         return Value(layer.get_output(0), TensorType("u8" if dtype == "int4" else dtype, dims))
@@ -129,6 +139,19 @@ class Body:
         layer = self.network.add_matrix_multiply(x.tensor, none, weight.tensor, turned)
         shape = (*x.type.shape[:-1], weight.type.shape[0])
         return Value(self.named(layer, "matmul").get_output(0), TensorType(x.dtype, shape))
+
+    def rounded(self, x: Value, scale: Array, dtype: str) -> Value:
+        """What E4M3 codes of x / scale stand for; to nearest even, saturating.
+
+        TensorRT makes the codes once where several steps read them, in what stands in front, so
+        they are for none of those steps: `<value>/codes`.
+        """
+        by = self.constant(scale, of=_CODES).tensor
+        layer = self.network.add_quantize(x.tensor, by, self._type("f8e4m3"))
+        codes = self.named(layer, "quantize", of=_CODES).get_output(0)
+        layer = self.network.add_dequantize(codes, by, self._type(dtype))
+        made = self.named(layer, "rounded", of=_CODES).get_output(0)
+        return Value(made, TensorType(dtype, x.type.shape))
 
     def dequantize(self, codes: Value, scale: Value, dtype: str) -> Value:
         kind = self._type(dtype)

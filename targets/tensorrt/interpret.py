@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lingc.errors import StageError
 from lingc.interpret import InterpreterBackend
+from lingc.math import E4M3_MAX
 from lingc.op import OPS
 from lingc.plan import Plan
 from lingc.runtime.backend import Limits
@@ -235,7 +236,9 @@ def _dequantize(_layer: Any, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _quantize(_layer: Any, x: Tensor, scale: Tensor) -> Tensor:
-    return (_wide(x) / _wide(scale)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    # In f32 also where nothing is rounded, as ops do: ties must not hang on the division.
+    ratio = (x.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX)
+    return ratio.to(torch.float8_e4m3fn)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ Compile = Callable[[tuple[Kernel, ...]], Mapping[Kernel, Binary]]
 Array = NDArray[Any]
 
 
-PLUGIN, INT4, FP8 = "plugin ", "int4", "fp8"
-"""What becomes of a step, where a report is to show it: a plugin (its op follows), or a product
-with a constant matrix in such a format."""
+PLUGIN = "plugin "
+"""What becomes of a step, where a report is to show it: a plugin (its op follows), or a product of
+`native.EMBEDDED`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,8 +203,9 @@ class _Phase:
         read = {
             name
             for step, number in zip(program.steps, numbers, strict=True)
-            if number is not None or not _is_embedded(step)
-            for name in refs(step.args)
+            for index, arg in enumerate(step.args)
+            if number is not None or index not in _constants(step)
+            for name in refs((arg,))
         }
         for name in (*program.inputs, *program.states, *program.weights):
             if name not in program.weights or name in read:
@@ -213,8 +214,6 @@ class _Phase:
         for step, number in zip(program.steps, numbers, strict=True):
             body.begin(step)
             if number is None:
-                if _is_embedded(step):
-                    self._made.roles[step.outputs[0]] = INT4
                 self._native(step)
             else:
                 op = self._plugins[seen].call.op
@@ -225,7 +224,7 @@ class _Phase:
             body.output(self._values[name], name)
 
     def _native(self, step: Step) -> None:
-        if _is_embedded(step):
+        if _constants(step):
             self._embedded(step)
             return
         args = [self._argument(arg) for arg in step.args]
@@ -238,17 +237,18 @@ class _Phase:
         self._values.update(zip(step.outputs, results, strict=True))
 
     def _embedded(self, step: Step) -> None:
-        """A layer whose weights are constants."""
-        weights = self._program.weights
-        args = [
-            self._lowering.weights[arg.name]
-            if isinstance(arg, Ref) and arg.name in weights
-            else self._argument(arg)
-            for arg in step.args
-        ]
-        self._made.embedded |= {name for name in refs(step.args) if name in weights}
-        made = EMBEDDED[step.op.removeprefix("lingc.")](self._made.body, *args)
-        self._values[step.outputs[0]] = made
+        """A layer of whose weights some are constants."""
+        known = EMBEDDED[step.op.removeprefix("lingc.")]
+        args: list[Any] = []
+        for index, arg in enumerate(step.args):
+            if index in known.constants:
+                assert isinstance(arg, Ref), "a weight stands there"
+                args.append(self._lowering.weights[arg.name])
+                self._made.embedded.add(arg.name)
+            else:
+                args.append(self._argument(arg))
+        self._made.roles[step.outputs[0]] = known.role
+        self._values[step.outputs[0]] = known.function(self._made.body, *args)
 
     def _plugin(self, step: Step, seen: int) -> None:
         plugin = self._plugins[seen]
@@ -267,8 +267,10 @@ class _Phase:
         return arg
 
 
-def _is_embedded(step: Step) -> bool:
-    return step.op.removeprefix("lingc.") in EMBEDDED
+def _constants(step: Step) -> tuple[int, ...]:
+    """Numbers of the arguments that are constants, where the step is native."""
+    known = EMBEDDED.get(step.op.removeprefix("lingc."))
+    return () if known is None else known.constants
 
 
 def _refuse_idle(program: Program, numbers: tuple[int | None, ...]) -> None:

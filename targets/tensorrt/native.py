@@ -5,6 +5,7 @@ numbers as they are. It rounds where the op's own reference rounds.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,29 @@ def int4_weight_linear(body: Body, x: Value, packed: Array, scales: Array, group
     return body.times(x, body.dequantize(codes, scale, x.dtype))
 
 
+def fp8_static_linear(
+    body: Body, x: Value, x_scale: Array, weight: Value, weight_scale: Array
+) -> Value:
+    """The scales as constants, without which TensorRT multiplies in BF16; codes may be bound.
+
+    It quantizes x in what makes x, and multiplies codes by codes.
+    """
+    return _static(body, x, x_scale, weight, weight_scale, x.dtype)
+
+
+def fp8_static_linear_f32(
+    body: Body, x: Value, x_scale: Array, weight: Value, weight_scale: Array
+) -> Value:
+    return _static(body, x, x_scale, weight, weight_scale, "f32")
+
+
+def _static(
+    body: Body, x: Value, x_scale: Array, weight: Value, weight_scale: Array, dtype: str
+) -> Value:
+    values = body.rounded(x, x_scale, dtype)
+    return body.times(values, body.dequantize(weight, body.constant(weight_scale), dtype))
+
+
 def int4_refusal(width: int, group: int) -> str | None:
     """Why a matrix of INT4 groups is no layer of TensorRT's, or None."""
     if width % group or width % 8:
@@ -80,8 +104,31 @@ NATIVE: Mapping[str, Function] = {
 }
 """What reads weights as they are bound: in BF16."""
 
-EMBEDDED: Mapping[str, Function] = {"int4_weight_linear": int4_weight_linear}
-"""What takes its weights as arrays, for they become constants of the engine."""
+INT4, FP8 = "int4", "fp8"
+"""What a product with a constant in it is to be, where a report shows what became of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A native op of which some weights become constants of the engine.
+
+    Attributes:
+        function: It gets those as arrays.
+        constants: Numbers of the arguments that are such weights.
+        role: What TensorRT is to make of it.
+    """
+
+    function: Function
+    constants: tuple[int, ...]
+    role: str
+
+
+EMBEDDED: Mapping[str, Embedded] = {
+    "int4_weight_linear": Embedded(int4_weight_linear, (1, 2), INT4),
+    "fp8_static_linear": Embedded(fp8_static_linear, (1, 3), FP8),
+    "fp8_static_linear_f32": Embedded(fp8_static_linear_f32, (1, 3), FP8),
+}
+"""What wants constants."""
 
 
 def is_native(step: Step, program: Program, *, embeds: bool) -> bool:
@@ -97,6 +144,8 @@ def is_native(step: Step, program: Program, *, embeds: bool) -> bool:
         return True
     if not embeds or op not in EMBEDDED:
         return False
+    if EMBEDDED[op].role != INT4:
+        return True
     x, group = step.args[0], step.args[-1]
     assert isinstance(x, Ref), "the first argument of a linear is its input"
     assert isinstance(group, int), "the last argument of an INT4 linear is its group"

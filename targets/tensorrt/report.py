@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lingc.errors import StageError
-from lingc.targets.tensorrt.lower import FP8, INT4, PLUGIN, Network
+from lingc.targets.tensorrt.lower import PLUGIN, Network
+from lingc.targets.tensorrt.native import FP8, INT4
 
 FORMAT = 1
 """Version of the report's JSON form."""
@@ -104,37 +105,23 @@ def faults(report: Report, network: Network) -> list[str]:
     """What an engine does otherwise than its lowering meant, in sentences.
 
     Each plugin is one layer and no other; each matrix that the recipe stores in INT4 is a constant
-    of the product that dequantizes it; nothing else dequantizes or quantizes by itself.
+    of the product that dequantizes it; each that it stores in FP8 with one scale is multiplied as
+    it is, by codes that something in front makes, and nothing is scaled behind the product. No
+    other product is of FP8.
     """
     by_origin: dict[str, list[Layer]] = {}
     for layer in report.layers:
         for origin in layer.origins:
             by_origin.setdefault(origin, []).append(layer)
-    told = []
-    for origin, role in network.roles.items():
-        layers = by_origin.get(origin, [])
-        kinds = [layer.kind for layer in layers]
-        if role.startswith(PLUGIN):
-            calls = [layer for layer in layers if layer.kind == CUSTOM]
-            if len(calls) != 1 or len(layers) != 1:
-                told.append(
-                    f"{origin}: plugin {role.removeprefix(PLUGIN)} is {len(calls)} calls among "
-                    f"{len(layers)} layers ({', '.join(kinds) or 'none'}), not one call alone"
-                )
-        elif role == INT4:
-            fused = [one for one in layers if any(c.dtype == "Int4" for c in one.constants)]
-            if len(fused) != 1 or len(layers) != 1:
-                told.append(
-                    f"{origin}: the INT4 matrix is dequantized apart from its product, in "
-                    f"{len(layers)} layers ({', '.join(kinds) or 'none'})"
-                )
-        elif role == FP8:
-            fused = [one for one in layers if _multiplies_fp8(one)]
-            if len(fused) != 1:
-                told.append(
-                    f"{origin}: no product of FP8 by FP8 among its layers "
-                    f"({', '.join(kinds) or 'none'})"
-                )
+    problems = (
+        _problem(origin, role, by_origin.get(origin, [])) for origin, role in network.roles.items()
+    )
+    told = [problem for problem in problems if problem is not None]
+    told += [
+        f"{', '.join(layer.origins)}: a product of FP8 by FP8 that nobody asked for"
+        for layer in report.layers
+        if _multiplies_fp8(layer) and FP8 not in map(network.roles.get, layer.origins)
+    ]
     expected = sum(role.startswith(PLUGIN) for role in network.roles.values())
     found = sum(layer.kind == CUSTOM for layer in report.layers)
     if found != expected:
@@ -142,7 +129,25 @@ def faults(report: Report, network: Network) -> list[str]:
     return told
 
 
+def _problem(origin: str, role: str, layers: Sequence[Layer]) -> str | None:
+    """What became of a step instead of its role."""
+    among = f"{len(layers)} layers ({', '.join(layer.kind for layer in layers) or 'none'})"
+    if role.startswith(PLUGIN):
+        calls = sum(layer.kind == CUSTOM for layer in layers)
+        if calls != 1 or len(layers) != 1:
+            op = role.removeprefix(PLUGIN)
+            return f"{origin}: plugin {op} is {calls} calls among {among}, not one call alone"
+    elif role == INT4:
+        fused = sum(any(c.dtype == "Int4" for c in one.constants) for one in layers)
+        if fused != 1 or len(layers) != 1:
+            return f"{origin}: the INT4 matrix is dequantized apart from its product, in {among}"
+    elif role == FP8 and not (len(layers) == 1 and _multiplies_fp8(layers[0])):
+        return f"{origin}: not one product of FP8 by FP8 alone, but {among}"
+    return None
+
+
 def _multiplies_fp8(layer: Layer) -> bool:
+    """Whether codes are multiplied by codes; their scales stand behind them."""
     operands = (*layer.inputs, *layer.constants)
     return layer.kind == "gemm" and sum(one.dtype.startswith("FP8") for one in operands) >= 2
 

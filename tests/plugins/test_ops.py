@@ -64,6 +64,8 @@ MECHANISMS: dict[str, Mechanism] = {
     "int4_weight_linear_f32": "gemm",
     "fp8_linear": "fp8_gemm",
     "fp8_linear_f32": "fp8_gemm",
+    "fp8_static_linear": "fp8_gemm",
+    "fp8_static_linear_f32": "fp8_gemm",
     "fp8_experts": "fp8_gemm",
     "experts": "experts",
     "expert_dispatch": "experts",
