@@ -36,6 +36,8 @@ _HINTS = {
     errno.EROFS: "choose an output on a file system that is not read-only",
     errno.ENOTDIR: "a part of that path is a file; choose another output",
     errno.EEXIST: "a part of that path is a file; choose another output",
+    errno.ENOENT: "make the directory that it shall be in first",
+    errno.EISDIR: "that is a directory; give the name of a file",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
@@ -230,8 +232,10 @@ def refuse_unwritable(*paths: Path | None) -> None:
     """
     for path in paths:
         if path is not None:
-            staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
             with writing(path):
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                staged = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
                 staged.touch()
                 staged.unlink()
 

@@ -111,8 +111,19 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work_for_it(tmp_pat
     (tmp_path / "there").write_text("kept")
 
     refuse_unwritable(tmp_path / "there", None, tmp_path / "new")
-    with pytest.raises(ResourceError, match=r"cannot be written: No such file"):
+    with pytest.raises(ResourceError, match=r"cannot be written: No such file") as caught:
         refuse_unwritable(tmp_path / "new", tmp_path / "nowhere" / "new")
+    assert caught.value.hint == "make the directory that it shall be in first"
 
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there").read_text() == "kept"
+
+
+def test_a_directory_is_refused_as_a_file_before_the_work_for_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+
+    with pytest.raises(ResourceError, match=r"there' cannot be written: Is a directory") as caught:
+        refuse_unwritable(tmp_path / "there")
+
+    assert caught.value.hint == "that is a directory; give the name of a file"
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

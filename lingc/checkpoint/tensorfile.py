@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 
 from lingc import strict_json
 from lingc.errors import CheckpointError
@@ -86,6 +87,23 @@ def read_header(path: Path) -> dict[str, Stored]:
     tensors = _parse(path, text)
     _check_cover(path, tensors, 8 + length_bytes, file_bytes)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_note(path: Path, key: str) -> Any:
+    """What a file says of itself, JSON under a key of its metadata.
+
+    Raises:
+        OSError: It cannot be read.
+        SafetensorError: It is not a safetensors file.
+        ValueError: It is a directory, it has no such key, or the value is no JSON.
+    """
+    if path.is_dir():
+        raise ValueError("it is a directory")
+    with safe_open(path, "np") as file:
+        metadata = file.metadata() or {}
+    if key not in metadata:
+        raise ValueError(f"it is safetensors of another kind, without {key!r} in its metadata")
+    return json.loads(metadata[key])
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -39,7 +39,7 @@ from lingc.errors import GateError
 @click.option("--windows", type=click.IntRange(min=1), help="How many to take (default: all).")
 @click.option(
     "--resamples",
-    type=click.IntRange(min=100),
+    type=click.IntRange(min=100, max=1_000_000),
     default=2000,
     show_default=True,
     help="Resamples behind the intervals.",
@@ -52,7 +52,7 @@ from lingc.errors import GateError
 @click.option(
     "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows at once."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of an engine on a CPU.")
+@click.option("--threads", type=output.THREADS, help="Threads of an engine on a CPU.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -104,13 +104,19 @@ def command(
     tokenizer = next((one.tokenizer for one in subjects if one.tokenizer is not None), None)
     vocab = min(one.config.vocab_size for one in subjects)
     read = read_windows(text, vocab=vocab, tokenizer=tokenizer, window=window, limit=windows)
+    longest = max(len(each.ids) for each in read)
+    positions = min(one.config.max_position_embeddings for one in subjects)
+    if longest > positions:
+        raise click.UsageError(
+            f"--window {window} gives one of {longest} tokens, the model was made for {positions}"
+        )
     plans = [one.plan for one in subjects]
     with ExitStack() as stack:
         sides = []
         for place, one in enumerate(subjects):
             start = Start(
                 slots=min(batch, len(read)),
-                tokens=max(len(each.ids) for each in read),
+                tokens=longest,
                 phases=("prefill",),
                 threads=threads,
                 rounding=plans[1 - place] if weights == "engine" and len(plans) == 2 else None,

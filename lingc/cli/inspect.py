@@ -19,6 +19,15 @@ from lingc.errors import IntegrityError, UsageError
 
 Document = Mapping[str, Any]
 
+_USED: Mapping[str, frozenset[str]] = {
+    "--plan": frozenset(("is_plan",)),
+    "--schedule": frozenset(("schedule", "page", "phase", "batch", "context", "tokens", "target")),
+    "--layers": frozenset(("layers", "phase", "target")),
+    "--diff": frozenset(("other",)),
+    "a list of contents": frozenset(("why",)),
+}
+"""What is shown, and the options that say something to it."""
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
@@ -88,6 +97,20 @@ def command(
       lingc inspect h20.ling --schedule --batch 16 --context 32768
       lingc inspect artifacts/checkpoints/ling-tiny --json
     """  # noqa: D301 click's mark for a block that is not rewrapped
+    shown = next(
+        (
+            name
+            for name, is_asked in (
+                ("--plan", is_plan),
+                ("--schedule", schedule or page is not None),
+                ("--layers", layers),
+                ("--diff", other is not None),
+            )
+            if is_asked
+        ),
+        "a list of contents",
+    )
+    output.refuse_idle(shown, frozenset().union(*_USED.values()) - _USED[shown])
     if is_plan:
         _show_plan(out, path)
         return

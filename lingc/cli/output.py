@@ -17,15 +17,17 @@ warnings, logs and progress go to stderr. A command takes an `Output` first:
 import functools
 import json
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import PurePath
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -166,6 +168,45 @@ def from_flags(*, as_json: bool, verbose: int, quiet: bool, no_color: bool, mode
     verbosity = -1 if quiet else min(verbose, 2)
     _send_logs_to_stderr(verbosity)
     return Output(as_json=as_json, verbosity=verbosity, is_colored=not no_color, mode=mode)
+
+
+class _Threads(click.IntRange):
+    """A number of threads; many more than there are processors stop a machine with waiting."""
+
+    _A_PROCESSOR = 4
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        count = int(super().convert(value, param, ctx))
+        processors = os.cpu_count() or 1
+        if count > self._A_PROCESSOR * processors:
+            self.fail(
+                f"{count} threads are more than {self._A_PROCESSOR} for each of the {processors} "
+                "processors here",
+                param,
+                ctx,
+            )
+        return count
+
+
+THREADS = _Threads(min=1)
+"""The type of an option for threads on a CPU."""
+
+
+def refuse_idle(action: str, idle: Collection[str]) -> None:
+    """Refuse what was given and would not be looked at.
+
+    Args:
+        action: What is asked for, in words.
+        idle: Parameters of the running command that say nothing to it.
+
+    Raises:
+        click.UsageError: One of them was given on the command line.
+    """
+    context = click.get_current_context()
+    for one in context.command.params:
+        was_given = context.get_parameter_source(str(one.name)) is ParameterSource.COMMANDLINE
+        if was_given and one.name in idle:
+            raise click.UsageError(f"{one.opts[0]} says nothing to {action}; leave it out")
 
 
 def bytes_text(count: float) -> str:

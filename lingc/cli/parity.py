@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
-from click.core import ParameterSource
 
 from lingc.cli import output
 from lingc.cli.failure import cache_dir
@@ -55,7 +54,7 @@ _MODES = ("prefill", "decode", "verify", "rollback", "draft", "all")
 @click.option(
     "--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Rows at once."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of an engine on a CPU.")
+@click.option("--threads", type=output.THREADS, help="Threads of an engine on a CPU.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -154,7 +153,8 @@ def command(
         from lingc.parity.opening import Weights
         from lingc.staging import refuse_unwritable
 
-    _refuse_idle(*_action(a, b, drift=drift, record=record, bisect=bisect, budget=budget))
+    action, used = _action(a, b, drift=drift, record=record, bisect=bisect, budget=budget)
+    output.refuse_idle(action, _OWN - used)
     refuse_unwritable(report, record, repro if bisect else None)
     if drift is not None:
         _drift(out, Path(a), drift, state_dtype, budget, data, report)
@@ -208,7 +208,7 @@ def _action(
     if alone and b is not None:
         raise click.UsageError(f"{alone} is of A alone; leave {b!r} out")
     if not alone and b is None:
-        raise click.UsageError("B is missing: what A is held against")
+        raise click.UsageError("there is no B, which A is held against")
     if alone:
         return alone, _DRIFT if drift is not None else _SCORE - {"weights"} | {"record"}
     if a == "repro":
@@ -218,16 +218,6 @@ def _action(
             raise click.UsageError("--budget judges a comparison; --bisect has limits of its own")
         return "--bisect", _SCORE - {"batch"} | {"bisect", "repro", "report"}
     return "a comparison", _SCORE | {"budget", "report"}
-
-
-def _refuse_idle(action: str, used: frozenset[str]) -> None:
-    """Refuse what was given and what this action would not look at."""
-    context = click.get_current_context()
-    for one in context.command.params:
-        name = str(one.name)
-        was_given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if was_given and name in _OWN - used:
-            raise click.UsageError(f"{one.opts[0]} says nothing to {action}; leave it out")
 
 
 def _compare(out: Output, settings: "Settings", report: Path | None) -> None:
@@ -290,7 +280,7 @@ def _bisect(out: Output, settings: "Settings", repro: Path, report: Path | None)
         from lingc.parity.bisect.search import COLUMNS, bisect
         from lingc.staging import write_whole
 
-    with out.stage("walk the steps", unit="modes") as advance:
+    with out.stage("walk the steps", unit="walks of a mode") as advance:
         result = bisect(settings, advance)
     if result.reproducer is not None:
         result.reproducer.write(repro)

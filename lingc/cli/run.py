@@ -88,7 +88,7 @@ _MOST_SLOTS = 8
     type=click.IntRange(min=1),
     help=f"Prompts at once (default: all, up to {_MOST_SLOTS}); the others wait.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="For an engine on a CPU.")
+@click.option("--threads", type=output.THREADS, help="For an engine on a CPU.")
 @click.option("--stats", "show_stats", is_flag=True, help="Speed and acceptance, on stderr.")
 @output.options
 def command(

@@ -49,7 +49,8 @@ def judge_plan(root: Path, manifest: Manifest) -> tuple[Plan | None, list[Check]
         plan = plans.from_json(value)
         summary.weights(plan, kind="external")
     except _BAD_PLAN as error:
-        return None, [failed("plan", PLAN, "a plan", str(error)[:200], _REBUILD)]
+        said = f"it has no {error}" if isinstance(error, KeyError) else str(error)[:200]
+        return None, [failed("plan", PLAN, "a plan", said, _REBUILD)]
     steps = sum(len(program.steps) for program in plan.programs.values())
     known = passed("plan-format", f"format {plan.format}")
     return plan, [known, passed("plan", f"{len(plan.programs)} programs, {steps} steps")]

@@ -31,6 +31,7 @@ from lingc.errors import InputError
 from lingc.parity.compare import Summary
 
 _FOLDER = Path(__file__).parent / "budgets"
+_WAY_OUT = f"start from {str(_FOLDER / 'engine-vs-eager.json')!r}"
 _COUNTS = {"top1_disagreements_above_margin"}
 _NUMBERS = (
     "mean_kl", "max_kl", "mean_abs", "max_abs", "top1_agreement", "top5_agreement",
@@ -194,9 +195,11 @@ def _read(path: Path) -> Budget:
             hint=f"give a file, or one of {', '.join(built_in())}",
         ) from error
     except ValueError as error:
-        raise InputError(f"budget {str(path)!r} is not JSON: {error}") from error
+        raise InputError(f"budget {str(path)!r} is not JSON: {error}", hint=_WAY_OUT) from error
     if not isinstance(value, dict):
-        raise InputError(f"budget {str(path)!r} holds a {type(value).__name__}, not an object")
+        raise InputError(
+            f"budget {str(path)!r} holds a {type(value).__name__}, not an object", hint=_WAY_OUT
+        )
     problems = list(_problems(value))
     if problems:
         listed = "".join(f"\n  - {line}" for line in problems)

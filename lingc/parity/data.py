@@ -12,7 +12,7 @@ the opening of the assistant's turn. Empty lines are skipped.
 
 import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -90,6 +90,26 @@ def read_rows(
             hint=f"write one JSON object a line, with one of the keys {', '.join(KEYS)}",
         )
     return rows
+
+
+def refuse_longer(rows: Sequence[Row], most: int, name: str) -> None:
+    """Refuse rows with more tokens than a model has positions.
+
+    Args:
+        rows: Of the file.
+        most: Positions that the model was made for.
+        name: Of the file, for the message.
+
+    Raises:
+        DataError: One is longer.
+    """
+    for row in rows:
+        if len(row.ids) > most:
+            raise DataError(
+                f"line {row.line} of {name!r} has {len(row.ids)} tokens, the model was made for "
+                f"{most}",
+                hint=f"--max-tokens {most} cuts rows to that, and less takes less memory",
+            )
 
 
 class _BadLineError(Exception):

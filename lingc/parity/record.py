@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from lingc.checkpoint.tensorfile import Maps, Stored, TensorWriter, read_header
+from lingc.checkpoint.tensorfile import Maps, Stored, TensorWriter, read_header, read_note
 from lingc.errors import DataError, IncompatibleError, InputError, LingcError
 from lingc.parity.data import Row
 from lingc.parity.side import Choice, Mode, Scores, Side, Tokens
@@ -107,8 +107,7 @@ def read(path: Path) -> tuple[About, Mapping[str, Stored]]:
         InputError: It is no record, or of a newer format.
     """
     try:
-        with safe_open(path, "np") as file:
-            value = json.loads((file.metadata() or {})[_KEY])
+        value = read_note(path, _KEY)
         tensors = read_header(path)
         if not isinstance(value, dict):
             raise InputError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from lingc.errors import DataError, IncompatibleError
 from lingc.parity.budget import Budget, Check, judge, load_budget
 from lingc.parity.compare import Comparison, Summary, Tokens, worst
-from lingc.parity.data import SAMPLE, Row, read_rows
+from lingc.parity.data import SAMPLE, Row, read_rows, refuse_longer
 from lingc.parity.engine import phases
 from lingc.parity.experts import Routing
 from lingc.parity.opening import (
@@ -201,6 +201,8 @@ def _rows(
         samples=settings.samples,
         max_tokens=settings.max_tokens,
     )
+    positions = min(one.config.max_position_embeddings for one in pair)
+    refuse_longer(rows, positions, settings.data.name)
     return rows, settings.data.name
 
 
@@ -267,7 +269,10 @@ def compare(
         advance(len(part))
     for mode, comparison in found:
         if not comparison.rows:
-            raise DataError(f"mode {mode!r} needs a row of at least 2 tokens, and there is none")
+            raise DataError(
+                f"mode {mode!r} needs a row of at least 2 tokens, and there is none",
+                hint="give longer rows, or leave that mode out",
+            )
     return found
 
 

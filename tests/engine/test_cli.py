@@ -197,6 +197,24 @@ def test_inspect_diff_names_fields_and_files(
     assert "no difference" in say("inspect", package, "--diff", package)[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--target", "spark"), "--target says nothing to a list of contents; leave it out"),
+        (("--schedule", "--layers"), "--layers says nothing to --schedule; leave it out"),
+        (("--plan", "--html", "x.html"), "--html says nothing to --plan; leave it out"),
+        (("--layers", "--batch", "4"), "--batch says nothing to --layers; leave it out"),
+    ],
+)
+def test_inspect_refuses_what_it_would_not_look_at(
+    package: Path, say: Say, words: tuple[str, ...], said: str
+) -> None:
+    code, out, err = say("inspect", package, *words)
+
+    assert (code, out) == (2, "")
+    assert said in err
+
+
 def test_inspect_tells_a_checkpoint(say: Say) -> None:
     document = json.loads(say("inspect", CHECKPOINTS / "ling-tiny", "--json")[1])
 

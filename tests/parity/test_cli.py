@@ -102,12 +102,24 @@ def test_over_budget_exits_with_5_after_the_whole_result(
         (("SMALL", "SMALL", "--data", "bad.jsonl"), 3, "line 2: it is not JSON"),
         (("SMALL", "SMALL", "--mode", "sideways"), 2, "'sideways' is not one of"),
         (("SMALL", "SMALL", "--samples", "0"), 2, "0 is not in the range"),
+        (
+            ("SMALL", "SMALL", "--threads", "99999999999999"),
+            2,
+            "99999999999999 threads are more than 4 for each",
+        ),
+        (("SMALL", "SMALL", "--report", "."), 7, "'.' cannot be written: Is a directory"),
+        (
+            ("SMALL", "SMALL", "--data", "long.jsonl", "--max-tokens", "9000"),
+            3,
+            "line 1 of 'long.jsonl' has 4097 tokens, the model was made for 4096",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_answered(
     capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: int, message: str
 ) -> None:
     Path("bad.jsonl").write_text('{"input_ids": [1]}\n{\n', encoding="utf-8")
+    Path("long.jsonl").write_text(json.dumps({"input_ids": [1] * 4097}), encoding="utf-8")
 
     given = [word.replace("SMALL", str(checkpoint())) for word in words]
 

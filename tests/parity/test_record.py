@@ -85,9 +85,14 @@ def test_what_is_no_record_is_refused(folder: Path, tmp_path: Path) -> None:
     lost = tmp_path / "lost"
     save_file({k: v for k, v in tensors.items() if k != "draft.1.logits"}, lost, metadata)
 
+    foreign = tmp_path / "foreign"
+    save_file(tensors, foreign)
+
     for path in (cut, other, said, lost):
         with pytest.raises(InputError, match="is not a record"):
             read(path)
+    with pytest.raises(InputError, match="is not a record: it is safetensors of another kind"):
+        read(foreign)
 
 
 def test_the_command_records_and_leaves_nothing_when_it_cannot(

@@ -167,8 +167,23 @@ def test_a_recipe_that_is_not_json_is_refused_with_the_place(tmp_path: Path) -> 
     path = tmp_path / "x.json"
     path.write_text('{"name": }')
 
-    with pytest.raises(RecipeError, match=r"is not JSON: .*column 10"):
+    with pytest.raises(RecipeError, match=r"is not JSON: .*column 10") as caught:
         load_recipe(path)
+    assert "lingc recipes fp8 --json" in str(caught.value.hint)
+
+
+def test_what_is_there_under_a_bare_name_is_taken_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text(json.dumps(GOOD))
+    Path("fp8").mkdir()
+    Path("folder").mkdir()
+
+    assert load_recipe("mine").name == GOOD["name"]
+    assert load_recipe("fp8").name == "fp8"
+    with pytest.raises(RecipeError, match="'folder' cannot be read: Is a directory"):
+        load_recipe("folder")
 
 
 @pytest.mark.parametrize(

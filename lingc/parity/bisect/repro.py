@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lingc.checkpoint.tensorfile import read_note
 from lingc.errors import InputError
 from lingc.interpret import run_step
 from lingc.parity.bisect.finding import Finding
@@ -119,10 +120,10 @@ def read(path: Path) -> Reproducer:
         InputError: It is not a reproducer, or of a newer format.
     """
     try:
+        about = read_note(path, _KEY)
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(
             f"{str(path)!r} is not a reproducer: {error}",
             hint="`lingc parity A B --bisect --repro FILE` writes one",

@@ -296,7 +296,10 @@ def _walk(
         most = PREFILL_TOKENS if mode == "prefill" else STEP_TOKENS
         ids = [row.ids[:most] for row in rows if len(row.ids) > 1 or mode != "draft"]
         if not ids:
-            raise DataError(f"mode {mode!r} needs a row of at least 2 tokens, and there is none")
+            raise DataError(
+                f"mode {mode!r} needs a row of at least 2 tokens, and there is none",
+                hint="give longer rows, or leave that mode out",
+            )
         try:
             side.score(ids, mode)
         except FoundError:
