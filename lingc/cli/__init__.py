@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
     {
         "build": "Compile a checkpoint into a package.",
         "bind": "Pack a checkpoint's weights for a package that has none.",
+        "deploy": "Write what runs a TensorRT package without Python.",
         "run": "Generate text with a package.",
         "calibrate": "Round weights by what sample data shows.",
         "quantize": "Write a quantized checkpoint.",

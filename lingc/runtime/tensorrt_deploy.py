@@ -1,0 +1,215 @@
+"""What runs a TensorRT package without Python: engines, plugin tables and kernels as plain files.
+
+    FOLDER/
+      deploy.json             what to bind to each engine, and where its weights are
+      engines/<phase>.engine
+      plugins/<sha256>.json   the table that the engines' plugins launch from
+      plugins/<sha256>.kernel what it launches
+      source/                 the plugins in C++, to be compiled against the host's TensorRT
+      libling_plugins.so      the same, compiled, where headers were given
+
+Weights stay in the package: safetensors files, which hold them as they are bound.
+"""
+
+import importlib.resources
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lingc import plugin_table
+from lingc.device import Binary
+from lingc.engine import Package, canonical
+from lingc.errors import IncompatibleError, MissingExtraError, StageError
+from lingc.plan import TensorType
+from lingc.plugin_table import PluginTable
+from lingc.runtime.tensorrt_package import TensorrtCode, read_code
+from lingc.staging import Staging
+
+FORMAT = 1
+"""Version of `deploy.json`."""
+
+DESCRIPTION, ENGINES, PLUGINS, SOURCE = "deploy.json", "engines", "plugins", "source"
+LIBRARY = "libling_plugins.so"
+VARIABLE = "LINGC_PLUGINS"
+"""Environment variable by which the compiled plugins find their tables and kernels."""
+
+COMPILER = "g++"
+_FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
+_HEADERS = ("NvInfer.h", "cuda_runtime_api.h")
+
+
+def deploy(
+    package: Package,
+    folder: Path,
+    *,
+    includes: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write what a program without Python needs, whole or not at all.
+
+    Args:
+        package: With a TensorRT variant as the one that was chosen.
+        folder: Where it shall be.
+        includes: Folders with the headers of TensorRT and CUDA, to compile the plugins with; they
+            are left as source where none is given.
+        overwrite: Replace what an earlier call left there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        IncompatibleError: It is no TensorRT engine.
+        IntegrityError: The package is not what was written.
+        MissingExtraError: There is no compiler, or a header is in none of the folders.
+        StageError: The compiler refuses.
+        UsageError: Something is at `folder` that may not be replaced.
+        ResourceError: The place cannot be written to.
+    """
+    code_info = package.code()
+    if code_info.engine != "tensorrt":
+        raise IncompatibleError(
+            f"{str(package.root)!r} is an engine of kind {code_info.engine!r}, which has no "
+            "plugins to deploy",
+            hint="`lingc build --engine tensorrt` makes one that has",
+        )
+    code = read_code(package)
+    with Staging(folder, replaceable=_is_deployed if overwrite else None) as staging:
+        inside = staging.content
+        (inside / ENGINES).mkdir()
+        for phase, engine in code.engines.items():
+            (inside / ENGINES / f"{phase}.engine").write_bytes(engine())
+        write_bundle(inside / PLUGINS, code.table, code.digest, code.kernel)
+        shutil.copytree(source(), inside / SOURCE)
+        if includes:
+            compile_plugins(inside / SOURCE, inside / LIBRARY, includes)
+        described = description(package, code, code_info.info)
+        (inside / DESCRIPTION).write_bytes(canonical.encode(described))
+        staging.publish()
+    return staging.final
+
+
+def source() -> Path:
+    """Where the C++ of the plugins is installed."""
+    found = importlib.resources.files("lingc").joinpath("targets", "tensorrt", "cpp")
+    assert isinstance(found, Path), "lingc is installed as files"
+    return found
+
+
+def write_bundle(
+    folder: Path, table: PluginTable, digest: str, kernel: Callable[[int], Binary]
+) -> None:
+    """A table and its kernels as files of a folder, each named by its SHA-256.
+
+    Args:
+        folder: Made where it is not there.
+        digest: Of the table, by which engines name it.
+        kernel: A kernel by its number in the table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = canonical.encode(plugin_table.to_value(table))
+    (folder / f"{digest}.json").write_bytes(data)
+    for number, image in enumerate(table.images):
+        (folder / f"{image}.kernel").write_bytes(kernel(number).to_bytes())
+
+
+def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> None:
+    """Compile the C++ plugins: some seconds.
+
+    Raises:
+        MissingExtraError: There is no compiler, or a header is in none of the folders.
+        StageError: The compiler refuses, with its own words.
+    """
+    compiler = shutil.which(COMPILER)
+    if compiler is None:
+        raise MissingExtraError(
+            f"the plugins are C++, and there is no {COMPILER} here to compile them",
+            hint="apt install g++, version 11 or newer; or leave out --include, and compile them "
+            "where they shall run: docs/tensorrt.md has the command",
+        )
+    for header in _HEADERS:
+        if not any((folder / header).is_file() for folder in includes):
+            looked = ", ".join(map(str, includes))
+            raise MissingExtraError(
+                f"{header!r} is in none of the folders to include: {looked}",
+                hint="NvInfer.h comes with TensorRT's archive, or from github.com/NVIDIA/TensorRT, "
+                "include/, of the installed version; cuda_runtime_api.h with CUDA, or with pip "
+                "install nvidia-cuda-runtime nvidia-cuda-crt",
+            )
+    folders = [word for folder in includes for word in ("-isystem", str(folder))]
+    command = (compiler, *_FLAGS, *folders, str(sources / "plugin.cpp"), "-o", str(library), "-ldl")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise StageError(
+            f"{COMPILER} does not compile the plugins: {done.stderr.strip()[:600]}",
+            hint="they are for TensorRT 10.16, 11.x and TensorRT for RTX 1.7, and C++17",
+        )
+
+
+def load_plugins(trt: Any, folder: Path) -> None:
+    """Have a deployed folder's library make the plugins of this process, in the place of Python's.
+
+    The folder's tables are found by the environment variable `LINGC_PLUGINS`, which must name
+    them.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+
+    Raises:
+        MissingExtraError: The plugins were not compiled.
+        IncompatibleError: TensorRT does not take the library.
+    """
+    library = folder / LIBRARY
+    if not library.is_file():
+        raise MissingExtraError(
+            f"{str(library)!r} is not there: the plugins were not compiled",
+            hint="lingc deploy --include TENSORRT/include --include CUDA/include does",
+        )
+    if trt.get_plugin_registry().load_library(str(library)) is None:
+        raise IncompatibleError(
+            f"TensorRT {trt.__version__} does not load {str(library)!r}",
+            hint="its own log, above, says why; compile it against the headers of this version",
+        )
+
+
+def description(package: Package, code: TensorrtCode, info: Mapping[str, Any]) -> dict[str, Any]:
+    """`deploy.json`: what to bind to each engine, in what shapes; letters are open sizes."""
+    plan = code.plan
+    inside = set(info["embedded_weights"])
+    phases = {}
+    for phase, program in plan.programs.items():
+        phases[phase] = {
+            "engine": f"{ENGINES}/{phase}.engine",
+            "inputs": {name: _type(program.types[name]) for name in program.inputs},
+            "outputs": {
+                role: {"name": name, **_type(program.types[name])}
+                for role, name in program.outputs.items()
+            },
+            # Bound to the address of the state that it updates.
+            "updates": {value: state for state, value in program.updates.items()},
+            "states": list(program.states),
+            "weights": [name for name in program.weights if name not in inside],
+            "sizes": [dict(one.sizes) for one in code.buckets if one.phase == phase],
+        }
+    return {
+        "format": FORMAT,
+        "target": plan.target,
+        "bundle_id": package.manifest.bundle_id,
+        "library": {"module": code.module, "version": code.version},
+        "page_size": plan.page_size,
+        "plugins": PLUGINS,
+        "table": code.digest,
+        "phases": phases,
+        "states": {name: _type(kind) for name, kind in plan.states.items()},
+        "weights": {name: _type(spec.type) for name, spec in plan.weights.items()},
+        "weight_files": list(package.names("weights")),
+    }
+
+
+def _type(kind: TensorType) -> dict[str, Any]:
+    return {"dtype": kind.dtype, "shape": list(kind.shape)}
+
+
+def _is_deployed(folder: Path) -> bool:
+    return (folder / DESCRIPTION).is_file() or not any(folder.iterdir())

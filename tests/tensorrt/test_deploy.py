@@ -1,0 +1,128 @@
+"""`lingc deploy`: what a program without Python needs, whole or not at all."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lingc.engine import Code
+from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, UsageError
+from lingc.runtime.tensorrt_deploy import LIBRARY, deploy, load_plugins, source
+from tests.tensorrt.engines import plugins
+from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
+from tests.tensorrt.test_backend import PRECISION, TARGET, Held
+
+
+class Packed(Held):
+    """A package's files, with all its kernels."""
+
+    root = Path("spark.ling")
+    manifest = SimpleNamespace(bundle_id="0" * 64)
+    engine = "tensorrt"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.info["embedded_weights"] = ["layers.0.linear.weight"]
+        made = plugins(TARGET, PRECISION)
+        self.files |= {f"kernels/{name}.xz": data for name, data in made.kernels.items()}
+        self.files |= {f"variants/{TARGET}/{p}.engine": p.encode() for p in self.plan.programs}
+
+    def code(self) -> Any:
+        info: Mapping[str, Any] = MappingProxyType(self.info)
+        return Code(target=TARGET, engine=self.engine, info=info, files={})
+
+    def names(self, role: str) -> tuple[str, ...]:
+        return ("weights/a.safetensors",) if role == "weights" else super().names(role)
+
+
+@pytest.fixture
+def packed() -> Any:
+    """Kernels of tests are for no architecture."""
+    held = Packed()
+    held.change_table(lambda table: table.update(arch="none"))
+    return held
+
+
+def test_all_that_is_needed_is_written(packed: Any, tmp_path: Path) -> None:
+    made = deploy(packed, tmp_path / "spark")
+    told = json.loads((made / "deploy.json").read_text())
+    files = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
+    plan = packed.plan
+
+    assert {f"engines/{phase}.engine" for phase in plan.programs} <= files
+    assert (made / told["phases"]["decode"]["engine"]).read_bytes() == b"decode"
+    assert f"plugins/{told['table']}.json" in files
+    assert sum(name.endswith(".kernel") for name in files) == len(
+        {*plugins(TARGET, PRECISION).table.images}
+    )
+    assert {f"source/{path.name}" for path in source().iterdir()} <= files
+    assert LIBRARY not in files
+    decode = told["phases"]["decode"]
+    assert decode["inputs"]["token_ids"] == {"dtype": "i32", "shape": ["B"]}
+    assert set(decode["updates"].values()) <= set(decode["states"])
+    assert decode["sizes"][0].keys() >= {"B", "P"}
+    assert "layers.0.linear.weight" not in decode["weights"]
+    assert set(decode["weights"]) <= set(told["weights"])
+    assert told["weight_files"] == ["weights/a.safetensors"]
+
+
+def test_what_is_there_is_replaced_only_when_it_was_written_by_this_and_that_is_wanted(
+    packed: Any, tmp_path: Path
+) -> None:
+    made = deploy(packed, tmp_path / "spark")
+    with pytest.raises(UsageError, match="exists already"):
+        deploy(packed, made)
+    deploy(packed, made, overwrite=True)
+    (made / "deploy.json").unlink()
+    with pytest.raises(UsageError, match="not"):
+        deploy(packed, made, overwrite=True)
+
+
+def test_what_fails_leaves_nothing(
+    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MissingExtraError, match=r"'NvInfer\.h' is in none of|there is no g"):
+        deploy(packed, tmp_path / "spark", includes=[tmp_path])
+    packed.files[f"kernels/{plugins(TARGET, PRECISION).table.kernels[0]}.xz"] = b"other"
+    with pytest.raises(IntegrityError, match=r"of the engine (cannot be unpacked|is cut off)"):
+        deploy(packed, tmp_path / "spark")
+    monkeypatch.setattr(Packed, "engine", "cuda")
+    with pytest.raises(IncompatibleError, match="is an engine of kind 'cuda', which has no"):
+        deploy(packed, tmp_path / "spark")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@has_compiler
+@has_headers
+def test_plugins_are_compiled_where_headers_are_given(packed: Any, tmp_path: Path) -> None:
+    made = deploy(packed, tmp_path / "spark", includes=include_dirs())
+
+    assert (made / LIBRARY).read_bytes().startswith(b"\x7fELF")
+
+
+class Registry:
+    """Of a TensorRT that takes libraries, or does not."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer, self.loaded = answer, ""
+
+    def load_library(self, path: str) -> object:
+        self.loaded = path
+        return self.answer
+
+
+def test_a_library_that_is_not_there_or_not_taken_is_named(tmp_path: Path) -> None:
+    registry = Registry(object())
+    trt = SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.4.0")
+    with pytest.raises(MissingExtraError, match="the plugins were not compiled"):
+        load_plugins(trt, tmp_path)
+    (tmp_path / LIBRARY).touch()
+    load_plugins(trt, tmp_path)
+    assert registry.loaded == str(tmp_path / LIBRARY)
+    registry.answer = None
+    with pytest.raises(IncompatibleError, match=r"TensorRT 11\.4\.0 does not load"):
+        load_plugins(trt, tmp_path)
