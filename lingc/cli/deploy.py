@@ -46,8 +46,7 @@ def command(
     \b
     Examples:
       lingc deploy spark.ling -o spark
-      lingc deploy h20.ling -o h20 --include /usr/include/x86_64-linux-gnu \\
-        --include /usr/local/cuda/include
+      lingc deploy h20.ling -o h20 --include TENSORRT/include --include CUDA/include
     """  # noqa: D301 click's mark for a block that is not rewrapped
     from lingc.engine import open_package
     from lingc.runtime.tensorrt_deploy import LIBRARY, deploy
