@@ -101,6 +101,9 @@ class Op:
         benchmarks: Shapes of the full model.
         judge: Why results are wrong, from (arguments, got, want), or None; where an element by
             element comparison is not the right one (expert ids whose scores nearly tie).
+        rows: Arguments that have a row for each row of every result, where such a row comes of its
+            own rows of these and of all of the other arguments; none where rows depend on each
+            other, or where comparing all of them costs little.
         overload: The torch op that stands in graphs.
 
     A result that has the name of an argument is that argument, updated in place by kernels.
@@ -120,6 +123,7 @@ class Op:
     mechanism: Mechanism
     benchmarks: tuple[Benchmark, ...]
     judge: Callable[..., str | None] | None
+    rows: tuple[str, ...]
     overload: Any
 
     @property
@@ -161,6 +165,7 @@ def define(  # noqa: PLR0913 (an op is what it is)
     mechanism: Mechanism = "elementwise",
     benchmarks: tuple[Benchmark, ...] = (),
     judge: Callable[..., str | None] | None = None,
+    rows: tuple[str, ...] = (),
 ) -> Op:
     """Register an op with torch and in the table, and return it.
 
@@ -193,6 +198,7 @@ def define(  # noqa: PLR0913 (an op is what it is)
         mechanism=mechanism,
         benchmarks=benchmarks,
         judge=judge,
+        rows=rows,
         overload=overload,
     )
     OPS[name] = op

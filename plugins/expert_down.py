@@ -188,6 +188,7 @@ OP = define(
     inputs=inputs,
     layouts=layouts,
     mechanism="experts",
+    rows=("a", "ids", "weights", "residual"),
     cases=(
         (1, 1, 2, 8, 16, "bf16", 0, 0),
         (7, 3, 5, 16, 48, "bf16", 0, 1),

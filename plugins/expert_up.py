@@ -197,6 +197,7 @@ OP = define(
     inputs=inputs,
     layouts=layouts,
     mechanism="experts",
+    rows=("x", "ids"),
     cases=(
         (1, 1, 2, 8, 16, "bf16", 0, 0),
         (7, 3, 5, 16, 48, "bf16", 0, 1),

@@ -248,6 +248,7 @@ OP = define(
     tactics=tactics,
     pinned=pinned,
     mechanism="fp8_gemm",
+    rows=("x", "gate", "residual"),
     cases=(
         (1, 6, 8, "none", "none", "bf16", 0, 0),
         (7, 130, 300, "rms_norm", "none", "fp8", 0, 1),

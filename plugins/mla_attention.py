@@ -180,5 +180,6 @@ OP = define(
     refusal=refusal,
     tactics=tactics,
     mechanism="attention",
+    rows=("q", "positions"),
     benchmarks=(_benchmark("from the start", 0), _benchmark("after 24576", 24576)),
 )

@@ -47,8 +47,9 @@ Progress = Callable[[str], None]
 FORMAT = 1
 """Version of a record."""
 
-_FEW = 256
-"""Tokens of the prompt that the gate runs: the references are slow."""
+_FEW, _MANY = 256, 8192
+"""Tokens of the prompts that the gate runs: a short one that is compared everywhere, and as much of
+the longest as has room for its references beside a model's weights, compared at some rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +107,14 @@ class Report:
         return all(check.problem is None for check in self.gate)
 
 
-def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: None) -> Report:
+def run(
+    opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: None,
+    measured: Callable[[Report], None] = lambda _: None,
+) -> Report:  # fmt: skip
     """Load, check, measure.
+
+    Args:
+        measured: Called with what there is so far, each time that there is more.
 
     Raises:
         UsageError: The engine has weights of its own and others are to be drawn, or has none; or
@@ -148,7 +155,7 @@ def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: Non
         try:
             device.synchronize()
             report.loaded = time.perf_counter() - started
-            measure(backend, settings, report, hit, tell)
+            measure(backend, settings, report, hit, tell, measured)
         finally:
             backend.close()
     tell("measure what memory gives here")
@@ -159,7 +166,7 @@ def run(opened: OpenedEngine, settings: Settings, tell: Progress = lambda _: Non
 def limits_of(plan: Plan, settings: Settings, *, gate: bool = False) -> Limits:
     """Room for what is measured, or for what the gate looks at alone."""
     contexts = settings.contexts[:1] if gate else settings.contexts
-    prompts = (_FEW,) if gate else (*settings.prefills, 1)
+    prompts = (_FEW, min(max(settings.prefills), _MANY)) if gate else (*settings.prefills, 1)
 
     def pages(tokens: int) -> int:
         return -(-(tokens + 1) // plan.page_size)
@@ -216,17 +223,19 @@ def gate(backend: CudaBackend, settings: Settings, report: Report) -> dict[int, 
         ):
             given = part_inputs(backend, phase, batch, settings.contexts[0], each)
             report.gate += step_checks(backend, phase, given)[0]
-    length = min(settings.prefills[0], _FEW, backend.prefill_tokens)
-    (chunk,) = prefill_inputs(backend, length)
-    report.gate += step_checks(backend, "prefill", chunk)[0]
+    prompts = min(settings.prefills[0], _FEW), min(max(settings.prefills), _MANY)
+    for length in dict.fromkeys(prompts):
+        (chunk,) = prefill_inputs(backend, min(length, backend.prefill_tokens))
+        report.gate += step_checks(backend, "prefill", chunk)[0]
     return hit
 
 
 def measure(
     backend: CudaBackend, settings: Settings, report: Report,
     hit: Mapping[int, tuple[int, ...]] = MappingProxyType({}), tell: Progress = lambda _: None,
+    measured: Callable[[Report], None] = lambda _: None,
 ) -> None:  # fmt: skip
-    """All numbers; the engine was shown to be right."""
+    """All numbers, `measured` called behind each; the engine was shown to be right."""
     for batch in settings.batches:
         for context in settings.contexts:
             tell(f"decode, batch {batch}, context {context}")
@@ -235,11 +244,13 @@ def measure(
                 profiled=settings.profile,
             )  # fmt: skip
             report.decodes.append(found)
+            measured(report)
     for batch in settings.batches:
         for drafts in (0, *settings.drafts):
             tell(f"generate, batch {batch}" + (f", {drafts} drafts" if drafts else ""))
             made = generate(backend, batch, tokens=settings.tokens, drafts=drafts)
             report.generations.append(made)
+            measured(report)
     for drafts, batch, context in product(settings.drafts, settings.batches, settings.contexts):
         if not backend.rounds(drafts).fits(batch, 1):
             tell(f"no code for rounds of {batch} sequences, {drafts} drafts: not timed")
@@ -250,12 +261,15 @@ def measure(
                 backend, batch, context, drafts, rounds=settings.tokens, acceptance=acceptance
             )
             report.speculations.append(one)
+            measured(report)
         report.parts += parts(
             backend, batch, context, drafts, tokens=settings.tokens, profiled=settings.profile
         )
+        measured(report)
     for length in settings.prefills:
         tell(f"prefill, {length} tokens")
         report.prefills.append(prefill(backend, length, profiled=settings.profile))
+        measured(report)
 
 
 def ceilings(device: Device, plan: Plan, settings: Settings) -> dict[str, float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lingc.bench.sampled import arguments_at, rows_of
 from lingc.compare import close
 from lingc.device import Binary, Device, launch_all
 from lingc.kernel import Kernel, Tactic, Tensor
@@ -54,8 +55,8 @@ class Timing:
         microseconds: Of one call, hand-off to the next included: 10th, 50th and 90th percentile.
         moved_bytes: What one call must read and write, by the op's cost.
         flops: By the op's cost.
-        gated: Whether this shape itself went through the gate; a large one is timed on the word of
-            the smaller ones, since its reference in FP64 would not fit.
+        gated: Whether this shape itself went through the gate, a large one by some of its rows;
+            one whose reference in FP64 does not fit is timed on the word of the smaller ones.
         facts: Registers, local memory and blocks a multiprocessor of each launch.
     """
 
@@ -266,22 +267,38 @@ def check(
 ) -> Iterator[Fault]:  # fmt: skip
     """Run tactics on arguments and compare with the reference in FP64.
 
+    Large results are compared at some rows, those of `lingc.bench.sampled`; that they are written
+    everywhere, and the same twice, is looked at in all of them.
+
     Args:
         similar: Similarity error up to which results are right though single elements are not.
+
+    Raises:
+        torch.OutOfMemoryError: The reference does not fit.
     """
-    want = op.reference(*wide_arguments(op, arguments))
-    want = [want] if isinstance(want, torch.Tensor) else list(want)
+    want = Wanted(op, arguments, similar=similar)
     arranged = arrange_all(op, arguments)
     for tactic in tactics:
-        problem = _problem(device, op, arguments, tactic, binaries, want, arranged, similar=similar)
+        problem = _problem(device, op, arguments, tactic, binaries, want, arranged)
         if problem is not None:
             yield Fault(op=op.name, case=label, tactic=tactic.name, problem=problem)
 
 
+def faults_of(
+    device: Device, op: Op, arguments: Sequence[Any], tactics: Sequence[Tactic],
+    binaries: Mapping[Kernel, Binary], label: str, *, similar: float = 0.0,
+) -> list[Fault] | None:  # fmt: skip
+    """What `check` finds, or None where the device has no room for the reference."""
+    try:
+        return [*check(device, op, arguments, tactics, binaries, label, similar=similar)]
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
 def _problem(
     device: Device, op: Op, arguments: Sequence[Any], tactic: Tactic,
-    binaries: Mapping[Kernel, Binary], want: Sequence[torch.Tensor],
-    arranged: Mapping[str, torch.Tensor], *, similar: float,
+    binaries: Mapping[Kernel, Binary], want: "Wanted", arranged: Mapping[str, torch.Tensor],
 ) -> str | None:  # fmt: skip
     runs = []
     for _ in range(2):
@@ -298,7 +315,33 @@ def _problem(
         return f"left counters {', '.join(dirty)} at other than zero"
     if strange := _disturbed(device, op, arguments, tactic, binaries, arranged, got):
         return f"row 0 of {strange} depends on what the other rows hold"
-    return _judged(op, arguments, got, want, similar=similar)
+    return want.problem(got)
+
+
+class Wanted:
+    """What an op's reference makes of arguments in FP64, whole or at some rows.
+
+    Args:
+        similar: Similarity error up to which results are right though single elements are not.
+    """
+
+    def __init__(self, op: Op, arguments: Sequence[Any], *, similar: float) -> None:
+        self._op, self._similar = op, similar
+        self._rows = rows = rows_of(op, arguments)
+        self._given = arguments if rows is None else arguments_at(op, arguments, rows)
+        made = op.reference(*wide_arguments(op, self._given))
+        self._results = [made] if isinstance(made, torch.Tensor) else list(made)
+
+    def problem(self, got: Sequence[torch.Tensor]) -> str | None:
+        """Why results are not that, or None."""
+        if self._rows is None:
+            return _judged(self._op, self._given, got, self._results, similar=self._similar)
+        for name, one in zip(self._op.results, got, strict=True):
+            if one.is_floating_point() and bool(one.isnan().any()):
+                return f"{name}: {int(one.isnan().sum())} of {one.numel()} elements are NaN"
+        some = [one[self._rows] for one in got]
+        found = _judged(self._op, self._given, some, self._results, similar=self._similar)
+        return found and f"of rows {', '.join(map(str, self._rows[:3].tolist()))}, …: {found}"
 
 
 def problem_of(
@@ -311,9 +354,7 @@ def problem_of(
     rounds the other way. So results are compared as a whole, but for integers and codes, which have
     a judge; the gate over cases goes element by element, as this does where `similar` is 0.
     """
-    want = op.reference(*wide_arguments(op, arguments))
-    wanted = [want] if isinstance(want, torch.Tensor) else list(want)
-    return _judged(op, arguments, got, wanted, similar=similar)
+    return Wanted(op, arguments, similar=similar).problem(got)
 
 
 def _judged(

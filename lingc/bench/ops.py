@@ -37,8 +37,6 @@ class Settings:
         match: Only benchmarks whose name contains one of these; all where empty.
         cases: Whether the ops' small cases go through the gate too.
         timed: Whether anything is timed.
-        large: Tokens from which on the gate leaves a benchmark's shape out: its reference in FP64
-            would not fit. The cases cover it.
         jobs: Processes that compile.
         compilers: Whose binaries to take from the cache; those installed here where None.
         peers: Whether kernels of other projects that are installed run beside ours.
@@ -51,7 +49,6 @@ class Settings:
     match: tuple[str, ...] = ()
     cases: bool = True
     timed: bool = True
-    large: int = 2048
     jobs: int | None = None
     compilers: Compilers | None = None
     peers: bool = False
@@ -179,8 +176,8 @@ def _measure(
     for one, tactics in found:
         arguments = one.op.inputs(*one.case, dtype="bf16", device="cuda")
         wrong: set[str] = set()
-        if one.tokens < settings.large:
-            bad = list(kernels.check(device, one.op, arguments, tactics, binaries, one.label))
+        bad = kernels.faults_of(device, one.op, arguments, tactics, binaries, one.label)
+        if bad is not None:
             wrong = {fault.tactic for fault in bad}
             faults += bad
             gated += len(tactics)
@@ -189,7 +186,7 @@ def _measure(
             timings += [
                 kernels.time_tactic(
                     device, one.op, one.benchmark, one.tokens, arguments, tactic, binaries,
-                    arranged, gated=one.tokens < settings.large,
+                    arranged, gated=bad is not None,
                 )
                 for tactic in tactics
                 if tactic.name not in wrong

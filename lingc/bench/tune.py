@@ -310,13 +310,10 @@ def _shape(
     binaries: Mapping[Kernel, Binary],
 ) -> Found:  # fmt: skip
     op, target = one.op, settings.target
-    gated = shape.work.tokens < settings.large
-    problems: dict[str, str] = {}
-    if gated:
-        faults = kernels.check(
-            device, op, arguments, shape.tactics, binaries, shape.known_as, similar=kernels.SIMILAR
-        )
-        problems = {fault.tactic: fault.problem for fault in faults}
+    faults = kernels.faults_of(
+        device, op, arguments, shape.tactics, binaries, shape.known_as, similar=kernels.SIMILAR
+    )
+    gated, problems = faults is not None, {one.tactic: one.problem for one in faults or ()}
     arranged = kernels.arrange_all(op, arguments)
     vary = next((bench.vary for bench in op.benchmarks if bench.vary is not None), None)
     benchmark = Benchmark(name=shape.work.name, case=lambda _: (), vary=vary)

@@ -83,7 +83,7 @@ _QUIET_CORES = 0.2
     type=click.Path(path_type=Path),
     help="Where the benchmark's own kernels are compiled already: `lingc tune --compile`.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Of both sides (default: all cores).")
+@click.option("--threads", type=output.THREADS, help="Of both sides (default: all cores).")
 @click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write a record.")
 @output.options
 def command(
@@ -118,7 +118,8 @@ def command(
     vectors come first; one without weights may have them drawn, and then every kind of step is held
     to its reference on what the steps before it made. Drawn weights guess nothing right, so that
     drafts are kept by force where --acceptance says how many: the time of a round is then real, and
-    how many tokens it gives is what was asked for.
+    how many tokens it gives is what was asked for. Its record grows as RECORD.partial, and has its
+    own name once it is whole.
 
     \b
     Examples:
@@ -215,17 +216,25 @@ def _cuda(
         compilers=None if binaries is None else read_compilers(binaries),
         **given,
     )
+    growing = measuring.Growing(out, path)
     opened = open_engine(
         engine,
         checkpoint=checkpoint,
         cache_dir=cache_dir() if settings.seed is None else None,
         target=target,
     )
-    report = bench.run(opened, settings, out.note)
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    told = bench.document(report, opened, settings, versions(), date)
-    if report.is_right:
-        measuring.keep(out, path, told)
+    known, date = versions(), datetime.now(UTC).isoformat(timespec="seconds")
+
+    def document(report: "Report") -> dict[str, Any]:
+        return bench.document(report, opened, settings, known, date)
+
+    with growing.told():
+        report = bench.run(
+            opened, settings, out.note, lambda some: growing.add(lambda: document(some))
+        )
+        told = document(report)
+        if report.is_right:
+            growing.finish(told)
     if out.as_json:
         out.emit(told)
     else:

@@ -71,9 +71,10 @@ def command(
     """Run the kernels of ops on this GPU: first against FP64, then for time.
 
     Binaries are compiled ahead of time and kept in the cache, or come from elsewhere. A tactic that
-    fails the gate is not timed, and the exit code is 5. Shapes of 2,048 tokens and more, whose
-    reference would not fit, are timed on the word of the smaller ones, with a star. Times are of
-    one call in a recorded series, cold data, the hand-off to the next call included.
+    fails the gate is not timed, and the exit code is 5. Products, experts and attention of 2,048
+    tokens and more are compared at some rows; a shape whose reference does not fit all the same is
+    timed on the word of the smaller ones, with a star. Times are of one call in a recorded series,
+    cold data, the hand-off to the next call included.
 
     \b
     Examples:

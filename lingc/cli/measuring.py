@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -68,9 +69,54 @@ def shares(text: str, option: str) -> tuple[float, ...]:
 
 def keep(out: Output, path: Path | None, record: object) -> None:
     """Write a record where it was asked for, whole or not at all, and say so."""
+    if path is not None:
+        _write(path, record)
+        out.note(f"record: {path}")
+
+
+def _write(path: Path, record: object) -> None:
     from lingc.staging import write_whole
 
-    if path is not None:
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(path, text + "\n")
-        out.note(f"record: {path}")
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+class Growing:
+    """A record that is written as it grows, under another name than the whole one will have.
+
+    Args:
+        path: The whole record's, None where none was asked for.
+
+    Raises:
+        ResourceError: It could not be written there.
+    """
+
+    def __init__(self, out: Output, path: Path | None) -> None:
+        from lingc.staging import refuse_unwritable
+
+        refuse_unwritable(path)
+        self._out, self._path = out, path
+        self._partial = None if path is None else path.with_name(f"{path.name}.partial")
+        self._has_some = False
+
+    def add(self, record: Callable[[], dict[str, object]]) -> None:
+        """Write what there is so far."""
+        if self._partial is not None:
+            _write(self._partial, {"partial": True, **record()})
+            self._has_some = True
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Say where the parts are if the whole is not reached."""
+        try:
+            yield
+        except BaseException:
+            if self._has_some:
+                self._out.note(f"not whole; what was measured before is in {self._partial}")
+            raise
+
+    def finish(self, record: object) -> None:
+        """Write the whole, and take the parts away."""
+        keep(self._out, self._path, record)
+        if self._partial is not None and self._has_some:
+            self._partial.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The command line of `lingc bench`, where the engine is a CUDA engine or should be one."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from lingc.bench.engine_times import Profiled
 from lingc.bench.record import Spread
 from lingc.cli import bench as cli
 from lingc.cli import lingc
-from lingc.errors import GateError, UsageError
+from lingc.errors import GateError, ResourceError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_what_another_engine_has_not_is_refused(
 def test_a_cuda_engine_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Settings] = []
 
-    def run(_opened: Any, settings: Settings, _tell: Any) -> Report:
+    def run(_opened: Any, settings: Settings, *_: Any) -> Report:
         asked.append(settings)
         return Report(device={"name": "a GPU", "sms": 132}, loaded=1.0)
 
@@ -122,3 +124,63 @@ def test_a_red_gate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(done.exception, GateError)
     assert "1 of 1 checks fail" in str(done.exception)
     assert "expert_up, up.x1: a differs" in str(done.exception.hint)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
+    """A benchmark of two parts; what is put into the list is raised between them."""
+    faults: list[BaseException] = []
+
+    def run(_opened: Any, _settings: Settings, _tell: Any, measured: Any) -> Report:
+        report = Report(device={"name": "a GPU", "sms": 132}, loaded=1.0)
+        measured(report)
+        for fault in faults:
+            raise fault
+        report.loaded = 2.0
+        measured(report)
+        return report
+
+    monkeypatch.setattr(cli, "_kind", lambda _: "cuda")
+    monkeypatch.setattr(engine, "run", run)
+    monkeypatch.setattr(engine, "document", lambda report, *_: {"loaded_s": report.loaded})
+    monkeypatch.setattr("lingc.runtime.load.open_engine", lambda *_args, **_more: None)
+    return faults
+
+
+def test_a_record_has_its_name_once_it_is_whole(timed: list[Any], tmp_path: Path) -> None:
+    assert not timed
+    words = ["x.ling", "--synthetic-weights", "7", "-o", str(tmp_path / "record.json")]
+
+    CliRunner().invoke(lingc, ["bench", *words], catch_exceptions=False)
+
+    (only,) = tmp_path.iterdir()
+    assert only.name == "record.json"
+    assert json.loads(only.read_text()) == {"loaded_s": 2.0}
+
+
+@pytest.mark.parametrize("fault", [GateError("no"), KeyboardInterrupt()], ids=["fails", "stops"])
+def test_what_was_measured_before_an_end_is_kept_as_a_part(
+    timed: list[Any], fault: BaseException, tmp_path: Path
+) -> None:
+    timed.append(fault)
+    words = ["x.ling", "--synthetic-weights", "7", "-o", str(tmp_path / "record.json")]
+
+    done = CliRunner().invoke(lingc, ["bench", *words])
+
+    assert done.exit_code != 0
+    (only,) = tmp_path.iterdir()
+    assert only.name == "record.json.partial"
+    assert json.loads(only.read_text()) == {"partial": True, "loaded_s": 1.0}
+    assert f"what was measured before is in {only}" in " ".join(done.output.split())
+
+
+def test_a_record_that_could_not_be_written_is_refused_before(
+    timed: list[Any], tmp_path: Path
+) -> None:
+    timed.append(AssertionError("measured in vain"))
+    words = ["x.ling", "--synthetic-weights", "7", "-o", str(tmp_path / "none" / "record.json")]
+
+    done = CliRunner().invoke(lingc, ["bench", *words])
+
+    assert isinstance(done.exception, ResourceError)
+    assert "record.json" in str(done.exception)
