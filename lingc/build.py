@@ -253,7 +253,7 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
         quant={
             "recipe": _recipe(compiled.recipe),
             "activations": plan.activation,
-            "note": _activation_note(compiled),
+            "note": _activation_note(compiled, made, checkpoint, request),
         },
         producer={**{name: version(name) for name in ("torch", "numpy")}, **made.producer},
         kernels={name: data for one in parts.codes for name, data in one.kernels.items()},
@@ -261,14 +261,34 @@ def _contents(parts: _Parts, checkpoint: Checkpoint | None, request: Request) ->
     )
 
 
-def _activation_note(compiled: Compiled) -> str:
+def _activation_note(
+    compiled: Compiled, made: Code, checkpoint: Checkpoint | None, request: Request
+) -> str:
     """Where activations are otherwise than the recipe says; empty where they are not."""
     wanted = compiled.recipe.activations
     if wanted != "plain" and not compiled.target.fp8_activations:
         return "weight-only: activations stay f32 on this target"
-    if wanted == "fp8_static":
-        return "activations are quantized on the fly, by no static scale"
-    return ""
+    if wanted != "fp8_static":
+        return ""
+    static = [spec for spec in made.plan.weights.values() if spec.part == "input_scales"]
+    if not static:
+        if made.kind != "tensorrt":
+            why = f"{made.kind} engines have no kernel for static scales"
+        elif request.weights != "embed":
+            why = "static scales are constants of an engine, and weights come later"
+        else:
+            why = "the recipe stores no matrix but experts with one scale"
+        return f"activations are quantized on the fly, in blocks: {why}"
+    told = []
+    if any(spec.format == "fp8_block" for spec in made.plan.weights.values()):
+        told.append("what matrices of blocks read, as experts are, is quantized on the fly")
+    assert checkpoint is not None, "static scales come from a checkpoint"
+    lost = sum(checkpoint.input_scale(spec.sources[0]) is None for spec in static)
+    if lost:
+        told.append(
+            f"{lost} of {len(static)} matrices have no calibrated scale of inputs, and get 1"
+        )
+    return "; ".join(told)
 
 
 def _recipe(recipe: Recipe) -> dict[str, Any]:

@@ -162,8 +162,8 @@ def command(
     wanted = built.compiled.recipe.activations
     if wanted != "plain" and plan.activation == "f32":
         out.note(f"{plan.precision} is weight-only on {plan.target}: activations stay FP32")
-    elif wanted == "fp8_static":
-        out.note(f"{plan.precision} on {plan.target} quantizes activations on the fly")
+    elif note := manifest.value["quant"]["note"]:
+        out.note(f"{plan.precision} on {plan.target}: {note}")
     names = ", ".join(manifest.variants)
     out.line(f"{path}  {bytes_text(size)}  {plan.precision} for {names}")
     out.line(f"bundle {manifest.bundle_id[:16]}, {seconds_text(time.perf_counter() - started)}")
