@@ -38,10 +38,12 @@ class Calls:
     Args:
         plan: Made for the target.
         target: What kernels are compiled for.
+        buckets: Sizes that calls are made for; those of the plan where None.
     """
 
     plan: Plan
     target: Target
+    buckets: tuple[Sizes, ...] | None = None
     made: list[Call] = field(default_factory=list)
     _tactics: Tactics = field(init=False)
     _known: dict[Any, int] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class Calls:
 
     def __post_init__(self) -> None:
         self._tactics = Tactics(self.plan, self.target)
-        self._sizes = sizes(self.plan)
+        self._sizes = sizes(self.plan) if self.buckets is None else self.buckets
 
     def number(self, phase: str, step: Step) -> int:
         """The number of a step's call in the table; equal calls of a phase have one.

@@ -9,7 +9,7 @@ one buffer. So an engine holds no weights, but for those that TensorRT fuses onl
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -29,6 +29,9 @@ from lingc.targets.tensorrt.calls import Calls
 from lingc.targets.tensorrt.native import EMBEDDED, NATIVE, is_native
 from lingc.targets.tensorrt.profile import ranges, shapes
 from lingc.targets.tensorrt.views import VIEWS
+
+if TYPE_CHECKING:
+    from lingc.targets.cuda.buckets import Sizes
 
 Compile = Callable[[tuple[Kernel, ...]], Mapping[Kernel, Binary]]
 Array = NDArray[Any]
@@ -77,7 +80,7 @@ class Network:
 
 
 def calls_of(
-    plan: Plan, target: Target, *, embeds: bool
+    plan: Plan, target: Target, *, embeds: bool, buckets: "tuple[Sizes, ...] | None" = None
 ) -> tuple[Calls, dict[str, tuple[int | None, ...]]]:
     """The plugin calls of a plan, and which step is which.
 
@@ -85,6 +88,7 @@ def calls_of(
         plan: Made for the target.
         target: What kernels are compiled for.
         embeds: Whether weights are there for those layers of TensorRT that want constants.
+        buckets: Sizes that plugins have launches for; those of the plan where None.
 
     Raises:
         UnsupportedError: Activations are not BF16.
@@ -95,7 +99,7 @@ def calls_of(
             f"the plan has {plan.activation} activations, and TensorRT engines compute in bf16",
             hint="build for a GPU",
         )
-    calls = Calls(plan, target)
+    calls = Calls(plan, target, buckets)
     numbers = {
         phase: tuple(
             None
@@ -108,9 +112,12 @@ def calls_of(
     return calls, numbers
 
 
-def tabled(plan: Plan, target: Target, compile_kernels: Compile, *, embeds: bool = False) -> Tabled:
+def tabled(
+    plan: Plan, target: Target, compile_kernels: Compile, *, embeds: bool = False,
+    buckets: "tuple[Sizes, ...] | None" = None,
+) -> Tabled:  # fmt: skip
     """Choose the plugins' launches and compile their kernels; see `calls_of`."""
-    calls, numbers = calls_of(plan, target, embeds=embeds)
+    calls, numbers = calls_of(plan, target, embeds=embeds, buckets=buckets)
     table, kernels = calls.table(compile_kernels(calls.kernels))
     data = canonical.encode(plugin_table.to_value(table))
     return Tabled(
@@ -169,6 +176,24 @@ class Lowering:
         _Phase(made, program, plugins, self).lower(numbers)
         return made
 
+    def into(self, made: Network, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Add a phase's steps to a network that has others, for a flavour that can.
+
+        Args:
+            made: The network, of the phase.
+            values: What the phase takes, its weights that are no constants included.
+
+        Returns:
+            Those and the values of all steps.
+        """
+        numbers = self._tabled.numbers[made.phase]
+        kind = plugin_class(self.backend.trt)
+        plugins = [kind(self._launcher, number) for number in numbers if number is not None]
+        lowered = _Phase(made, self.plan.programs[made.phase], plugins, self)
+        lowered.values.update(values)
+        lowered.steps(numbers)
+        return lowered.values
+
     def engine(self, made: Network) -> bytes:
         """Build a network.
 
@@ -196,7 +221,7 @@ class _Phase:
         self._program = program
         self._plugins = plugins
         self._lowering = lowering
-        self._values: dict[str, Value] = {}
+        self.values: dict[str, Value] = {}
 
     def lower(self, numbers: tuple[int | None, ...]) -> None:
         program, body = self._program, self._made.body
@@ -209,10 +234,16 @@ class _Phase:
         }
         for name in (*program.inputs, *program.states, *program.weights):
             if name not in program.weights or name in read:
-                self._values[name] = body.input(name, program.types[name])
+                self.values[name] = body.input(name, program.types[name])
+        self.steps(numbers)
+        for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
+            body.output(self.values[name], name)
+
+    def steps(self, numbers: tuple[int | None, ...]) -> None:
+        """Add what becomes of the steps; all that they take is there."""
         seen = 0
-        for step, number in zip(program.steps, numbers, strict=True):
-            body.begin(step)
+        for step, number in zip(self._program.steps, numbers, strict=True):
+            self._made.body.begin(step)
             if number is None:
                 self._native(step)
             else:
@@ -220,8 +251,6 @@ class _Phase:
                 self._made.roles[step.outputs[0]] = PLUGIN + op
                 self._plugin(step, seen)
                 seen += 1
-        for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
-            body.output(self._values[name], name)
 
     def _native(self, step: Step) -> None:
         if _constants(step):
@@ -230,11 +259,11 @@ class _Phase:
         args = [self._argument(arg) for arg in step.args]
         if step.op in VIEWS:
             kind = self._program.types[step.outputs[0]]
-            self._values[step.outputs[0]] = VIEWS[step.op](self._made.body, kind, *args)
+            self.values[step.outputs[0]] = VIEWS[step.op](self._made.body, kind, *args)
             return
         made = NATIVE[step.op.removeprefix("lingc.")](self._made.body, *args)
         results = made if isinstance(made, tuple) else (made,)
-        self._values.update(zip(step.outputs, results, strict=True))
+        self.values.update(zip(step.outputs, results, strict=True))
 
     def _embedded(self, step: Step) -> None:
         """A layer of whose weights some are constants."""
@@ -248,20 +277,20 @@ class _Phase:
             else:
                 args.append(self._argument(arg))
         self._made.roles[step.outputs[0]] = known.role
-        self._values[step.outputs[0]] = known.function(self._made.body, *args)
+        self.values[step.outputs[0]] = known.function(self._made.body, *args)
 
     def _plugin(self, step: Step, seen: int) -> None:
         plugin = self._plugins[seen]
-        inputs = [self._values[arg.name].tensor for arg in step.args if isinstance(arg, Ref)]
+        inputs = [self.values[arg.name].tensor for arg in step.args if isinstance(arg, Ref)]
         layer = self._lowering.backend.plugin(self._made.network, seen, plugin, inputs)
         self._made.body.named(layer, plugin.call.op)
         self._made.plugins[layer.name] = plugin
         for index, name in enumerate(step.outputs):
-            self._values[name] = Value(layer.get_output(index), self._program.types[name])
+            self.values[name] = Value(layer.get_output(index), self._program.types[name])
 
     def _argument(self, arg: Arg) -> Any:
         if isinstance(arg, Ref):
-            return self._values[arg.name]
+            return self.values[arg.name]
         if isinstance(arg, tuple):
             return tuple(self._argument(item) for item in arg)
         return arg
