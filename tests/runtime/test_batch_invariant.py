@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lingc.build import build
 from lingc.compile import Request as BuildRequest
 from lingc.engine import open_package
-from lingc.runtime import Completion, TokenLogprob, vectors
+from lingc.runtime import Completion, TokenLogprob
 from lingc.runtime.backend import Limits
 from lingc.runtime.cuda_backend import CudaBackend
 from lingc.runtime.sequence import Acceptance, Finish
 from lingc.weights import open_weights
 from tests.runtime import batches
+from tests.runtime.cuda_engine import plan_and_weights
 
 TINY = Path(__file__).parents[2] / "artifacts" / "checkpoints" / "ling-tiny"
 TOKENS = 1280
@@ -34,15 +36,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def engine(
     request: pytest.FixtureRequest, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[float | None, Start]]:
-    """By how much its logits may be wrong, None of a batch-invariant one; what loads it."""
+) -> Iterator[tuple[batches.F64 | None, Start]]:
+    """How much margins change by the order of sums alone, None if it is the same; what loads it."""
     path = tmp_path_factory.mktemp("engine") / "tiny.ling"
     precision, is_invariant = request.param
     asked = BuildRequest(precision=precision, target="h200-sxm", batch_invariant=is_invariant)
     build(TINY, path, asked, cache_dir=cache)
     package, loaded = open_package(path), []
-    files = {name: package.read(f"tests/{name}") for name in (vectors.CASES, vectors.VECTORS)}
-    tolerance = min(case.tolerance for case in vectors.decode(files))
+    noise = None
+    if not is_invariant:
+        rows = [one.tokens for one in batches.requests(package.plan.config["vocab_size"])]
+        noise = batches.order_noise(
+            package.plan, open_weights(package.shards()), rows, device="cuda"
+        )
 
     def start(slots: int) -> CudaBackend:
         limits = Limits.from_tokens(
@@ -51,7 +57,7 @@ def engine(
         loaded.append(CudaBackend(package, open_weights(package.shards()), limits))
         return loaded[-1]
 
-    yield None if is_invariant else tolerance, start
+    yield noise, start
     for backend in loaded:
         backend.close()
 
@@ -59,9 +65,14 @@ def engine(
 @pytest.mark.gpu
 @pytest.mark.long
 def test_company_and_drafts_change_no_bit_or_no_token_that_is_far_ahead(
-    engine: tuple[float | None, Start],
+    engine: tuple[batches.F64 | None, Start],
 ) -> None:
-    tolerance, start = engine
+    """Across buckets sums are made in another order, which may do what it does to the references.
+
+    A token that another one takes the place of was no further ahead than margins move there, and
+    half of such tokens no further than nine margins of ten move.
+    """
+    noise, start = engine
     one, many = start(1), start(64)
     asked = batches.requests(one.plan.config["vocab_size"])
     bare = batches.without_logprobs(asked)
@@ -80,14 +91,16 @@ def test_company_and_drafts_change_no_bit_or_no_token_that_is_far_ahead(
     found = {name: batches.differences(want, got) for name, got in others.items()}
 
     assert found["again"] == []
-    if tolerance is None:
+    if noise is None:
         assert {name: what for name, what in found.items() if what} == {}
         return
+    margins: list[float] = []
     for name, got in others.items():
         if "drawn" not in name:
             apart = batches.apart(want, got)
-            beyond = {i: m for i, m in apart.margins.items() if m > tolerance}
-            assert not beyond, f"{name}: {apart}"
+            margins += apart.margins.values()
+            assert max(apart.margins.values(), default=0.0) <= noise.max(), f"{name}: {apart}"
+    assert np.median(margins or [0.0]) <= np.quantile(noise, 0.9)
 
 
 # ------------------------------------------------------------------------ what the comparison sees
@@ -132,3 +145,16 @@ def test_how_far_behind_another_token_was_is_told() -> None:
     assert found.positions == 1
     assert found.largest == pytest.approx(1e-4)
     assert found.margins == {0: pytest.approx(2.75)}
+
+
+def test_another_order_of_sums_moves_margins_a_little() -> None:
+    plan, weights = plan_and_weights()
+    some = np.random.default_rng(0)
+    rows = [tuple(map(int, some.integers(0, plan.config["vocab_size"], n))) for n in (3, 40, 140)]
+
+    noise = batches.order_noise(plan, weights, rows)
+
+    assert noise.shape == (3 * 183,)
+    assert 0 < np.quantile(noise, 0.9) < noise.max() < 1
+    # Three tokens are one block in every order.
+    assert not noise[:9].any()
