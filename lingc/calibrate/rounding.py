@@ -28,6 +28,9 @@ from lingc.quantize.formats import INT4_SPAN
 BLOCK = 64
 """Columns that are rounded before the rest of the matrix is told."""
 
+_SOLVED = 512
+"""Columns of an inverse that are found together."""
+
 LEAST_SHARE = 0.6
 """The smallest scale that is tried, as a share of amax / 7.5."""
 
@@ -79,17 +82,36 @@ def curvature(hessian: Tensor, *, damping: float = 0.01) -> Curvature:
         damping: What is added to the diagonal, as a share of its mean; where no token came, the
             diagonal is 1.
     """
-    wide = hessian.double()
-    mean = wide.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).double()
+    mean = diagonal.mean(-1, keepdim=True)
     extra = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
-    wide = wide + torch.diag_embed(extra.expand(-1, wide.shape[-1]))
-    damped = wide.float()
-    order = torch.argsort(wide.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
-    wide = wide.gather(1, order.unsqueeze(2).expand_as(wide))
-    wide = wide.gather(2, order.unsqueeze(1).expand_as(wide))
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    damped = hessian.to(torch.float32, copy=True)
+    damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + extra)
+    return Curvature(hessian=damped, order=order, factor=_factor(hessian, order, extra))
+
+
+def _factor(hessian: Tensor, order: Tensor, extra: Tensor) -> Tensor:
+    """U of `Curvature`, by one factorization and with two f64 matrices in memory.
+
+    In reversed order the damped matrix is L L^T, thus R R^T in the right one, where R, L from back
+    to front, is upper. The inverse is R^-T R^-1, and R^-1 is U.
+    """
+    back = order.flip(-1)
+    columns = hessian.shape[-1]
+    wide = hessian.gather(1, back.unsqueeze(2).expand_as(hessian))
+    wide = wide.gather(2, back.unsqueeze(1).expand_as(hessian)).double()
+    wide.diagonal(dim1=-2, dim2=-1).add_(extra)
     lower = torch.linalg.cholesky(wide)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return Curvature(hessian=damped, order=order, factor=factor.float())
+    del wide
+    inverse = torch.zeros_like(lower, dtype=torch.float32)
+    for start in range(0, columns, _SOLVED):
+        end = min(start + _SOLVED, columns)
+        unit = torch.eye(columns - start, end - start, dtype=lower.dtype, device=lower.device)
+        part = torch.linalg.solve_triangular(lower[:, start:, start:], unit, upper=False)
+        inverse[:, start:, start:end] = part
+    del lower
+    return inverse.flip(1, 2)
 
 
 def gptq(weight: Tensor, curve: Curvature, group: int, *, rounds: int = 2) -> Rounded:
