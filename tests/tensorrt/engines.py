@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from lingc import targets
 from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import open_checkpoint
+from lingc.checkpoint.convert import to_rounded
 from lingc.checkpoint.source import Source
 from lingc.compile import Request, compile_plan
 from lingc.device import Binary
@@ -24,6 +25,7 @@ from lingc.quantize.recipes import load_recipe
 from lingc.targets.tensorrt import lower
 from lingc.targets.tensorrt.lower import Lowering, Network, Tabled
 from lingc.weights import CheckpointWeights
+from tests.tensorrt.static import StaticSource
 
 LING_TINY = Path(__file__).parents[2] / "artifacts" / "checkpoints" / "ling-tiny"
 
@@ -35,16 +37,22 @@ has_rtx = pytest.mark.skipif(
 SAMPLE = (("rtx-120", "bf16"), ("rtx-89", "fp8"), ("spark", "int4-all"))
 """Target and precision: every target, and every kind of matrix."""
 
+STATIC = ("rtx-89", "fp8-static")
+"""What has static scales."""
+
 MORE = tuple(
     (target, precision)
     for target in ("spark", "rtx-120", "rtx-89")
-    for precision in ("bf16", "fp8", "int4", "int4-fp8", "int4-all")
-    if (target, precision) not in SAMPLE
+    for precision in ("bf16", "fp8", "fp8-static", "int4", "int4-fp8", "int4-all")
+    if (target, precision) not in (*SAMPLE, STATIC)
 )
 
 
 @cache
-def checkpoint() -> Source:
+def checkpoint(precision: str = "bf16") -> Source:
+    """The shipped checkpoint, with scales of inputs where a recipe asks for them."""
+    if load_recipe(precision).activations == "fp8_static":
+        return cast("Source", StaticSource(checkpoint()))
     return open_checkpoint(LING_TINY)
 
 
@@ -69,9 +77,8 @@ def plan(target: str, precision: str) -> Plan:
 
 @cache
 def weights(target: str, precision: str) -> Mapping[str, Any]:
-    made = CheckpointWeights(
-        plan(target, precision).weights.values(), checkpoint(), config()
-    )  # fmt: skip
+    specs = plan(target, precision).weights.values()
+    made = CheckpointWeights(specs, checkpoint(precision), config())
     return {name: np.array(made[name]) for name in made}
 
 
@@ -131,19 +138,11 @@ class RoundedSource:
         return getattr(self._source, name)
 
     def dense(self, name: str) -> Any:
-        from lingc.checkpoint.convert import to_quantized  # noqa: PLC0415
-        from lingc.quantize import formats  # noqa: PLC0415
-
         values = self._source.dense(name)
-        if values.ndim != 2:
-            return values
         stored = self._recipe.format_of(name.removesuffix(".weight"))
-        if stored.kind == "plain":
+        if values.ndim != 2 or stored.kind == "plain":
             return values
-        codes, scales = to_quantized(self._source, name, stored.kind, stored.group)
-        if stored.kind == "fp8_block":
-            return formats.dequantize_fp8_block(codes, scales)
-        return formats.dequantize_int4_group(codes, scales, stored.group, values.shape[1])
+        return to_rounded(self._source, name, stored.kind, stored.group)
 
 
 def rows(count: int, length: int) -> list[list[int]]:

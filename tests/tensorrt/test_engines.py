@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 
 from lingc import targets
+from lingc.context import module_of
 from lingc.errors import LingcError, StageError
-from lingc.plan import refs
+from lingc.plan import WeightSpec, refs
+from lingc.quantize.recipes import load_recipe
 from lingc.targets.tensorrt import lower
+from lingc.targets.tensorrt.body import Value
 from tests.tensorrt.engines import (
     MORE,
     SAMPLE,
+    STATIC,
+    checkpoint,
     has_rtx,
     lowering,
     networks,
@@ -24,7 +29,7 @@ from tests.tensorrt.engines import (
 
 pytestmark = has_rtx
 
-CASES = [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)]
+CASES = [*SAMPLE, STATIC, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)]
 
 
 def built(made: Any, network: Any) -> tuple[bytes, list[str]]:
@@ -100,6 +105,36 @@ def test_an_engine_holds_no_weights_but_those_it_fuses() -> None:
             assert {*refs(step.args)} & {*program.weights} <= inputs
 
 
+def test_what_a_recipe_quantizes_is_multiplied_in_fp8_and_nothing_else() -> None:
+    """One by one: products of TensorRT for matrices with one scale, plugins for experts."""
+    made, found = networks(*STATIC)
+    recipe, seen = load_recipe(STATIC[1]), set[str]()
+    for phase, network in found.items():
+        program, embedded = made.plan.programs[phase], set[str]()
+        for step in program.steps:
+            specs = [made.plan.weights[name] for name in refs(step.args) if name in program.weights]
+            modules = {module_of(s, e) for one in specs for s in one.sources for e in members(one)}
+            stored = {recipe.format_of(module).kind for module in modules}
+            if "fp8_tensor" in stored:
+                is_expert = step.op == "lingc.fp8_experts"
+                role = "plugin fp8_experts" if is_expert else "fp8"
+                assert stored == {"fp8_tensor"}
+                assert network.roles[step.outputs[0]] == role
+                assert {one.type.dtype for one in specs} == {"f8e4m3", "f32"}
+                embedded |= {one.name for one in specs if one.type.shape == (1,)}
+                seen |= modules
+            else:
+                assert network.roles.get(step.outputs[0]) != "fp8"
+        assert network.embedded == embedded, "scales are constants, and codes are bound"
+
+    names = (name.removesuffix(".weight") for name in checkpoint().names)
+    assert seen == {name for name in names if recipe.format_of(name).kind != "plain"}
+
+
+def members(spec: WeightSpec) -> range:
+    return range(max(spec.experts, 1))
+
+
 def test_without_weights_nothing_is_embedded() -> None:
     from lingc.targets.tensorrt import report  # noqa: PLC0415
 
@@ -134,10 +169,10 @@ def test_states_updated_in_place_can_be_one_tensor_to_tensorrt() -> None:
 # --------------------------------------------------------------------------------- planted mistakes
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+def planted(monkeypatch: pytest.MonkeyPatch, op: str, function: Any) -> None:
     from lingc.targets.tensorrt import native  # noqa: PLC0415
 
-    changed = {**native.EMBEDDED, "int4_weight_linear": function}
+    changed = {**native.EMBEDDED, op: replace(native.EMBEDDED[op], function=function)}
     monkeypatch.setattr(native, "EMBEDDED", changed)
     monkeypatch.setattr("lingc.targets.tensorrt.lower.EMBEDDED", changed)
 
@@ -152,12 +187,12 @@ def test_scales_in_another_layout_do_not_build(monkeypatch: pytest.MonkeyPatch) 
         scale = body.constant(scales.T, "bf16", (8 * words // group, rows))
         return body.times(x, body.dequantize(codes, scale, x.dtype))
 
-    planted(monkeypatch, turned)
+    planted(monkeypatch, "int4_weight_linear", turned)
     made = lowering("spark", "int4-all")
 
     with pytest.raises(LingcError, match="TensorRT builds no engine"):
         built(made, made.network("decode"))
-    planted(monkeypatch, int4_weight_linear)
+    planted(monkeypatch, "int4_weight_linear", int4_weight_linear)
     assert built(made, made.network("decode"))[1] == []
 
 
@@ -176,6 +211,62 @@ def test_a_matrix_that_is_dequantized_apart_is_seen(monkeypatch: pytest.MonkeyPa
     assert faults[0].startswith(
         "layers.1.int4_weight_linear.3: the INT4 matrix is dequantized apart from its product"
     )
+
+
+def by_channel(body: Any, x: Any, x_scale: Any, weight: Any, scale: Any) -> Any:
+    """A scale a row of the matrix: codes are multiplied, and scaled by a kernel of its own."""
+    rows = body.constant(np.full(weight.type.shape[0], scale[0], np.float32))
+    layer = body.network.add_dequantize(weight.tensor, rows.tensor, body._type(x.dtype))
+    layer.axis = 0
+    wide = Value(body.named(layer, "dequantize").get_output(0), replace(weight.type, dtype=x.dtype))
+    return body.times(body.rounded(x, x_scale, x.dtype), wide)
+
+
+def by_blocks(body: Any, x: Any, x_scale: Any, weight: Any, scale: Any) -> Any:
+    """A scale 128x128 values."""
+    grid = tuple(-(-size // 128) for size in weight.type.shape)
+    scales = body.constant(np.full(grid, scale[0], np.float32))
+    layer = body.network.add_dequantize(weight.tensor, scales.tensor, body._type(x.dtype))
+    layer.block_shape = body.backend.trt.Dims((128, 128))
+    wide = Value(body.named(layer, "dequantize").get_output(0), replace(weight.type, dtype=x.dtype))
+    return body.times(body.rounded(x, x_scale, x.dtype), wide)
+
+
+def by_an_input(body: Any, x: Any, _scale: Any, weight: Any, scale: Any) -> Any:
+    """A scale of inputs that is told at each step."""
+    name = f"scale of {x.tensor.name} {body.network.num_layers}"
+    by = body.network.add_input(name, body.backend.trt.float32, ())
+    layer = body.network.add_quantize(x.tensor, by, body.backend.trt.DataType.FP8)
+    codes = body.named(layer, "quantize")
+    layer = body.network.add_dequantize(codes.get_output(0), by, body._type(x.dtype))
+    values = Value(body.named(layer, "rounded").get_output(0), x.type)
+    return body.times(values, body.dequantize(weight, body.constant(scale), x.dtype))
+
+
+@pytest.mark.parametrize("function", [by_channel, by_blocks, by_an_input])
+def test_static_scales_in_another_layout_are_seen(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = lowering(*STATIC)
+    planted(monkeypatch, "fp8_static_linear", function)
+    network = made.network("draft")
+    _, faults = built(made, network)
+
+    products = [origin for origin, role in network.roles.items() if role == "fp8"]
+    assert len(products) == len(faults) == 5
+    for origin, told in zip(products, faults, strict=True):
+        assert told.startswith(f"{origin}: not one product of FP8 by FP8 alone, but")
+
+
+def test_a_product_of_fp8_that_nobody_asked_for_is_seen() -> None:
+    made, found = networks(*STATIC)
+    origin = next(one for one, role in found["draft"].roles.items() if role == "fp8")
+    roles = {one: role for one, role in found["draft"].roles.items() if one != origin}
+    _, faults = built(made, replace(found["draft"], roles=roles))
+
+    assert len(faults) == 1
+    assert origin in faults[0]
+    assert faults[0].endswith("a product of FP8 by FP8 that nobody asked for")
 
 
 def test_a_plugin_that_is_missing_or_doubled_is_seen() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from lingc.interpret import InterpreterBackend
 from lingc.model.loading import from_source
+from lingc.model.model import LingModel
 from lingc.parity.budget import judge, load_budget
 from lingc.parity.compare import Comparison
 from lingc.parity.eager import EagerSide
@@ -19,6 +20,7 @@ from tests.evaluate import one_thread
 from tests.tensorrt.engines import (
     MORE,
     SAMPLE,
+    STATIC,
     RoundedSource,
     checkpoint,
     config,
@@ -28,10 +30,11 @@ from tests.tensorrt.engines import (
     rows,
     weights,
 )
+from tests.tensorrt.static import StaticSource, rounded_model
 
 pytestmark = has_rtx
 
-CASES = [*SAMPLE, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)]
+CASES = [*SAMPLE, STATIC, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)]
 
 CODED = ("fp8", "int4-fp8")
 """Recipes that quantize activations, which eager does not: there the plan's references are held to
@@ -65,8 +68,16 @@ def reference(target: str, precision: str, tokens: list[list[int]], mode: Mode) 
         made = plan(target, precision)
         held = in_float64(made, weights(target, precision), config(), limits)
         return scored(held, tokens, mode)
-    source = RoundedSource(checkpoint(), precision)
-    return EagerSide(from_source(source, torch.float64), "eager").score(tokens, mode)
+    module = eager(target, precision, torch.float64)
+    return EagerSide(module, "eager").score(tokens, mode)
+
+
+def eager(target: str, precision: str, dtype: torch.dtype) -> LingModel:
+    """Eager with a recipe's weights; it rounds inputs too where scales of them are known."""
+    source = checkpoint(precision)
+    if isinstance(source, StaticSource):
+        return rounded_model(source, plan(target, precision), dtype)
+    return from_source(RoundedSource(source, precision), dtype)
 
 
 def error(got: list[Scores], want: list[Scores]) -> float:
@@ -101,8 +112,8 @@ def test_rounding_as_declared_loses_no_more_than_eager_in_bf16(target: str, prec
         held = InterpreterBackend(plan(target, precision), weights(target, precision), limits)
         other = scored(held, tokens, "prefill")
     else:
-        source = RoundedSource(checkpoint(), precision)
-        other = EagerSide(from_source(source, torch.bfloat16), "bf16").score(tokens, "prefill")
+        module = eager(target, precision, torch.bfloat16)
+        other = EagerSide(module, "bf16").score(tokens, "prefill")
 
     assert error(got, want) <= 1.2 * error(other, want)
     assert error(got, want) > 1e-4, "nothing was rounded"
