@@ -2,7 +2,7 @@
 
 import hashlib
 import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from lingc.engine import canonical
 from lingc.errors import IncompatibleError, IntegrityError, LingcError, ResourceError, UsageError
 from lingc.launch_table import Bucket
 from lingc.parity.engine import EngineSide
-from lingc.parity.side import MODES
+from lingc.parity.side import MODES, Mode
 from lingc.plugin_table import from_value, to_value
 from lingc.runtime.backend import Backend, Keeping, Limits
 from lingc.runtime.tensorrt_backend import TensorrtBackend
@@ -29,8 +29,8 @@ VERSION = "1.7.1.116"
 LIMITS = Limits(slots=2, pages=4)
 
 
-def code() -> TensorrtCode:
-    made, table = plan(TARGET, PRECISION), plugins(TARGET, PRECISION)
+def code(precision: str = PRECISION) -> TensorrtCode:
+    made, table = plan(TARGET, precision), plugins(TARGET, precision)
     buckets = tuple(
         Bucket(phase=one.phase, sizes=one.axes, tactics=(), offsets=(), scratch=(), arena_bytes=0)
         for one in sizes(made)
@@ -51,19 +51,23 @@ def code() -> TensorrtCode:
     )
 
 
-def library(device: HostDevice, version: str = VERSION) -> Any:
+def library(device: HostDevice, version: str = VERSION, precision: str = PRECISION) -> Any:
     from tests.tensorrt.walked import Library  # noqa: PLC0415 (needs TensorRT)
 
-    lowering, made = networks(TARGET, PRECISION)
+    lowering, made = networks(TARGET, precision)
     return Library(lowering.plan, made, lowering.backend.trt, device, version)
 
 
 def started(
-    device: HostDevice, *, limits: Limits = LIMITS, version: str = VERSION
+    device: HostDevice,
+    *,
+    limits: Limits = LIMITS,
+    version: str = VERSION,
+    precision: str = PRECISION,
 ) -> TensorrtBackend:
-    trt = library(device, version)
-    held = weights(TARGET, PRECISION)
-    return TensorrtBackend(code(), held, limits, threads=1, device=device, trt=trt)
+    trt = library(device, version, precision)
+    held = weights(TARGET, precision)
+    return TensorrtBackend(code(precision), held, limits, threads=1, device=device, trt=trt)
 
 
 def gpu(**facts: Any) -> HostDevice:
@@ -74,17 +78,22 @@ def gpu(**facts: Any) -> HostDevice:
 
 
 @has_rtx
-def test_every_mode_is_the_walk_of_its_networks() -> None:
+@pytest.mark.parametrize(
+    ("precision", "modes"),
+    [(PRECISION, MODES), ("fp8-static", ("decode",))],
+    ids=["weights inside", "scales inside"],
+)
+def test_every_mode_is_the_walk_of_its_networks(precision: str, modes: Sequence[Mode]) -> None:
     from lingc.targets.tensorrt.interpret import NetworkBackend  # noqa: PLC0415
 
-    lowering, made = networks(TARGET, PRECISION)
+    lowering, made = networks(TARGET, precision)
     tokens = rows(2, 9)
     device = gpu()
     with one_thread():
-        backend: Backend = started(device)
-        for mode in MODES:
+        backend: Backend = started(device, precision=precision)
+        for mode in modes:
             got = EngineSide(backend, "tensorrt", chunk=8).score(tokens, mode)
-            held = weights(TARGET, PRECISION)
+            held = weights(TARGET, precision)
             walk = NetworkBackend(
                 lowering.plan, made, lowering.backend.trt, held, LIMITS, rounded=True
             )

@@ -52,7 +52,7 @@ def lowered(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4-all"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-static", "int4-all"])
 def test_lowering_uses_what_a_version_has(version: str, precision: str) -> None:
     recording, networks = lowered(version, precision)
     found = plugins(TARGET, precision).numbers
