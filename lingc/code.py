@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from lingc import launch_table
+from lingc import launch_table, targets
 from lingc.compile import Compiled, Request, Stage
 from lingc.engine import canonical
 from lingc.errors import UsageError
@@ -72,7 +72,7 @@ def make(
     if kind == "cuda":
         return _cuda(compiled, request, cache_dir, stage)
     if kind == "tensorrt":
-        return _tensorrt(compiled, weights, cache_dir, stage)
+        return _tensorrt(compiled, request, weights, cache_dir, stage)
     return _onnx(compiled, request, stage)
 
 
@@ -91,6 +91,21 @@ def refuse(kind: EngineKind, request: Request) -> None:
         raise UsageError(
             f"--batch-invariant is for engines of the kind 'cuda', not {kind!r}",
             hint="leave it out, or build for a GPU: `lingc targets` lists them",
+        )
+    option = "--timing-cache" if request.timing_cache is not None else "--lock-tactics"
+    if request.timing_cache is None and not request.lock_tactics:
+        return
+    target = targets.get(request.target)
+    if kind != "tensorrt" or tensorrt_library.module_of(target) != tensorrt_library.STANDARD:
+        raise UsageError(
+            f"{option} is for standard TensorRT, and an engine of the kind {kind!r} for "
+            f"{target.name!r} is not chosen by measurements",
+            hint="leave it out",
+        )
+    if request.timing_cache is None:
+        raise UsageError(
+            "--lock-tactics chooses by what a file holds, and none is named",
+            hint="name it with --timing-cache FILE",
         )
 
 
@@ -177,13 +192,16 @@ def _cuda(compiled: Compiled, request: Request, cache_dir: Path | None, stage: S
 
 def _tensorrt(
     compiled: Compiled,
+    request: Request,
     weights: Mapping[str, Array] | None,
     cache_dir: Path | None,
     stage: Stage,
 ) -> Code:
     from lingc import tensorrt_code  # noqa: PLC0415
+    from lingc.targets.tensorrt.timing import Timing  # noqa: PLC0415
 
-    made = tensorrt_code.make(compiled, weights, cache_dir=cache_dir, stage=stage)
+    timing = Timing(path=request.timing_cache, locked=request.lock_tactics)
+    made = tensorrt_code.make(compiled, weights, timing=timing, cache_dir=cache_dir, stage=stage)
     return Code(
         kind="tensorrt",
         plan=compiled.plan,

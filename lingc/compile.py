@@ -53,6 +53,8 @@ class Request:
         weights: `embed`, or `external` for a package that is bound to a checkpoint later.
         widen: When a CPU engine widens weights: `load`, `step` or `auto`.
         batch_invariant: Whether a GPU engine gives a request the same bits in any batch.
+        timing_cache: File of what standard TensorRT measures; None for lingc's own.
+        lock_tactics: Whether standard TensorRT is held to what that file holds.
         waive: Rules that may fire less often than they must.
         check: Check the program after every rule.
         dump_dir: Where to write the program after each stage.
@@ -64,6 +66,8 @@ class Request:
     weights: str = "embed"
     widen: str = "auto"
     batch_invariant: bool = False
+    timing_cache: Path | None = None
+    lock_tactics: bool = False
     sizes: Sizes = field(default_factory=Sizes)
     waive: tuple[str, ...] = ()
     check: bool = False

@@ -1,5 +1,6 @@
 """The code of a TensorRT engine from its plan: networks built, kernels compiled, reports made."""
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -9,15 +10,18 @@ from typing import Any
 
 from lingc.compile import Compiled, Stage
 from lingc.engine import canonical
-from lingc.errors import FusionError
+from lingc.errors import FusionError, StageError
 from lingc.plan import Plan
 from lingc.targets.cuda import binaries
 from lingc.targets.cuda.lower import compressed
 from lingc.targets.spec import Target
 from lingc.targets.tensorrt import report
-from lingc.targets.tensorrt.backend import Backend, backend
-from lingc.targets.tensorrt.lower import Array, Lowering, Tabled, tabled
+from lingc.targets.tensorrt.backend import Backend, StandardBackend, backend
+from lingc.targets.tensorrt.lower import Array, Lowering, Network, Tabled, tabled
 from lingc.targets.tensorrt.profile import sizes
+from lingc.targets.tensorrt.timing import Timing
+
+log = logging.getLogger("lingc")
 
 TABLE = "plugins.json.xz"
 REPORT = "report.json.xz"
@@ -49,6 +53,7 @@ def make(
     compiled: Compiled,
     weights: Mapping[str, Array] | None,
     *,
+    timing: Timing,
     cache_dir: Path | None,
     stage: Stage,
 ) -> Made:
@@ -58,16 +63,19 @@ def make(
         compiled: Whose plan to lower.
         weights: Of the plan, for layers of TensorRT that want constants; None leaves those to
             plugins.
-        cache_dir: Where compiled kernels are kept; not at all where None.
+        timing: What standard TensorRT measured before; those of lingc's own where it names no file.
+        cache_dir: Where compiled kernels and measurements are kept; not at all where None.
         stage: How progress is shown.
 
     Raises:
         MissingExtraError: TensorRT, or what compiles kernels, is not installed.
         InputError: An op has no kernel for the target.
+        IncompatibleError: Standard TensorRT is here without a GPU of the target's kind.
         StageError: TensorRT refuses a network.
     """
     plan, target = compiled.plan, compiled.target
     builder = backend(target)
+    builder.ready(plan, target, timing, cache_dir)
     plugins = _plugins(plan, target, embeds=weights is not None, cache_dir=cache_dir, stage=stage)
     lowering = Lowering(builder, plan, target, plugins, weights=weights)
     files: dict[str, bytes] = {TABLE: plugins.data}
@@ -79,9 +87,7 @@ def make(
             begin = len(builder.log.messages)
             files[engine_file(phase)] = lowering.engine(network)
             messages = [text for _, text in builder.log.messages[begin:]]
-            found = report.parse(messages, network)
-            _refuse(phase, report.faults(found, network))
-            reports[phase] = report.to_value(found)
+            reports |= _reported(messages, network, builder)
             embedded |= network.embedded
             advance(1)
     files[REPORT] = compressed(canonical.encode({"format": report.FORMAT, "phases": reports}))
@@ -100,8 +106,9 @@ def make(
         "engines": {phase: engine_file(phase) for phase in plan.programs},
         "embedded_weights": sorted(embedded),
         "runs_on": _runs_on(plan, target, builder),
-        **builder.tuned_on(),
+        **builder.facts(),
     }
+    timing.write()
     compilers = binaries.installed()
     producer = {
         builder.trt.__name__: builder.version,
@@ -109,6 +116,27 @@ def make(
         "triton": compilers.triton,
     }
     return Made(files=files, info=info, kernels=plugins.kernels, producer=producer)
+
+
+def _reported(messages: Sequence[str], network: Network, builder: Backend) -> dict[str, Any]:
+    """What TensorRT says of an engine, by its phase; an engine that is not what was meant is none.
+
+    How standard TensorRT lists layers was never seen: what cannot be read, or is not what its other
+    flavour makes, is told and does not end a build that takes a GPU.
+
+    Raises:
+        StageError: The log does not list the layers.
+        FusionError: TensorRT made something else of a step.
+    """
+    try:
+        found = report.parse(messages, network)
+        _refuse(network.phase, report.faults(found, network))
+    except (StageError, FusionError) as error:
+        if not isinstance(builder, StandardBackend):
+            raise
+        log.warning("%s; the engine is kept, and how it was fused is not known", error.problem)
+        return {}
+    return {network.phase: report.to_value(found)}
 
 
 def _refuse(phase: str, faults: Sequence[str]) -> None:

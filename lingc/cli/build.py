@@ -78,6 +78,17 @@ from lingc.cli.output import Output, bytes_text, seconds_text
     is_flag=True,
     help="GPU only. Give a request the same bits whatever runs beside it; slower.",
 )
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Standard TensorRT only. What it measures is read from this file and added to it"
+    " (default: lingc's own, by version, GPU and precision).",
+)
+@click.option(
+    "--lock-tactics",
+    is_flag=True,
+    help="With --timing-cache: measure nothing, choose by what the file holds.",
+)
 @click.option("--check", is_flag=True, help="Check the program after every pass.")
 @click.option("--overwrite", is_flag=True, help="Replace a package that is there.")
 @output.options
@@ -94,8 +105,10 @@ def command(
     page_size: int,
     waive: tuple[str, ...],
     dump_ir: Path | None,
+    timing_cache: Path | None,
     *,
     batch_invariant: bool,
+    lock_tactics: bool,
     check: bool,
     overwrite: bool,
 ) -> None:
@@ -128,6 +141,8 @@ def command(
         weights=weights,
         widen=widen,
         batch_invariant=batch_invariant,
+        timing_cache=timing_cache,
+        lock_tactics=lock_tactics,
         sizes=Sizes(page_size=page_size, max_draft=max_draft),
         waive=tuple(name.strip() for names in waive for name in names.split(",")),
         check=check,

@@ -182,6 +182,8 @@ def _variant_facts(manifest: Document) -> Iterator[tuple[str, str]]:
         libraries = [f"{name} {versions}".strip() for name, versions in needs["libraries"].items()]
         where = "; ".join(map(", ".join, filter(None, (needs["os"], needs["arch"], libraries))))
         yield f"for {variant['target']}", f"{variant['engine']} engine on {where}"
+        if "tuned_on" in variant:
+            yield "tuned on", variant["tuned_on"]
         in_use = variant["weights_in_use_bytes"]
         if in_use is not None:
             yield "weights while it runs", bytes_text(in_use)

@@ -51,6 +51,7 @@ SCHEMA: Mapping[str, Shape] = {
             "target": "path",
             "engine": "engine",
             "weights_in_use_bytes": Maybe("count"),
+            "tuned_on": Absent("text"),
             "runs_on": Open(
                 {
                     "os": "texts",

@@ -72,11 +72,12 @@ def variant(info: Mapping[str, Any]) -> dict[str, Any]:
     in_use = None
     if isinstance(made, list):
         in_use = sum(math.prod(one["shape"]) * _ITEM_BYTES[one["dtype"]] for one in made)
-    return {
+    said = {
         "engine": info.get("engine"),
         "runs_on": info.get("runs_on"),
         "weights_in_use_bytes": in_use,
     }
+    return {**said, "tuned_on": info["tuned_on"]} if "tuned_on" in info else said
 
 
 def _op_counts(program: Program) -> Mapping[str, int]:

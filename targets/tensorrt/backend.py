@@ -9,13 +9,20 @@ import platform
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lingc.engine.machine import this_machine
 from lingc.errors import IncompatibleError, StageError
+from lingc.plan import Plan
 from lingc.runtime import tensorrt_library
 from lingc.runtime.tensorrt_plugin import OpPlugin
 from lingc.targets.spec import Target
+from lingc.targets.tensorrt.timing import Timing
+
+COMPATIBLE = "SAME_COMPUTE_CAPABILITY"
+"""What standard engines run on: any GPU of the compute capability, at the cost of cuBLAS and cuDNN
+as sources of kernels."""
 
 
 def log_class(trt: Any) -> type[Any]:
@@ -84,8 +91,17 @@ class Backend(ABC):
         return config
 
     @abstractmethod
-    def tuned_on(self) -> dict[str, str]:
-        """What an engine was timed on while it was built, for its manifest."""
+    def ready(self, plan: Plan, target: Target, timing: Timing, cache_dir: Path | None) -> None:
+        """Make sure that it can build a plan for a target here, and by which measurements.
+
+        Raises:
+            IncompatibleError: It cannot.
+            UsageError: The measurements cannot be read.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """How an engine was chosen, for `variant.json`: what it was timed on, and by what."""
 
     @abstractmethod
     def _aim(self, config: Any, target: Target) -> None:
@@ -121,7 +137,9 @@ class RtxBackend(Backend):
     hosts: ClassVar[list[str]] = ["x86_64", "aarch64"]
     __slots__ = ("_seeds",)
 
-    def tuned_on(self) -> dict[str, str]:
+    def ready(self, plan: Plan, target: Target, timing: Timing, cache_dir: Path | None) -> None: ...
+
+    def facts(self) -> dict[str, Any]:
         return {}  # nothing is timed: its kernels are compiled where they run
 
     def _prepare(self, network: Any, plugins: Sequence[OpPlugin]) -> None:
@@ -157,11 +175,49 @@ class StandardBackend(Backend):
 
     flavour = "standard"
     hosts: ClassVar[list[str]] = [platform.machine()]
-    __slots__ = ()
+    __slots__ = ("_gpu", "timing")
 
-    def tuned_on(self) -> dict[str, str]:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.timing = Timing()
+        self._gpu = ""
+
+    def ready(self, plan: Plan, target: Target, timing: Timing, cache_dir: Path | None) -> None:
         gpu = this_machine().gpu()
-        return {"tuned_on": gpu if isinstance(gpu, str) else f"{gpu.name}, {gpu.capability}"}
+        wanted = ".".join(map(str, target.compute_capability or ()))
+        if isinstance(gpu, str) or gpu.capability != wanted:
+            have = gpu if isinstance(gpu, str) else f"{gpu.name} has {gpu.capability}"
+            raise IncompatibleError(
+                f"standard TensorRT times its kernels on a GPU of compute capability {wanted} to "
+                f"build for {target.name!r}, and here {have}",
+                hint=f"build on a host with {target.title}, or with --engine cuda on any",
+            )
+        self._gpu = gpu.name
+        timing.own(cache_dir, self.version, gpu.name, plan.precision)
+        timing.read()
+        self.timing = timing
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "tuned_on": self._gpu,
+            "hardware_compatibility": COMPATIBLE,
+            "measurements_sha256": self.timing.sha256,
+            "tactics_locked": self.timing.locked,
+        }
+
+    def build(self, builder: Any, network: Any, config: Any) -> bytes:
+        try:
+            return super().build(builder, network, config)
+        except StageError as error:
+            if not self.timing.locked:
+                raise
+            raise StageError(
+                error.problem,
+                hint="with --lock-tactics nothing is measured: leave it out where the model, the "
+                "precision or TensorRT is another",
+            ) from error
+        finally:
+            self.timing.keep()
 
     def _prepare(self, network: Any, plugins: Sequence[OpPlugin]) -> None: ...
 
@@ -172,8 +228,9 @@ class StandardBackend(Backend):
     def _aim(self, config: Any, target: Target) -> None:
         # Legal on any GPU of the capability, and tuned on the one that it is built on.
         del target
-        level = self.trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+        level = getattr(self.trt.HardwareCompatibilityLevel, COMPATIBLE)
         config.hardware_compatibility_level = level
+        self.timing.attach(self.trt, config)
 
 
 def backend(target: Target) -> Backend:

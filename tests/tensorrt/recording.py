@@ -20,6 +20,7 @@ class Recording:
     Attributes:
         used: Every name that was asked for, such as `IBuilderConfig.set_preview_feature`.
         calls: Names of the network's methods in order.
+        given: (name of the method, arguments) of every call.
     """
 
     __name__ = "tensorrt"
@@ -29,6 +30,7 @@ class Recording:
         self.__version__ = surface["version"]
         self.used: set[str] = set()
         self.calls: list[str] = []
+        self.given: list[tuple[str, tuple[Any, ...]]] = []
         self._classes: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -132,6 +134,7 @@ class Thing:
         return True
 
     def _call(self, name: str, overloads: Any, args: tuple[Any, ...], more: Any) -> Any:
+        self._recording.given.append((f"{self._kind}.{name}", args))
         if self._kind == "INetworkDefinition":
             self._recording.calls.append(name)
         fitting = [one for one in overloads if _fits(one, args, more)]

@@ -27,8 +27,8 @@ CLASSES = (
     "IOptimizationProfile", "IPluginCreatorV3One", "IPluginRegistry", "IPluginV3",
     "IPluginV3Layer", "IPluginV3OneBuildV2", "IPluginV3OneCore", "IPluginV3OneRuntime",
     "IQuantizeLayer", "IReduceLayer", "IShapeLayer", "IShuffleLayer", "ISliceLayer", "ITensor",
-    "IUnaryLayer", "Logger", "MatrixOperation", "NetworkDefinitionCreationFlag", "BuilderFlag",
-    "PluginField", "PluginFieldCollection", "PluginFieldType", "PreviewFeature",
+    "ITimingCache", "IUnaryLayer", "Logger", "MatrixOperation", "NetworkDefinitionCreationFlag",
+    "BuilderFlag", "PluginField", "PluginFieldCollection", "PluginFieldType", "PreviewFeature",
     "ProfilingVerbosity", "ReduceOperation", "Runtime", "TensorFormat", "UnaryOperation", "Weights",
 )  # fmt: skip
 
