@@ -10,6 +10,7 @@ No machine with such a library and GPU was at hand: tests run it on networks tha
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from lingc.runtime.cuda_inputs import (
 from lingc.runtime.cuda_memory import RESERVE_BYTES, Held
 from lingc.runtime.cuda_state import CudaState
 from lingc.runtime.cuda_weights import upload_weights
+from lingc.runtime.tensorrt_deploy import load_plugins
 from lingc.runtime.tensorrt_package import (
     TensorrtCode,
     check_capability,
@@ -63,6 +65,8 @@ class TensorrtBackend:
         threads: Threads that read weights; as many as help where None.
         progress: Told while weights are loaded.
         device: The first one where None.
+        plugins: A folder that `lingc deploy` wrote, of this package: its C++ plugins launch, and
+            Python does nothing in a step. Python's own where None.
         trt: The library; the one that the engines ask for where None.
 
     Raises:
@@ -81,6 +85,7 @@ class TensorrtBackend:
         threads: int | None = None,
         progress: Progress | None = None,
         device: Device | None = None,
+        plugins: Path | None = None,
         trt: Any = None,
     ) -> None:
         code = package if isinstance(package, TensorrtCode) else read_code(package)
@@ -109,7 +114,10 @@ class TensorrtBackend:
             for held in self._states.values():
                 self.device.clear(held.address, held.bytes)
             upload_weights(self.device, weights, self._weights, progress=progress, threads=threads)
-            register(self._trt, self._launcher())
+            if plugins is None:
+                register(self._trt, self._launcher())
+            else:
+                load_plugins(self._trt, plugins)
             self._load(engines)
             self._places = {phase: self._room(phase) for phase in code.plan.programs}
             self._given = {phase: self._pin(phase) for phase in code.plan.programs}

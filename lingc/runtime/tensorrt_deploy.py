@@ -32,9 +32,6 @@ FORMAT = 1
 
 DESCRIPTION, ENGINES, PLUGINS, SOURCE = "deploy.json", "engines", "plugins", "source"
 LIBRARY = "libling_plugins.so"
-VARIABLE = "LINGC_PLUGINS"
-"""Environment variable by which the compiled plugins find their tables and kernels."""
-
 COMPILER = "g++"
 _FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 _HEADERS = ("NvInfer.h", "cuda_runtime_api.h")
@@ -150,11 +147,11 @@ def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> N
 def load_plugins(trt: Any, folder: Path) -> None:
     """Have a deployed folder's library make the plugins of this process, in the place of Python's.
 
-    The folder's tables are found by the environment variable `LINGC_PLUGINS`, which must name
-    them.
+    It finds the tables in the same folder, unless the environment variable `LINGC_PLUGINS` names
+    others.
 
     Args:
-        trt: `tensorrt` or `tensorrt_rtx`.
+        trt: `tensorrt` or `tensorrt_rtx`, of which Python's plugins were not registered before.
 
     Raises:
         MissingExtraError: The plugins were not compiled.

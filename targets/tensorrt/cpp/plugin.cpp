@@ -5,9 +5,9 @@
 //       plugin.cpp -o libling_plugins.so -ldl
 //
 // TensorRT's registry loads it (`IPluginRegistry::loadLibrary`). Tables and kernels are looked for in
-// the folders of the environment variable LINGC_PLUGINS, by colons, or else beside the library. An
-// engine says by what digests; whether Python's plugins or these were there when it was built does
-// not matter. docs/tensorrt.md has more.
+// the folders of the environment variable LINGC_PLUGINS, by colons, or else in `plugins` beside the
+// library. An engine says by what digests; whether Python's plugins or these were there when it was
+// built does not matter. docs/tensorrt.md has more.
 
 #include <NvInfer.h>
 
@@ -87,7 +87,7 @@ std::vector<std::string> folders() {
   if (dladdr(reinterpret_cast<void*>(&folders), &info) && info.dli_fname) {
     std::string const path = info.dli_fname;
     auto const end = path.rfind('/');
-    made.push_back(end == std::string::npos ? "." : path.substr(0, end));
+    made.push_back((end == std::string::npos ? "." : path.substr(0, end)) + "/plugins");
   }
   return made;
 }
