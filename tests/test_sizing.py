@@ -82,9 +82,10 @@ def compiled(name: str, precision: str, target: str = "h20") -> Plan:
 # ------------------------------------------------------------------------------- as in the plan
 
 
-def check_against_plan(name: str, precision: str) -> None:
-    plan, config = compiled(name, precision), CONFIGS[name]()
-    found = sizing(config, precision, page_size=SIZES.page_size, max_draft=SIZES.max_draft)
+def check_against_plan(name: str, precision: str, target: str = "h20") -> None:
+    plan, config = compiled(name, precision, target), CONFIGS[name]()
+    sizes: Any = {"page_size": SIZES.page_size, "max_draft": SIZES.max_draft}
+    found = sizing(config, precision, target, **sizes)
 
     assert found.specs == dict(plan.weights)
     assert found.stored_bytes == sum(spec.type.bytes() for spec in plan.weights.values())
@@ -104,6 +105,10 @@ def check_against_plan(name: str, precision: str) -> None:
 @pytest.mark.parametrize("precision", built_in())
 def test_weights_and_state_are_those_of_the_plan(precision: str) -> None:
     check_against_plan("unaligned", precision)
+
+
+def test_static_scales_of_tensorrt_are_those_of_the_plan() -> None:
+    check_against_plan("unaligned", "fp8-static", "spark")
 
 
 @pytest.mark.long

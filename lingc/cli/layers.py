@@ -14,7 +14,7 @@ from lingc.errors import IncompatibleError, IntegrityError, UsageError
 from lingc.runtime.cuda_code import TABLE_BYTES, unpacked
 
 _LAYER = re.compile(r"^layers\.\d+\.")
-_SERIAL = re.compile(r"\.\d+(?=$|\.)")
+_SERIAL = re.compile(r"\.\d+(?=$|\.|/)")
 
 
 def read(path: Path, target: str | None = None) -> Mapping[str, Any]:

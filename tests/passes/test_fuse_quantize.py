@@ -25,6 +25,10 @@ SWIGLU = fuse_quantize.SWIGLU_RULE
         (ADD_NORM, "decode", "fp8-max", 8),
         # Routed and shared experts are not FP8: what is left is attention and the dense layer.
         (ADD_NORM, "decode", "int4-fp8", 3),
+        # Every norm is also read by a static product; TensorRT quantizes for that one in the norm.
+        (ADD_NORM, "decode", "fp8-static", 0),
+        (NORM, "prefill", "fp8-static", 0),
+        (SWIGLU, "prefill", "fp8-static", 0),
         (NORM, "prefill", "fp8", 1),
         (NORM, "draft", "fp8", 0),
         (NORM, "draft", "fp8-max", 1),

@@ -19,6 +19,10 @@ RULE = quantize_linears.RULE
         # The latent layer's two and the head stay BF16; seven pairs are stored apart.
         ("fp8", "h20", {"linear": 2, "fp8_linear": 22, "linear_f32": 1}),
         ("fp8", "cpu", {"linear": 2, "fp8_weight_linear": 22, "linear_f32": 1}),
+        # TensorRT alone has products with static scales; elsewhere the same matrices are blocks.
+        ("fp8-static", "rtx-120", {"linear": 2, "fp8_static_linear": 22, "linear_f32": 1}),
+        ("fp8-static", "h20", {"linear": 2, "fp8_linear": 22, "linear_f32": 1}),
+        ("fp8-static", "cpu", {"linear": 2, "fp8_weight_linear": 22, "linear_f32": 1}),
         ("fp8-max", "h20", {"fp8_linear": 25, "fp8_linear_f32": 1}),
         ("fp8-max", "cpu", {"fp8_weight_linear": 25, "fp8_weight_linear_f32": 1}),
         ("int4-all", "cpu", {"linear": 2, "int4_weight_linear": 15, "int4_weight_linear_f32": 1}),
@@ -59,6 +63,18 @@ def test_quantizes_an_input_once_for_two_linears() -> None:
     per_input = [node.args[0] for node in calls(program, "lingc.quantize_fp8")]
 
     assert len(per_input) == len(set(per_input))
+
+
+def test_a_static_product_reads_its_input_as_it_is_and_two_scales() -> None:
+    program = fire(RULE, "tiny", "draft", "fp8-static", "rtx-120").after
+
+    assert calls(program, "lingc.quantize_fp8") == []
+    for node in calls(program, "lingc.fp8_static_linear"):
+        x_scale, codes, scale = (arg.meta["weight"] for arg in node.args[1:])
+        assert (x_scale.part, codes.part, scale.part) == ("input_scales", "codes", "scales")
+        assert x_scale.sources == codes.sources == scale.sources
+        assert str(x_scale.type) == str(scale.type) == "f32[1]"
+        assert len(codes.sources) == 1
 
 
 def test_refuses_a_matrix_that_is_not_a_weight() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,12 @@ def test_engines_have_blocks_where_a_recipe_has_one_scale() -> None:
 
     assert (static.activations, static.rules) == (fp8.activations, fp8.rules)
     assert fp8.in_engines() is fp8
+
+
+def test_engines_with_static_scales_have_the_recipe_as_it_is() -> None:
+    static = load_recipe("fp8-static")
+    dynamic = replace(static, activations="fp8")
+
+    assert static.in_engines(static=True) is static
+    assert dynamic.in_engines(static=True) == dynamic.in_engines()
+    assert {rule.format.kind for rule in dynamic.in_engines().rules} == {"fp8_block"}

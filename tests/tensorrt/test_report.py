@@ -10,13 +10,13 @@ import pytest
 from lingc.cli import layers
 from lingc.engine import canonical
 from lingc.errors import LingcError
-from tests.tensorrt.engines import SAMPLE, has_rtx, networks
+from tests.tensorrt.engines import SAMPLE, STATIC, has_rtx, networks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tensorrt"
 
 
 @has_rtx
-@pytest.mark.parametrize(("target", "precision"), SAMPLE)
+@pytest.mark.parametrize(("target", "precision"), [*SAMPLE, STATIC])
 def test_layers_are_those_that_were_agreed_on(
     target: str, precision: str, golden: Callable[[str, str], None]
 ) -> None:
@@ -67,6 +67,22 @@ def test_what_a_recipe_stores_in_fp8_blocks_goes_to_plugins() -> None:
 
         assert {"fp8_linear", "fp8_experts"} <= plugins, phase
         assert plain <= 4, phase
+
+
+def test_what_a_recipe_stores_with_one_scale_is_multiplied_in_fp8() -> None:
+    """Codes are made in what stands in front, once for all that read them."""
+    counts = {"prefill": 44, "decode": 44, "verify": 44, "draft": 5}
+    for phase, rows in phase_rows("rtx-89-fp8-static.txt").items():
+        products = [row for row in rows if row.split()[1] == "gemm" and "fp8_static" in row]
+        plain = sum(int(row.split()[0]) for row in rows if row.split()[1] == "gemm")
+        made = [row for row in rows if row.split()[1] == "kgen" and "/codes" in row]
+        norms = [row for row in made if "rms_norm" in row]
+
+        assert sum(int(row.split()[0]) for row in products) == counts[phase]
+        assert all("(FP8)" in row for row in products)
+        assert plain - counts[phase] == (2 if phase == "draft" else 4), phase
+        assert norms
+        assert not [row for row in rows if "fp8_linear" in row], phase
 
 
 def test_what_is_no_tensorrt_engine_is_refused(tmp_path: Path) -> None:
