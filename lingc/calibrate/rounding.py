@@ -18,6 +18,7 @@ every scale to the least-squares one for the codes it has.
 All matrices of a stack are rounded together. Letters: M matrices, N rows, D columns, G groups.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ BLOCK = 64
 """Columns that are rounded before the rest of the matrix is told."""
 
 _SOLVED = 512
-"""Columns of an inverse that are found together."""
+"""Rows and columns that are factored together."""
 
 LEAST_SHARE = 0.6
 """The smallest scale that is tried, as a share of amax / 7.5."""
@@ -86,32 +87,70 @@ def curvature(hessian: Tensor, *, damping: float = 0.01) -> Curvature:
     mean = diagonal.mean(-1, keepdim=True)
     extra = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True)
+    factor = _factor(hessian, order, extra)
     damped = hessian.to(torch.float32, copy=True)
     damped.diagonal(dim1=-2, dim2=-1).copy_(diagonal + extra)
-    return Curvature(hessian=damped, order=order, factor=_factor(hessian, order, extra))
+    return Curvature(hessian=damped, order=order, factor=factor)
 
 
 def _factor(hessian: Tensor, order: Tensor, extra: Tensor) -> Tensor:
-    """U of `Curvature`, by one factorization and with two f64 matrices in memory.
+    """U of `Curvature`, with one f64 matrix in memory: those of the widest take a gigabyte.
 
     In reversed order the damped matrix is L L^T, thus R R^T in the right one, where R, L from back
     to front, is upper. The inverse is R^-T R^-1, and R^-1 is U.
     """
     back = order.flip(-1)
-    columns = hessian.shape[-1]
-    wide = hessian.gather(1, back.unsqueeze(2).expand_as(hessian))
-    wide = wide.gather(2, back.unsqueeze(1).expand_as(hessian)).double()
+    wide = torch.empty_like(hessian, dtype=torch.float64)
+    for rows in _blocks(wide):
+        some = hessian.gather(1, back[:, rows].unsqueeze(2).expand_as(wide[:, rows]))
+        wide[:, rows] = some.gather(2, back.unsqueeze(1).expand_as(some)).double()
     wide.diagonal(dim1=-2, dim2=-1).add_(extra)
-    lower = torch.linalg.cholesky(wide)
-    del wide
-    inverse = torch.zeros_like(lower, dtype=torch.float32)
-    for start in range(0, columns, _SOLVED):
-        end = min(start + _SOLVED, columns)
-        unit = torch.eye(columns - start, end - start, dtype=lower.dtype, device=lower.device)
-        part = torch.linalg.solve_triangular(lower[:, start:, start:], unit, upper=False)
-        inverse[:, start:, start:end] = part
-    del lower
-    return inverse.flip(1, 2)
+    _to_cholesky(wide)
+    _to_inverse(wide)
+    factor = torch.empty_like(wide, dtype=torch.float32)
+    for rows in _blocks(wide):
+        turned = slice(wide.shape[-1] - rows.stop, wide.shape[-1] - rows.start)
+        factor[:, turned] = wide[:, rows].tril(rows.start).flip(1, 2)
+    return factor
+
+
+def _to_cholesky(matrix: Tensor) -> None:
+    """Put L of L L^T, block row after block row, in the place of a matrix's lower half."""
+    for rows in _blocks(matrix):
+        for columns in _blocks(matrix[:, :, : rows.start]):
+            behind = slice(columns.start)
+            left = (
+                matrix[:, rows, columns] - matrix[:, rows, behind] @ matrix[:, columns, behind].mT
+            )
+            own = matrix[:, columns, columns].mT
+            made = torch.linalg.solve_triangular(own, left, upper=True, left=False)
+            matrix[:, rows, columns] = made
+        behind = slice(rows.start)
+        own = matrix[:, rows, rows] - matrix[:, rows, behind] @ matrix[:, rows, behind].mT
+        matrix[:, rows, rows] = torch.linalg.cholesky(own)
+
+
+def _to_inverse(lower: Tensor) -> None:
+    """Put the inverse of a lower triangle in its place.
+
+    With X the inverse of the block rows above, and A | B the next, of which B stands on the
+    diagonal, the next rows of the inverse are -B^-1 A X | B^-1.
+    """
+    for rows in _blocks(lower):
+        own = lower[:, rows, rows].clone()
+        unit = torch.eye(own.shape[-1], dtype=own.dtype, device=own.device).expand_as(own)
+        lower[:, rows, rows] = torch.linalg.solve_triangular(own, unit, upper=False)
+        for columns in _blocks(lower[:, :, : rows.start]):
+            behind = slice(columns.start, rows.start)  # X is zero above its diagonal
+            above = lower[:, rows, behind] @ lower[:, behind, columns].tril()
+            made = torch.linalg.solve_triangular(own, above, upper=False)
+            lower[:, rows, columns] = -made
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Runs of a matrix's columns."""
+    width = matrix.shape[-1]
+    return (slice(i, min(i + _SOLVED, width)) for i in range(0, width, _SOLVED))
 
 
 def gptq(weight: Tensor, curve: Curvature, group: int, *, rounds: int = 2) -> Rounded:

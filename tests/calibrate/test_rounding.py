@@ -32,6 +32,26 @@ def _made(weight: Tensor, hessian: Tensor, chosen: Format) -> Made:
     return make_fp8(weight, hessian, chosen)
 
 
+@pytest.mark.parametrize("columns", [40, 1100])  # within a block of the factorization, and over two
+def test_the_factor_is_that_of_the_inverse(columns: int) -> None:
+    hessians = torch.stack([_case(1, columns, seed=seed)[1] for seed in range(2)])
+
+    curve = curvature(hessians, damping=0.1)
+
+    for hessian, damped, order, factor in zip(
+        hessians, curve.hessian, curve.order, curve.factor, strict=True
+    ):
+        diagonal = hessian.diagonal()
+        extra = torch.diag(0.1 * diagonal.mean().expand(columns))
+        torch.testing.assert_close(damped, hessian + extra)
+        assert bool((diagonal[order].diff() <= 0).all())
+        assert bool((factor.tril(-1) == 0).all())
+        ordered = (hessian.double() + extra.double())[order][:, order]
+        wide = factor.double()
+        eye = torch.eye(columns, dtype=torch.float64)
+        torch.testing.assert_close(wide.T @ wide @ ordered, eye, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("seed", range(3))
 def test_gptq_loses_less_than_searched_scales_and_these_less_than_nearest(
