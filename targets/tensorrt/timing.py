@@ -7,14 +7,13 @@ Measurements are of one TensorRT on one kind of GPU: TensorRT refuses those of a
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lingc.engine import canonical
 from lingc.errors import IncompatibleError, UsageError
-from lingc.staging import writing
+from lingc.staging import refuse_unwritable, write_whole, writing
 
 log = logging.getLogger("lingc")
 
@@ -68,9 +67,15 @@ class Timing:
 
         Raises:
             UsageError: There must be one, or it cannot be read.
+            ResourceError: It cannot be written again after the build.
         """
         if self.path is None:
             return
+        if self._is_own:
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.locked:
+            refuse_unwritable(self.path)
         try:
             self.data = self.path.read_bytes()
         except FileNotFoundError:
@@ -125,11 +130,7 @@ class Timing:
         """
         if self.path is None or self.locked or not self.data:
             return
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-            part.write_bytes(self.data)
-            part.replace(self.path)
+        write_whole(self.path, self.data)
 
     def _taken(self, config: Any) -> bool:
         # TensorRT reads it until the engine is built.

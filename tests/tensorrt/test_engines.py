@@ -1,4 +1,4 @@
-"""Engines: TensorRT builds what was lowered, the same bytes each time, and mistakes are seen."""
+"""Engines: TensorRT builds what was lowered, the same layers each time, and mistakes are seen."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,38 +53,48 @@ def test_every_phase_builds_and_is_what_was_lowered(target: str, precision: str)
         assert engine
 
 
-def test_the_same_network_gives_the_same_layers() -> None:
-    """What runs, and how large it is; the bytes are not the same.
+@pytest.mark.parametrize(
+    "phase",
+    ["decode", *(pytest.param(p, marks=pytest.mark.long) for p in ("prefill", "verify", "draft"))],
+)
+def test_an_engine_that_is_built_again_is_the_same_but_for_the_order_of_open_sizes(
+    phase: str,
+) -> None:
+    """Every layer with its name, kind, types, shapes and place, all memory, and the length.
 
-    TensorRT for RTX writes tensors and the numbers of open sizes in an order of its own where there
-    are plugins.
+    The bytes are not: where a network has several open sizes, TensorRT for RTX numbers them, and
+    orders what it keeps by them, by addresses in its heap. `docs/tensorrt.md` has the evidence.
     """
     from lingc.targets.tensorrt import report  # noqa: PLC0415
 
-    found, sizes = set(), set()
+    reports, engines = [], []
     for _ in range(2):
         made = lowering("spark", "int4-all")
-        network, begin = made.network("decode"), len(made.backend.log.messages)
-        sizes.add(len(made.engine(network)))
+        network, begin = made.network(phase), len(made.backend.log.messages)
+        engines.append(np.frombuffer(made.engine(network), np.uint8))
         messages = [text for _, text in made.backend.log.messages[begin:]]
-        layers = report.parse(messages, network).layers
-        found.add(tuple(sorted((one.kind, one.op, tuple(sorted(one.origins))) for one in layers)))
+        reports.append(report.to_value(report.parse(messages, network)))
 
-    assert len(found) == len(sizes) == 1
+    assert reports[0] == reports[1]
+    assert len(engines[0]) == len(engines[1])
+    assert (engines[0] != engines[1]).mean() < 0.02
 
 
-def test_an_engine_without_plugins_is_the_same_bytes() -> None:
-    made = lowering("rtx-89", "bf16")
+def test_an_engine_with_one_open_size_is_the_same_bytes() -> None:
+    """However many tensors have it: what differs elsewhere is the order of several."""
     engines = set()
-    for _ in range(3):
+    for _ in range(4):
+        made = lowering("rtx-89", "bf16")
         builder = made.backend.builder()
         network = made.backend.network(builder, [])
-        x = network.add_input("x", made.backend.trt.bfloat16, (-1, 64))
-        y = network.add_elementwise(x, x, made.backend.trt.ElementWiseOperation.SUM)
-        network.mark_output(y.get_output(0))
-        config = made.backend.config(builder, made.target)
         profile = builder.create_optimization_profile()
-        profile.set_shape("x", (1, 64), (8, 64), (64, 64))
+        for number in range(8):
+            x = network.add_input(f"x{number}", made.backend.trt.bfloat16, (-1, 64))
+            x.set_dimension_name(0, "T")
+            y = network.add_elementwise(x, x, made.backend.trt.ElementWiseOperation.SUM)
+            network.mark_output(y.get_output(0))
+            profile.set_shape(f"x{number}", (1, 64), (8, 64), (64, 64))
+        config = made.backend.config(builder, made.target)
         config.add_optimization_profile(profile)
         engines.add(made.backend.build(builder, network, config))
 

@@ -12,7 +12,7 @@ from lingc.code import refuse
 from lingc.compile import Compiled, Request, silent
 from lingc.engine import summary
 from lingc.engine.machine import Gpu, Machine
-from lingc.errors import IncompatibleError, LingcError, StageError, UsageError
+from lingc.errors import IncompatibleError, LingcError, ResourceError, StageError, UsageError
 from lingc.pipeline import Report
 from lingc.quantize.recipes import load_recipe
 from lingc.targets import get
@@ -260,3 +260,12 @@ def test_a_file_that_must_hold_measurements_and_does_not_is_named(
     host()
     with pytest.raises(LingcError, match=r"none\.cache' holds nothing"):
         build(Timing(path=file, locked=True))
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_built(
+    host: Host, tmp_path: Path
+) -> None:
+    recording = host()
+    with pytest.raises(ResourceError, match=r"absent/h20\.cache"):
+        build(Timing(path=tmp_path / "absent" / "h20.cache"))
+    assert recording.calls == []
