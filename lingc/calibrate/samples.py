@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lingc.checkpoint.source import Source
 from lingc.errors import DataError, UsageError
 from lingc.parity.data import read_rows
 from lingc.runtime.tokenizer import Tokenizer
@@ -112,7 +113,10 @@ def parse_share(text: str) -> Share:
     except ValueError:
         return Share(path=_path(text))
     if not 0 < share < float("inf"):
-        raise UsageError(f"the weight of {name!r} is {weight!r}, not a positive number")
+        raise UsageError(
+            f"the weight of {name!r} is {weight!r}, not a positive number",
+            hint=f"give its share beside the other files: {name}:0.7",
+        )
     return Share(path=_path(name), weight=share)
 
 
@@ -123,6 +127,44 @@ def _path(name: str) -> Path:
 def shipped() -> tuple[str, ...]:
     """Names of the sets that come with lingc."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.jsonl")))
+
+
+def samples_for(
+    source: Source,
+    words: Sequence[str],
+    *,
+    tokenizer: Tokenizer | None,
+    count: int | None,
+    max_tokens: int,
+    seed: int,
+) -> Samples:
+    """What a command's `--data`, as `parse_share` has them, gives for a model.
+
+    Args:
+        source: The model.
+        words: At least one.
+        tokenizer: And what follows: as for `read_samples`.
+
+    Raises:
+        UsageError: A weight is no positive number.
+        DataError: As `read_samples`, or a row has more tokens than the model has positions.
+    """
+    found = read_samples(
+        [parse_share(word) for word in words],
+        vocab=source.config.vocab_size,
+        tokenizer=tokenizer,
+        count=count,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    most = source.config.max_position_embeddings
+    for one in found.samples:
+        if len(one.ids) > most:
+            raise DataError(
+                f"{one.origin!r} has {len(one.ids)} tokens, the model was made for {most}",
+                hint=f"--max-tokens {most} cuts rows to that, and less takes less memory",
+            )
+    return found
 
 
 def read_samples(

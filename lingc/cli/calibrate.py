@@ -139,19 +139,22 @@ def command(
         from lingc.calibrate.coverage import coverage
         from lingc.calibrate.matrices import Method
         from lingc.calibrate.run import Settings, calibrate, count_matrices, device_named
-        from lingc.calibrate.samples import parse_share, read_samples
+        from lingc.calibrate.samples import samples_for
     from lingc.checkpoint import open_checkpoint, validate
     from lingc.quantize.recipes import load_recipe
     from lingc.runtime.tokenizer import Tokenizer
+    from lingc.staging import refuse_unwritable
 
     if math.isnan(percentile):  # a range lets it pass
         raise click.BadParameter("nan is no percentile", param_hint="'--percentile'")
+    if report is not None and out_dir not in report.parents:  # which is made meanwhile
+        refuse_unwritable(report)
     chosen = load_recipe(recipe)
     source = open_checkpoint(checkpoint)
     validate(source)
-    given = read_samples(
-        [parse_share(one) for one in data],
-        vocab=source.config.vocab_size,
+    given = samples_for(
+        source,
+        data,
         tokenizer=Tokenizer.from_directory(checkpoint),
         count=samples,
         max_tokens=max_tokens,

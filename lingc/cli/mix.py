@@ -8,7 +8,7 @@ from lingc.cli import output
 from lingc.cli.interrupts import held
 from lingc.cli.output import Output, bytes_text
 
-_SIZES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+_SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
@@ -86,7 +86,7 @@ def command(
         from lingc.calibrate import mix_page
         from lingc.calibrate.mix import count_layers, mix
         from lingc.calibrate.run import device_named
-        from lingc.calibrate.samples import parse_share, read_samples
+        from lingc.calibrate.samples import samples_for
     from lingc.checkpoint import open_checkpoint, validate
     from lingc.runtime.tokenizer import Tokenizer
     from lingc.staging import refuse_unwritable, write_whole, writing
@@ -94,9 +94,9 @@ def command(
     refuse_unwritable(path, report)
     source = open_checkpoint(checkpoint)
     validate(source)
-    given = read_samples(
-        [parse_share(one) for one in data],
-        vocab=source.config.vocab_size,
+    given = samples_for(
+        source,
+        data,
         tokenizer=Tokenizer.from_directory(checkpoint),
         count=samples,
         max_tokens=max_tokens,

@@ -129,6 +129,10 @@ def test_a_silent_expert_is_crossed_on_the_page() -> None:
         (b'{"input_ids": [1]}\n\xff\xfe\n', "line 2: it is not UTF-8"),
         (b'{"text": "hello"}\n', "line 1: it has 'text', but there is no tokenizer"),
         (b"[" * (17 << 20), "line 1: it is longer than 16 MiB"),
+        (
+            json.dumps({"input_ids": [1] * 8193}).encode(),
+            "'bad.jsonl:1' has 8193 tokens, the model was made for 8192",
+        ),
     ],
 )
 def test_bad_data_is_told_and_leaves_nothing(
@@ -137,7 +141,8 @@ def test_bad_data_is_told_and_leaves_nothing(
     data = tmp_path / "bad.jsonl"
     data.write_bytes(content)
 
-    assert _run("calibrate", small, "--data", data, "--recipe", "int4", "-o", tmp_path / "c") == 3
+    assert _run("calibrate", small, "--data", data, "--recipe", "int4", "-o", tmp_path / "c",
+                "--max-tokens", 9000) == 3  # fmt: skip
 
     answer = capsys.readouterr().err
     assert said in answer
@@ -158,6 +163,11 @@ def test_bad_data_is_told_and_leaves_nothing(
         ),
         (["calibrate", "gone", "--data", "ROWS", "--recipe", "int4"], 3, "no directory 'gone'"),
         (
+            ["calibrate", "SMALL", "--data", "ROWS", "--recipe", "int4", "--report", "."],
+            7,
+            "'.' cannot be written: Is a directory",
+        ),
+        (
             ["quantize", "SMALL", "--recipe", "RECIPE"],
             3,
             "'model.layers.*.mixer' matches no module",
@@ -166,6 +176,7 @@ def test_bad_data_is_told_and_leaves_nothing(
         (["recipes", "RECIPE", "--checkpoint", "SMALL"], 3, "matches no module; the nearest is"),
         (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "1kB"], 2, "raise --bytes"),
         (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "much"], 2, "is no size"),
+        (["mix", "gone", "--data", "ROWS", "--bytes-per-token", "2TB"], 3, "no directory 'gone'"),
     ],
 )
 def test_what_cannot_be_is_answered_in_words(
