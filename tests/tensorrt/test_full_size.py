@@ -17,7 +17,7 @@ from lingc.plan import Plan
 from lingc.quantize.recipes import load_recipe
 from lingc.targets.cuda.binaries import compile_all
 from lingc.targets.tensorrt import lower
-from tests.tensorrt.engines import has_rtx
+from tests.tensorrt.engines import has_rtx, stand_ins
 
 pytestmark = [pytest.mark.long, has_rtx]
 
@@ -38,6 +38,9 @@ class Drawn(Mapping[str, Any]):
         random = np.random.default_rng(zlib.crc32(name.encode()))
         if kind.dtype == "i32":
             return random.integers(-(1 << 31), 1 << 31, kind.bind({}), dtype=np.int32)
+        if kind.dtype == "f32":
+            assert kind.shape == (1,), f"{name} is {kind}: of FP8 only two scales become constants"
+            return random.uniform(0.001, 0.1, 1).astype(np.float32)
         assert kind.dtype == "bf16", f"{name} is {kind}: nothing else becomes a constant"
         return np.full(kind.bind({}), 0x3C00, np.uint16)  # 2^-7
 
@@ -48,14 +51,14 @@ class Drawn(Mapping[str, Any]):
         return len(self._plan.weights)
 
 
-def group() -> Plan:
+def group(target: str, precision: str) -> Plan:
     """The plan of the first 8 layers."""
     whole = ModelConfig.from_file(FULL)
     raw = {**whole.raw, "num_hidden_layers": whole.layer_group_size, "num_nextn_predict_layers": 0}
     config = ModelConfig.from_dict(raw)
-    request = Request(precision="int4-all", target=TARGET, engine="tensorrt")
+    request = Request(precision=precision, target=target, engine="tensorrt")
     return compile_plan(
-        config, load_recipe("int4-all"), targets.get(TARGET), has_mtp=False, request=request
+        config, load_recipe(precision), targets.get(target), has_mtp=False, request=request
     ).plan
 
 
@@ -64,7 +67,7 @@ def test_a_full_size_group_builds_in_minutes_and_holds_no_routed_experts(tmp_pat
     from lingc.targets.tensorrt.backend import backend  # noqa: PLC0415
 
     began = time.monotonic()
-    plan, target = group(), targets.get(TARGET)
+    plan, target = group(TARGET, "int4-all"), targets.get(TARGET)
     weights = Drawn(plan)
     plugins = lower.tabled(
         plan, target, lambda wanted: compile_all(wanted, target.arch, tmp_path), embeds=True
@@ -89,3 +92,23 @@ def test_a_full_size_group_builds_in_minutes_and_holds_no_routed_experts(tmp_pat
     assert all(size < 1.1 * constants + (64 << 20) for size in sizes.values())
     assert seconds < 180
     assert peak_bytes < 8e9
+
+
+@pytest.mark.parametrize("name", ["spark", "rtx-120", "rtx-89"])
+def test_static_scales_are_fused_at_full_size(name: str) -> None:
+    from lingc.targets.tensorrt import report  # noqa: PLC0415
+    from lingc.targets.tensorrt.backend import backend  # noqa: PLC0415
+
+    plan, target = group(name, "fp8-static"), targets.get(name)
+    weights = Drawn(plan)
+    plugins = lower.tabled(plan, target, stand_ins, embeds=True)
+    made = lower.Lowering(backend(target), plan, target, plugins, weights=weights)
+    for phase in plan.programs:
+        network, begin = made.network(phase), len(made.backend.log.messages)
+        engine = made.engine(network)
+        messages = [text for _, text in made.backend.log.messages[begin:]]
+        found = report.parse(messages, network)
+        assert report.faults(found, network) == []
+        assert list(network.roles.values()).count("fp8") == 3 * 7 + 1 + 3 * 8
+        assert found.weight_bytes < 1 << 20, "codes are bound, not inside"
+        print(phase, len(engine), len(found.layers))  # noqa: T201
