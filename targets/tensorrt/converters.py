@@ -150,15 +150,25 @@ class Converters:
     def refusal(self, node: Any) -> str | None:
         """Why a node cannot be converted, or None."""
         op = _op_of(node.target)
+        known = EMBEDDED.get(op.name)
+        embeds = known is not None and all(_is_constant(node.args[i]) for i in known.constants)
+        return self._refusal(node.name, op, list(_typed(op, node)), _results(node), embeds=embeds)
+
+    def refusal_of(self, op: Op, arguments: Sequence[Any]) -> str | None:
+        """Why a call of an op could not be converted, its tensors inputs of the module, or None."""
+        held = [one.to("meta") if isinstance(one, torch.Tensor) else one for one in arguments]
+        made = op.overload(*held)
+        results = (made,) if isinstance(made, torch.Tensor) else tuple(made)
+        return self._refusal(op.name, op, held, results, embeds=False)
+
+    def _refusal(
+        self, name: str, op: Op, args: list[Any], results: Sequence[Any], *, embeds: bool
+    ) -> str | None:
         try:
-            plan, letters = self._planned(node.name, op, list(_typed(op, node)), _results(node))
+            plan, letters = self._planned(name, op, args, results)
             program = plan.programs[PHASE]
             step = program.steps[0]
-            known = EMBEDDED.get(op.name)
-            fixed = known is not None and all(
-                _is_constant(node.args[index]) for index in known.constants
-            )
-            if is_native(step, program, embeds=fixed):
+            if is_native(step, program, embeds=embeds):
                 return None
             for one in letters.sets(self.sizes):
                 given = [_bound(arg, program, dict(one)) for arg in step.args]
