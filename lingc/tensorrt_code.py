@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from lingc.compile import Compiled, Stage
 from lingc.engine import canonical
 from lingc.errors import FusionError, StageError
 from lingc.plan import Plan
+from lingc.runtime.tensorrt_constants import cut, to_value
 from lingc.targets.cuda import binaries
 from lingc.targets.cuda.lower import compressed
 from lingc.targets.spec import Target
@@ -80,16 +81,25 @@ def make(
     lowering = Lowering(builder, plan, target, plugins, weights=weights)
     files: dict[str, bytes] = {TABLE: plugins.data}
     reports: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
     embedded: set[str] = set()
+    read: set[str] = set()
+    engine_bytes = 0
     with stage("build engines", total=len(plan.programs), unit="phases") as advance:
         for phase in plan.programs:
             network = lowering.network(phase)
             begin = len(builder.log.messages)
-            files[engine_file(phase)] = lowering.engine(network)
+            engine = lowering.engine(network)
+            engine_bytes += len(engine)
+            made = cut(engine, network.constants)
+            files[engine_file(phase)] = made.rest
+            constants[phase] = to_value(made)
             messages = [text for _, text in builder.log.messages[begin:]]
             reports |= _reported(messages, network, builder)
             embedded |= network.embedded
+            read |= network.inputs
             advance(1)
+    embedded -= read
     files[REPORT] = compressed(canonical.encode({"format": report.FORMAT, "phases": reports}))
     info = {
         "flavour": builder.flavour,
@@ -105,7 +115,8 @@ def make(
         },
         "engines": {phase: engine_file(phase) for phase in plan.programs},
         "embedded_weights": sorted(embedded),
-        "runs_on": _runs_on(plan, target, builder),
+        "constants": constants,
+        "runs_on": _runs_on(target, builder, engine_bytes + _bound_bytes(plan, embedded)),
         **builder.facts(),
     }
     timing.write()
@@ -168,7 +179,13 @@ def _plugins(
         )
 
 
-def _runs_on(plan: Plan, target: Target, builder: Backend) -> dict[str, Any]:
+def _bound_bytes(plan: Plan, embedded: Collection[str]) -> int:
+    """Of the weights that are bound: the others lie in the engines."""
+    given = (spec for name, spec in plan.weights.items() if name not in embedded)
+    return sum(spec.type.bytes() for spec in given)
+
+
+def _runs_on(target: Target, builder: Backend, memory_bytes: int) -> dict[str, Any]:
     """What a machine must have; an engine is read by the very TensorRT that wrote it."""
     major, minor = target.compute_capability or (0, 0)
     return {
@@ -178,6 +195,6 @@ def _runs_on(plan: Plan, target: Target, builder: Backend) -> dict[str, Any]:
         "gpu": {
             "capability": f"{major}.{minor}",
             "driver": ">=13.0",
-            "memory_bytes": sum(spec.type.bytes() for spec in plan.weights.values()),
+            "memory_bytes": memory_bytes,
         },
     }

@@ -109,7 +109,7 @@ class TensorrtBackend:
             check_capability(target, self.device.name, self.device.capability)
             self._check_room(engines)
             dims = {"S": limits.slots + 1, "R": limits.pages * code.plan.page_size + 1}
-            self._weights = self._tensors({n: s.type for n, s in code.plan.weights.items()}, {})
+            self._weights = self._tensors(self._given_weights(), {})
             self._states = self._tensors(code.plan.states, dims)
             for held in self._states.values():
                 self.device.clear(held.address, held.bytes)
@@ -239,7 +239,7 @@ class TensorrtBackend:
         """Refuse what does not fit, as far as it is known before TensorRT is asked."""
         plan = self._code.plan
         dims = {"S": self._limits.slots + 1, "R": self._limits.pages * plan.page_size + 1}
-        weights = sum(align(spec.type.bytes()) for spec in plan.weights.values())
+        weights = sum(align(kind.bytes()) for kind in self._given_weights().values())
         states = sum(align(kind.bytes(dims)) for kind in plan.states.values())
         own = sum(map(len, engines.values()))
         free, total = self.device.memory_bytes()
@@ -252,6 +252,14 @@ class TensorrtBackend:
                 hint="free memory on the device, load with fewer slots or tokens, or build with a "
                 "smaller precision",
             )
+
+    def _given_weights(self) -> dict[str, TensorType]:
+        """Weights that are bound; the others lie in the engines."""
+        return {
+            name: spec.type
+            for name, spec in self._code.plan.weights.items()
+            if name not in self._code.embedded
+        }
 
     def _tensors(self, kinds: Mapping[str, TensorType], dims: Mapping[str, int]) -> dict[str, Held]:
         """Tensors side by side in one allocation."""

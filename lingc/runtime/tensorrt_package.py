@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lingc.device import Binary
@@ -18,7 +19,9 @@ from lingc.launch_table import Bucket, Place
 from lingc.plan import Plan
 from lingc.plugin_table import Axis, Call, PluginTable, from_value
 from lingc.runtime.cuda_code import KERNEL_BYTES, TABLE_BYTES, unpacked
+from lingc.runtime.tensorrt_constants import Cut, Hole, holes_of, joined
 from lingc.targets.spec import Target
+from lingc.weights import open_weights
 
 HINT = "its producer contradicts itself: build the engine again, and report it"
 _REBUILD = "build the engine again with this version, or install that one"
@@ -36,7 +39,8 @@ class TensorrtCode:
         module: `tensorrt` or `tensorrt_rtx`.
         version: Of the library that wrote the engines.
         digest: SHA-256 of the table's JSON, by which plugins name it.
-        engines: Phase -> the engine.
+        engines: Phase -> the engine, put together.
+        embedded: Weights that engines hold, and none is given.
         buckets: Sizes that plugins have launches for.
         kernel: A kernel by its number in the table.
     """
@@ -49,6 +53,7 @@ class TensorrtCode:
     engines: Mapping[str, Callable[[], bytes]]
     buckets: tuple[Bucket, ...]
     kernel: Callable[[int], Binary]
+    embedded: frozenset[str] = frozenset()
 
 
 def read_code(package: Package) -> TensorrtCode:
@@ -66,6 +71,11 @@ def read_code(package: Package) -> TensorrtCode:
         files = {str(phase): str(file) for phase, file in info["engines"].items()}
         calls = {str(phase): [int(n) for n in numbers] for phase, numbers in info["calls"].items()}
         buckets = tuple(_bucket(one) for one in info["buckets"])
+        embedded = frozenset(str(name) for name in info.get("embedded_weights", ()))
+        cuts = {
+            str(phase): (holes_of(value), str(value["sha256"]))
+            for phase, value in info.get("constants", {}).items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(
             f"the facts of the {code.target!r} variant cannot be read: {error!r}", hint=HINT
@@ -86,14 +96,31 @@ def read_code(package: Package) -> TensorrtCode:
         table=table,
         digest=digest,
         engines={
-            phase: lambda file=file: package.read(f"{folder}/{file}")  # type: ignore[misc]
+            phase: partial(_engine, package, phase, f"{folder}/{file}", cuts.get(phase))
             for phase, file in files.items()
         },
+        embedded=embedded,
         buckets=buckets,
         kernel=lambda index: _kernel(package, table, index),
     )
     _check(made, calls, {*package.names("kernel")})
     return made
+
+
+def _engine(
+    package: Package, phase: str, path: str, removed: tuple[tuple[Hole, ...], str] | None
+) -> bytes:
+    """An engine, with the constants that the package holds among its weights.
+
+    Raises:
+        IntegrityError: They do not make up the engine that was built.
+    """
+    rest = package.read(path)
+    if removed is None:
+        return rest
+    holes, sha256 = removed
+    weights = open_weights(package.shards()) if holes else {}
+    return joined(phase, Cut(rest=rest, holes=holes, sha256=sha256), weights)
 
 
 def check_engine(phase: str, data: bytes, version: str) -> None:

@@ -7,7 +7,7 @@ one buffer. So an engine holds no weights, but for those that TensorRT fuses onl
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lingc.errors import StageError, UnsupportedError
 from lingc.kernel import Kernel
 from lingc.plan import Arg, Plan, Program, Ref, Step, refs
 from lingc.plugin_table import PluginTable
+from lingc.runtime.tensorrt_constants import PLAIN, SIGNED, flipped
 from lingc.runtime.tensorrt_plugin import Launcher, OpPlugin, plugin_class, register
 from lingc.targets.cuda.lower import compressed
 from lingc.targets.spec import Target
@@ -77,6 +78,12 @@ class Network:
 
     embedded: set[str] = field(default_factory=set)
     """Weights that became constants."""
+
+    inputs: set[str] = field(default_factory=set)
+    """Names of its inputs: of the program's, of states, and of weights that are bound."""
+
+    constants: dict[str, tuple[Array, int]] = field(default_factory=dict)
+    """Those of them that a constant is, byte for byte but for what each is XORed with."""
 
 
 def calls_of(
@@ -235,6 +242,7 @@ class _Phase:
         for name in (*program.inputs, *program.states, *program.weights):
             if name not in program.weights or name in read:
                 self.values[name] = body.input(name, program.types[name])
+                self._made.inputs.add(name)
         self.steps(numbers)
         for name in dict.fromkeys((*program.outputs.values(), *program.updates.values())):
             body.output(self.values[name], name)
@@ -277,7 +285,15 @@ class _Phase:
             else:
                 args.append(self._argument(arg))
         self._made.roles[step.outputs[0]] = known.role
+        before = len(self._made.body.constants)
         self.values[step.outputs[0]] = known.function(self._made.body, *args)
+        added = list(self._made.body.constants.values())[before:]
+        for index in known.constants:
+            arg, values = step.args[index], args[index]
+            assert isinstance(arg, Ref), "a weight stands there"
+            flip = next((f for f in (PLAIN, SIGNED) if _is_among(values, f, added)), None)
+            if flip is not None:
+                self._made.constants[arg.name] = (values, flip)
 
     def _plugin(self, step: Step, seen: int) -> None:
         plugin = self._plugins[seen]
@@ -294,6 +310,12 @@ class _Phase:
         if isinstance(arg, tuple):
             return tuple(self._argument(item) for item in arg)
         return arg
+
+
+def _is_among(values: Array, flip: int, arrays: Sequence[Array]) -> bool:
+    """Whether an array has the bytes of these values, each XORed with `flip`."""
+    wanted = flipped(values, flip)
+    return any(one.nbytes == len(wanted) and one.tobytes() == wanted for one in arrays)
 
 
 def _constants(step: Step) -> tuple[int, ...]:
