@@ -147,7 +147,7 @@ class Thing:
         returns = fitting[0]["returns"]
         if returns in self._recording.surface["classes"]:
             return Thing(self._recording, returns)
-        return {"bool": True, "int": 0, "str": ""}.get(returns)
+        return {"bool": True, "int": 0, "str": "", "CapsuleType": object()}.get(returns)
 
 
 def _fits(overload: Mapping[str, Any], args: tuple[Any, ...], more: Mapping[str, Any]) -> bool:

@@ -16,8 +16,10 @@ import pytest
 
 from lingc import targets
 from lingc.launch_table import Bucket
+from lingc.runtime import tensorrt_plugin
 from lingc.runtime.backend import Limits
 from lingc.runtime.tensorrt_backend import TensorrtBackend
+from lingc.runtime.tensorrt_deploy import LIBRARY
 from lingc.runtime.tensorrt_package import TensorrtCode
 from lingc.targets.spec import Target
 from lingc.targets.tensorrt.backend import StandardBackend
@@ -145,7 +147,12 @@ def test_arguments_are_counted() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_runtime_uses_what_a_version_has(version: str) -> None:
+@pytest.mark.parametrize("is_native", [False, True])
+def test_the_runtime_uses_what_a_version_has(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_native: bool
+) -> None:
+    monkeypatch.setattr(tensorrt_plugin, "_CREATORS", {})
+    (tmp_path / LIBRARY).touch()
     recording, made = Recording(load(version)), plan(TARGET, "bf16")
     table = plugins(TARGET, "bf16")
     none: Callable[[int], Any] = lambda _index: None  # noqa: E731
@@ -166,7 +173,7 @@ def test_the_runtime_uses_what_a_version_has(version: str) -> None:
     )
     backend = TensorrtBackend(
         code, weights(TARGET, "bf16"), Limits(slots=1, pages=1), threads=1, device=HostDevice(),
-        trt=recording,
+        plugins=tmp_path if is_native else None, trt=recording,
     )  # fmt: skip
     inputs = {
         "token_ids": [1], "positions": [0], "offsets": [0, 1], "slots": [0], "accepted": [0],
@@ -179,6 +186,9 @@ def test_the_runtime_uses_what_a_version_has(version: str) -> None:
         "Runtime.engine_host_code_allowed", "Runtime.deserialize_cuda_engine",
         "ICudaEngine.create_execution_context", "IExecutionContext.execute_async_v3",
     }  # fmt: skip
+    # One makes the plugins, and the other does not.
+    assert ("IPluginRegistry.load_library" in recording.used) == is_native
+    assert ("IPluginRegistry.register_creator" in recording.used) == (not is_native)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
