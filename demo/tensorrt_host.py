@@ -10,7 +10,7 @@ took go into the record. A step that fails does not stop the others, and nothing
     deploy                          what runs without Python, its plugins compiled
     python logits, native logits    the same rows by Python's plugins and by the compiled ones
     same bits                       whether both gave the same
-    enqueue                         each plugin by itself, against its reference
+    enqueue                         each plugin by itself, Python's and compiled, against references
     converters                      ops that Torch-TensorRT compiles, against their references
 """
 
@@ -123,7 +123,9 @@ def main(argv: Sequence[str] | None = None, *, host: Host | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("tensorrt-host.json"))
     given = parser.parse_args(argv)
     given.folder.mkdir(parents=True, exist_ok=True)
-    given.folder = given.folder.resolve()
+    # Commands run in the checkout.
+    given.folder, given.checkpoint = given.folder.resolve(), given.checkpoint.resolve()
+    given.include = [one.resolve() for one in given.include or map(Path, INCLUDES)]
     host = host or Host()
     record: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -209,8 +211,7 @@ def budget(precision: str, measured: dict[str, Any]) -> dict[str, Any]:
 def _native(host: Host, given: argparse.Namespace, precision: str, package: Path) -> None:
     """The same rows by Python's plugins and by the compiled ones."""
     folder = given.folder / f"{given.target}-{precision}-deployed"
-    wanted = given.include or [Path(one) for one in INCLUDES]
-    includes = [one for one in wanted if one.is_dir()]
+    includes = [one for one in given.include if one.is_dir()]
     has_headers = any((one / "NvInfer.h").is_file() for one in includes)
     words = [word for one in includes if has_headers for word in ("--include", str(one))]
     deployed = host.lingc(
@@ -253,12 +254,13 @@ def apart(one: Path, other: Path) -> str:
 
 
 def _enqueue(host: Host) -> None:
-    """Each plugin object's `enqueue` on this GPU, as the tests have it."""
-    tests = ROOT / "tests" / "tensorrt" / "test_enqueue.py"
-    if not tests.is_file() or find_spec("pytest") is None:
+    """Each plugin's launches on this GPU outside TensorRT, as the tests have it."""
+    folder = ROOT / "tests" / "tensorrt"
+    if not folder.is_dir() or find_spec("pytest") is None:
         host.skip("enqueue", "this needs a checkout and pip install 'lingc[dev]'")
         return
-    host.python("enqueue", "-m", "pytest", "-q", "--require", "gpu", str(tests))
+    files = [str(folder / name) for name in ("test_enqueue.py", "test_native_enqueue.py")]
+    host.python("enqueue", "-m", "pytest", "-q", "--require", "gpu", *files)
 
 
 def _converters(host: Host, given: argparse.Namespace) -> None:
