@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Report:
     Attributes:
         gated: Tactics and arguments that went through the gate.
         refused: (op, case, reason) that own kernels do not run.
+        crowded: (op, case) whose reference the device has no room for.
         ceilings: Bytes a second that reading and copying reach here.
     """
 
@@ -82,6 +83,7 @@ class Report:
     timings: tuple[Timing, ...]
     ceilings: dict[str, float]
     peers: tuple[PeerTiming, ...] = ()
+    crowded: tuple[tuple[str, str], ...] = ()
 
 
 def run(settings: Settings, stage: Stage) -> Report:
@@ -97,14 +99,10 @@ def run(settings: Settings, stage: Stage) -> Report:
     same_architecture(device, settings.target)
     binaries = _compiled(settings, found, stage)
     with stage("run", total=len(found), unit="shapes") as advance:
-        faults, timings, peers, gated = _measure(settings, device, found, binaries, advance)
-    return Report(
-        device=device_facts(device),
-        gated=gated,
-        faults=tuple(faults),
+        report = _measure(settings, device, found, binaries, advance)
+    return replace(
+        report,
         refused=tuple(refused),
-        timings=tuple(timings),
-        peers=tuple(peers),
         ceilings=ceilings_of(device, binaries) if settings.timed else {},
     )
 
@@ -168,8 +166,9 @@ def compile_tactics(
 def _measure(
     settings: Settings, device: Device, found: Sequence[tuple[Work, Sequence[Tactic]]],
     binaries: dict[Kernel, Binary], advance: Callable[[int], None],
-) -> tuple[list[Fault], list[Timing], list[PeerTiming], int]:  # fmt: skip
+) -> Report:  # fmt: skip
     faults: list[Fault] = []
+    crowded: list[tuple[str, str]] = []
     timings: list[Timing] = []
     peers: list[PeerTiming] = []
     gated = 0
@@ -177,7 +176,9 @@ def _measure(
         arguments = one.op.inputs(*one.case, dtype="bf16", device="cuda")
         wrong: set[str] = set()
         bad = kernels.faults_of(device, one.op, arguments, tactics, binaries, one.label)
-        if bad is not None:
+        if bad is None:
+            crowded.append((one.op.name, one.label))
+        else:
             wrong = {fault.tactic for fault in bad}
             faults += bad
             gated += len(tactics)
@@ -200,7 +201,16 @@ def _measure(
         del arguments
         torch.cuda.empty_cache()
         advance(1)
-    return faults, timings, peers, gated
+    return Report(
+        device=device_facts(device),
+        gated=gated,
+        faults=tuple(faults),
+        refused=(),
+        timings=tuple(timings),
+        ceilings={},
+        peers=tuple(peers),
+        crowded=tuple(crowded),
+    )
 
 
 def _work(settings: Settings) -> Iterator[Work]:
@@ -289,6 +299,7 @@ def document(report: Report, settings: Settings, about: dict[str, Any]) -> dict[
             "faults": [asdict(fault) for fault in report.faults],
         },
         "refused": [list(entry) for entry in report.refused],
+        "crowded": [list(entry) for entry in report.crowded],
         "timings": rows,
         "peers": [asdict(one) for one in report.peers],
     }

@@ -243,6 +243,8 @@ def _print(out: Output, report: "Report", timings: "Sequence[Timing]") -> None:
     out.line(f"gate:     {report.gated} runs, {len(report.faults)} wrong")
     for op, case, reason in report.refused:
         out.line(f"refused:  {op}, {case}: {reason}")
+    for op, case in report.crowded:
+        out.line(f"no room:  {op}, {case}: its reference does not fit, so it was not gated")
     for fault in report.faults:
         out.line(f"WRONG:    {fault.op}, {fault.case}, {fault.tactic}: {fault.problem}")
     read = report.ceilings.get("read")

@@ -1,12 +1,15 @@
 """`lingc bench-ops` without a GPU: what it compiles, and how it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lingc.cli import main
 from lingc.errors import IncompatibleError
+from lingc.op import OPS
 from lingc.targets.cuda import binaries
 
 OP = ("--op", "rms_norm")
@@ -131,3 +134,26 @@ def test_takes_binaries_of_the_directory_they_were_made_in(
     binaries.write_compilers(tmp_path)
 
     assert failure(capsys, *OP, "--binaries", tmp_path)[0] == 4
+
+
+def test_a_shape_that_has_no_room_for_its_reference_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lingc.bench.ops.Device", lambda: SimpleNamespace(capability=(9, 0)))
+    monkeypatch.setattr("lingc.bench.ops.device_facts", lambda _: {"name": "a GPU", "sms": 132})
+    monkeypatch.setattr("lingc.bench.ops.compile_tactics", lambda *_: {})
+    monkeypatch.setattr("lingc.bench.kernels.faults_of", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    made = OPS["rms_norm"].inputs
+    on_cpu = replace(OPS["rms_norm"], inputs=lambda *a, dtype, device: made(
+        *a, dtype=dtype, device="cpu" if device == "cuda" else device))  # fmt: skip
+    monkeypatch.setitem(OPS, "rms_norm", on_cpu)
+    words = [*OP, "--no-cases", "--tokens", "8192", "--no-time", "-o", str(tmp_path / "r.json")]
+
+    assert main(["bench-ops", *words, "--progress", "none"]) == 0
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gate: 0 runs, 0 wrong" in said
+    assert "no room: rms_norm, hidden 4096, 8192 tokens" in said
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["crowded"] == [["rms_norm", "hidden 4096, 8192 tokens"]]
