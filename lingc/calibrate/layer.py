@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lingc.calibrate.attention import Attention
+from lingc.calibrate.attention import Attention, attention_names
 from lingc.calibrate.matrices import weight_of
 from lingc.calibrate.observers import Observer
 from lingc.calibrate.rounder import Job, Rounder, Watch, describe
 from lingc.calibrate.spill import Spill, Tokens, chunks, refuse_wild
+from lingc.checkpoint.source import Source
 from lingc.model.moe import Router
 
 STACKED = 1 << 22
@@ -55,14 +56,25 @@ class Layer:
         number: Of the layer; the MTP layer's is the number of main layers.
         tokens: Whose rows the activations are.
         folder: For files of activations that live as long as the layer is worked on.
+        slopes: Gradients of the model's loss, of the residual stream behind the layer and between
+            its two parts; None where each matrix is rounded for its own outputs.
     """
 
-    def __init__(self, job: Job, number: int, tokens: Tokens, folder: Path) -> None:
+    def __init__(
+        self,
+        job: Job,
+        number: int,
+        tokens: Tokens,
+        folder: Path,
+        slopes: tuple[Spill, Spill] | None = None,
+    ) -> None:
         self._job = job
         self._config = job.source.config
         self._number = number
         self._tokens = tokens
         self._folder = folder
+        self._behind = None if slopes is None else slopes[0]
+        self._middle = None if slopes is None else slopes[1]
         self._prefix = f"model.layers.{number}"
         self._halves = tokens.halves()
         self.rounder = Rounder(job)
@@ -116,18 +128,27 @@ class Layer:
         norm = self._vector("input_layernorm")
         first = [m for m in self._attention_modules() if not m.endswith((".dense", ".q_b_proj"))]
         watch = Watch(self._job, first, config.hidden_size)
+        names = attention_names(config, self._number)
+        plain = None
+        if watch.grams is not None and self._middle is not None:
+            local = {f"{name}.weight": self._vector(f"attention.{name}") for name in names}
+            local["dense.weight"] = self._vector("attention.dense")
+            plain = Attention(config, self._number, local)
+            del local
+        leaves = [module.removeprefix(at)[1:] for module in first]
         for rows, values in self._samples(x):
             n = self._norm(values, norm)
             self._check(n, rows.start, first[0])
-            watch.see(n, self._halves[rows])
+            pulls = None
+            if plain is not None and self._middle is not None:
+                behind = self._middle[rows].to(n.device)
+                pulls = torch.cat(plain.slopes(n, behind, leaves), dim=1)
+            watch.see(n, self._halves[rows], pulls=pulls)
+        del plain
         weights = self.rounder.settle(watch)
         del watch
-        others = {"query_layernorm", "key_layernorm", "g_norm"}
-        if config.is_mla(self._number):
-            others = {"kv_a_layernorm", "kv_b_proj"}
-            if config.q_lora_rank is not None:
-                others.add("q_a_layernorm")
-        weights |= {f"{at}.{name}": self._vector(f"attention.{name}") for name in others}
+        others = {f"{at}.{name}" for name in names}.difference(self._attention_modules())
+        weights |= {name: self._vector(name.removeprefix(self._prefix)[1:]) for name in others}
         if f"{at}.q_b_proj" in self._attention_modules():
             weights |= self._query(x, norm, weights)
         local = {f"{name.removeprefix(at)[1:]}.weight": value for name, value in weights.items()}
@@ -158,7 +179,8 @@ class Layer:
             for rows, values in self._samples(x):
                 y = attention.mixed(self._norm(values, norm))
                 self._check(y, rows.start, dense)
-                watch.see(y, self._halves[rows])
+                pulls = None if self._middle is None else self._middle[rows].to(y.device)
+                watch.see(y, self._halves[rows], pulls=pulls)
                 mixed[rows] = y
             weight = self.rounder.settle(watch)[dense]
             next_norm = self._vector("post_attention_layernorm")
@@ -208,12 +230,7 @@ class Layer:
 
     def _route(self, normed: Spill) -> tuple[Tensor, Tensor]:
         """Experts of every token and their weights, [tokens, k] each."""
-        with torch.device("meta"):
-            router = Router(self._config)
-        for leaf, name in (("weight", "weight"), ("expert_bias", "expert_bias")):
-            value = torch.from_numpy(self._job.source.dense(f"{self._prefix}.mlp.gate.{name}"))
-            parameter = torch.nn.Parameter(value.to(self._job.device), requires_grad=False)
-            router.register_parameter(leaf, parameter)
+        router = new_router(self._job.source, self._number, self._job.device)
         chosen = [router(n) for _, n in self._samples(normed)]
         ids = torch.cat([ids.cpu() for ids, _ in chosen])
         return ids, torch.cat([weights.cpu() for _, weights in chosen])
@@ -259,15 +276,22 @@ class Layer:
         """
         outers = [self._watch(part, [0, 1]) for part in parts]
         for part, watch in zip(parts, outers, strict=True):
+            whole = self._whole(part, watch)
             for some, n in self._rows(normed, part.rows):
-                watch.see(n, self._halves[part.rows[some]], part.by(some))
+                pulls = None
+                if whole is not None:
+                    gate, up, down = whole
+                    behind = self._pulls(part, some) @ down
+                    pulls = torch.cat(swiglu_slopes(n, gate, up, behind)[1:], dim=1)
+                watch.see(n, self._halves[part.rows[some]], part.by(some), pulls=pulls)
         values = self.rounder.settle(*outers, is_fallback=is_fallback)
         inners = [self._watch(part, [2]) for part in parts]
         for part, watch in zip(parts, inners, strict=True):
             for some, n in self._rows(normed, part.rows):
                 h = self._inner(part, n, values)
                 self._check_rows(h, part.rows[some], watch.modules[0])
-                watch.see(h, self._halves[part.rows[some]], part.by(some))
+                pulls = None if self._behind is None else self._pulls(part, some)
+                watch.see(h, self._halves[part.rows[some]], part.by(some), pulls=pulls)
                 if inner is not None:
                     inner.see(h)
         values |= self.rounder.settle(*inners, is_fallback=is_fallback)
@@ -277,6 +301,21 @@ class Layer:
                 y = functional.linear(self._inner(part, n, values), down)
                 by = part.by(some)
                 after.add(part.rows[some], y if by is None else y * by.unsqueeze(1).to(y.device))
+
+    def _whole(self, part: _Part, watch: Watch) -> list[Tensor] | None:
+        """A SwiGLU's matrices as they are, where its inner gradients are wanted."""
+        if watch.grams is None or self._behind is None:
+            return None
+        return [
+            weight_of(self._job.source, module, self._job.device)
+            for module in swiglu_modules(part.name)
+        ]
+
+    def _pulls(self, part: _Part, some: Tensor) -> Tensor:
+        """Gradients of what a SwiGLU gives for some of its tokens, [T, D]."""
+        assert self._behind is not None, "asked for where there are gradients"
+        behind, by = self._behind.take(part.rows[some]).to(self._job.device), part.by(some)
+        return behind if by is None else behind * by.unsqueeze(1).to(behind.device)
 
     def _watch(self, part: _Part, which: Sequence[int]) -> Watch:
         modules = [swiglu_modules(part.name)[i] for i in which]
@@ -300,6 +339,34 @@ class Layer:
         if not bool(torch.isfinite(x).all()):
             wild = int(torch.nonzero(~torch.isfinite(x).all(-1))[0, 0])
             self._check(x[wild : wild + 1], int(rows[wild]), name)
+
+
+def new_router(source: Source, number: int, device: torch.device) -> Router:
+    """The router of a layer, with its weights."""
+    with torch.device("meta"):
+        router = Router(source.config)
+    for leaf in ("weight", "expert_bias"):
+        value = torch.from_numpy(source.dense(f"model.layers.{number}.mlp.gate.{leaf}"))
+        parameter = torch.nn.Parameter(value.to(device), requires_grad=False)
+        router.register_parameter(leaf, parameter)
+    return router
+
+
+def swiglu_slopes(
+    n: Tensor, gate: Tensor, up: Tensor, behind: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inside of silu(n G^T) * (n U^T): it, and the gradients of both products, f32 [T, F] each.
+
+    Args:
+        n: f32 [T, D].
+        gate: G, f32 [F, D].
+        up: U, f32 [F, D].
+        behind: Gradient of the product, f32 [T, F].
+    """
+    a, u = functional.linear(n, gate), functional.linear(n, up)
+    share = torch.sigmoid(a)
+    inner = a * share
+    return inner * u, behind * u * share * (1 + a * (1 - share)), behind * inner
 
 
 def swiglu_modules(name: str) -> list[str]:

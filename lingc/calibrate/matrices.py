@@ -4,6 +4,7 @@ What is made is stored as a checkpoint stores it, and handed back as the values 
 behind shall see.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,16 @@ from lingc.quantize.recipes import Format
 Array = NDArray[Any]
 
 INT4_METHODS = ("gptq", "search", "nearest")
-FP8_METHODS = ("search", "nearest")
+FP8_METHODS = ("gptq", "search", "nearest")
+LOSSES = ("model", "matrix")
 
 DAMPINGS = (0.02, 0.1, 0.5, 3.0)
 """From trusting the samples to hardly looking at them: the less there are, the more is right."""
 
 _USUAL_DAMPING = 0.1
+_OUTPUT_DAMPING = 0.5
+_COUPLED_ROUNDS = 2
+_REFITS = 2
 _TRIED_MATRICES, _TRIED_ROWS = 8, 128
 
 ROWS = 4096
@@ -49,14 +54,16 @@ class Method:
     Attributes:
         int4: `gptq` moves errors to columns that can still make up for them; `search` looks for
             the scale of each group that loses least; `nearest` leaves it to `lingc quantize`.
-        fp8: `search` likewise for the scales of FP8, or `nearest`.
+        fp8: The same for FP8, by blocks or whole matrices.
+        loss: What `gptq` keeps small: of the `model`, by its gradients, or of each `matrix` apart.
         damping: Of `gptq`, see `rounding.curvature`; where None, the one of `DAMPINGS` that does
             best for half of the samples when the other half is rounded by.
         rounds: Of `gptq`.
     """
 
     int4: str = "gptq"
-    fp8: str = "search"
+    fp8: str = "gptq"
+    loss: str = "model"
     damping: float | None = None
     rounds: int = 2
 
@@ -65,6 +72,12 @@ class Method:
         if chosen.kind == "int4_group":
             return self.int4 != "nearest"
         return chosen.kind.startswith("fp8") and self.fp8 != "nearest"
+
+    def compensates(self, chosen: Format) -> bool:
+        """Whether a format is rounded by GPTQ."""
+        if chosen.kind == "int4_group":
+            return self.int4 == "gptq"
+        return chosen.kind.startswith("fp8") and self.fp8 == "gptq"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +113,16 @@ def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.dense(f"{module}.weight")).to(device)
 
 
+def count_matrices(source: Source, prefix: str = "") -> int:
+    """Matrices that a calibration is done with one by one, of the model or a layer."""
+    return sum(
+        name.startswith(prefix)
+        and len(source.shape(name)) == 2
+        and not name.endswith(("word_embeddings.weight", ".mlp.gate.weight", "kv_b_proj.weight"))
+        for name in source.names
+    )
+
+
 def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
     """The damping with which GPTQ by one half of the samples loses least on the other.
 
@@ -117,14 +140,25 @@ def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
     lost = {}
     for damping in DAMPINGS:
         curve = rounding.curvature(halves[:, 0], damping=damping)
-        found = rounding.gptq(rows, curve, chosen.group, rounds=0)
-        energy = _energy(rows - found.values(chosen.group), halves[:, 1]).sum(1)
+        if chosen.kind == "int4_group":
+            values = rounding.gptq(rows, curve, chosen.group, rounds=0).values(chosen.group)
+        else:
+            top = _some(rows.abs().amax((1, 2), keepdim=True) / float(E4M3_MAX))
+            across = top.expand_as(rows)
+            values = rounding.compensate(rows, across, curve, rounding.e4m3) * across
+        energy = _energy(rows - values, halves[:, 1]).sum(1)
         lost[damping] = float((energy.cpu() / traces[seen, 1].cpu()).sum())
     return min(lost, key=lambda damping: lost[damping])
 
 
 def make_int4(
-    weights: Tensor, hessians: Tensor, chosen: Format, method: Method, *, damping: float
+    weights: Tensor,
+    hessians: Tensor,
+    chosen: Format,
+    method: Method,
+    *,
+    damping: float,
+    outputs: Sequence[Tensor] = (),
 ) -> list[Made]:
     """Round matrices to INT4 groups by the sums of x x^T over their inputs.
 
@@ -134,32 +168,75 @@ def make_int4(
         chosen: Says the group.
         method: How.
         damping: Of `gptq`.
+        outputs: For one run of rows after the other, sums of g g^T over gradients of what they
+            give, f32 [M, n, n]; none where they are not known.
     """
-    group, count = chosen.group, weights.shape[1]
+    group = chosen.group
     is_gptq = method.int4 == "gptq"
     curve = rounding.curvature(hessians, damping=damping) if is_gptq else None
     parts: list[rounding.Rounded] = []
-    sums = torch.zeros(len(weights), 3, count, dtype=torch.float64)
-    for top in range(0, count, ROWS):
-        rows = weights[:, top : top + ROWS]
+    plains: list[Tensor] = []
+    for span, of_outputs in _runs(weights.shape[1], outputs):
+        rows = weights[:, span]
         if curve is not None:
             found = rounding.gptq(rows, curve, group, rounds=method.rounds)
+            if of_outputs is not None:
+                found = _coupled_int4(rows, found, curve, of_outputs, group)
         else:
             scales = rounding.search_scales(rows, hessians.diagonal(dim1=1, dim2=2), group)
             found = rounding.nearest(rows, scales, group)
         plain = rounding.nearest(rows, rounding.plain_scales(rows, group), group)
-        errors = (rows - found.values(group), rows - plain.values(group), rows)
-        for i, error in enumerate(errors):
-            sums[:, i, top : top + ROWS] = _energy(error, hessians).cpu()
+        plains.append(_energy(rows - plain.values(group), hessians))
         parts.append(found)
     codes = torch.cat([part.codes for part in parts], dim=1)
     scales = torch.cat([part.scales for part in parts], dim=1)
-    whole = rounding.Rounded(codes=codes, scales=scales)
-    values = whole.values(group)
+    values = rounding.Rounded(codes=codes, scales=scales).values(group)
+    sums = _sums(weights, values, hessians, torch.cat(plains, dim=1))
     return [
         Made(pieces=_int4_pieces(codes[i], scales[i]), values=values[i], sums=sums[i])
         for i in range(len(weights))
     ]
+
+
+def _runs(count: int, outputs: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor | None]]:
+    """Rows that are rounded together, and what is known of their outputs."""
+    top = 0
+    for each in outputs:
+        yield slice(top, top + each.shape[-1]), each
+        top += each.shape[-1]
+    for first in range(top, count, ROWS):
+        yield slice(first, min(first + ROWS, count)), None
+
+
+def _coupled_int4(
+    rows: Tensor,
+    found: rounding.Rounded,
+    curve: rounding.Curvature,
+    outputs: Tensor,
+    group: int,
+) -> rounding.Rounded:
+    """Codes moved by what errors of all rows cost together, and scales between that."""
+    codes, scales = found.codes.float(), found.scales
+    outputs = rounding.damped(outputs, _OUTPUT_DAMPING)
+    for turn in range(_REFITS + 1):
+        if turn:
+            scales = rounding.refit(rows, codes, scales, curve.hessian, group)
+        across = rounding.spread(scales.float(), group, rows.shape[-1])
+        codes = rounding.couple(
+            rows, codes, across, curve.hessian, outputs, rounding.int4, rounds=_COUPLED_ROUNDS
+        )
+    return rounding.Rounded(codes=codes.to(torch.int8), scales=scales)
+
+
+def _sums(weights: Tensor, values: Tensor, hessians: Tensor, plain: Tensor) -> Tensor:
+    """Of each matrix what `Made.sums` holds: f64 [M, 3, N]."""
+    made = torch.zeros(len(weights), 3, weights.shape[1], dtype=torch.float64)
+    made[:, 1] = plain.cpu()
+    for top in range(0, weights.shape[1], ROWS):
+        rows = slice(top, top + ROWS)
+        made[:, 0, rows] = _energy(weights[:, rows] - values[:, rows], hessians).cpu()
+        made[:, 2, rows] = _energy(weights[:, rows], hessians).cpu()
+    return made
 
 
 def _int4_pieces(codes: Tensor, scales: Tensor) -> tuple[Array, Array]:
@@ -167,34 +244,101 @@ def _int4_pieces(codes: Tensor, scales: Tensor) -> tuple[Array, Array]:
     return pack_int4(codes.cpu().numpy()), bits
 
 
-def make_fp8(weight: Tensor, hessian: Tensor, chosen: Format) -> Made:
-    """Round a matrix to FP8 by searching the scales that lose least.
+def make_fp8(
+    weights: Tensor,
+    hessians: Tensor,
+    chosen: Format,
+    method: Method,
+    *,
+    damping: float,
+    outputs: Sequence[Tensor] = (),
+) -> list[Made]:
+    """Round matrices to FP8: search the scales that lose least, then make up for errors.
 
     Args:
-        weight: f32 [N, D].
-        hessian: f32 [D, D], the sum of x x^T over its inputs.
+        weights: f32 [M, N, D].
+        hessians: f32 [M, D, D].
         chosen: `fp8_block` or `fp8_tensor`.
+        method: How.
+        damping: Of `gptq`.
+        outputs: As for `make_int4`.
     """
+    diagonals = hessians.diagonal(dim1=1, dim2=2)
+    wholes = [
+        _tensor_scales(weight, hessian) if chosen.kind == "fp8_tensor" else None
+        for weight, hessian in zip(weights, hessians, strict=True)
+    ]
+    is_gptq = method.fp8 == "gptq"
+    curve = rounding.curvature(hessians, damping=damping) if is_gptq else None
     codes: list[Array] = []
-    scales: list[Array] = []
-    values = torch.empty_like(weight)
-    sums = torch.zeros(3, weight.shape[0], dtype=torch.float64)
-    whole = _tensor_scales(weight, hessian) if chosen.kind == "fp8_tensor" else None
-    for top in range(0, weight.shape[0], ROWS):
-        rows = weight[top : top + ROWS]
-        tried, largest = whole or (
-            _block_scales(rows, hessian.diagonal()),
-            _largest_by_block(rows),
+    stored: list[list[Tensor]] = [[] for _ in weights]
+    values = torch.empty_like(weights)
+    plain = torch.empty(weights.shape[:2], dtype=torch.float64, device=weights.device)
+    for span, of_outputs in _runs(weights.shape[1], outputs):
+        rows = weights[:, span]
+        across = torch.empty_like(rows)
+        for i, whole in enumerate(wholes):
+            tried, largest = whole or (
+                _block_scales(rows[i], diagonals[i]),
+                _largest_by_block(rows[i]),
+            )
+            scales = _better_scales(rows[i], hessians[i], tried, largest)
+            stored[i].append(scales)
+            across[i] = _spread(scales, rows[i].shape)
+            plain[i, span] = _energy(rows[i] - _nearest_fp8(rows[i], largest), hessians[i])
+        found = rounding.e4m3(rows, across)
+        if curve is not None:
+            found = _compensated_fp8(rows, found, across, hessians, curve, of_outputs, method)
+        codes.append(encode_e4m3(found.cpu().numpy()))
+        values[:, span] = found * across
+    sums = _sums(weights, values, hessians, plain)
+    joined = np.concatenate(codes, axis=1)
+    return [
+        Made(
+            pieces=(
+                joined[i],
+                (mine[0] if wholes[i] is not None else torch.cat(mine)).cpu().numpy(),
+            ),
+            values=values[i],
+            sums=sums[i],
         )
-        found = _better_fp8(rows, hessian, tried, largest)
-        plain = _fp8(rows, largest)
-        codes.append(found[0])
-        scales.append(found[1])
-        values[top : top + ROWS] = found[2]
-        for i, error in enumerate((rows - found[2], rows - plain[2], rows)):
-            sums[i, top : top + ROWS] = _energy(error, hessian).cpu()
-    joined = scales[0] if whole is not None else np.concatenate(scales)
-    return Made(pieces=(np.concatenate(codes), joined), values=values, sums=sums)
+        for i, mine in enumerate(stored)
+    ]
+
+
+def _compensated_fp8(
+    rows: Tensor,
+    nearest: Tensor,
+    scales: Tensor,
+    hessians: Tensor,
+    curve: rounding.Curvature,
+    outputs: Tensor | None,
+    method: Method,
+) -> Tensor:
+    """Codes of GPTQ, but in bands of rows where outputs would not come nearer by them."""
+    found = rounding.compensate(rows, scales, curve, rounding.e4m3, rounds=method.rounds)
+    if outputs is not None:
+        found = rounding.couple(
+            rows,
+            found,
+            scales,
+            curve.hessian,
+            rounding.damped(outputs, _OUTPUT_DAMPING),
+            rounding.e4m3,
+            rounds=_COUPLED_ROUNDS * (_REFITS + 1),
+        )
+    before, after = (_energy(rows - each * scales, hessians) for each in (nearest, found))
+    better = _bands(before - after) > 0  # [M, bands]
+    chosen = better.repeat_interleave(FP8_BLOCK, dim=1)[:, : rows.shape[1]]
+    return torch.where(chosen.unsqueeze(2), found, nearest)
+
+
+def _bands(of_rows: Tensor) -> Tensor:
+    """Sums over the rows of a block: [..., N] -> [..., N / 128]."""
+    short = -of_rows.shape[-1] % FP8_BLOCK
+    padded = torch.nn.functional.pad(of_rows, (0, short))
+    sums: Tensor = padded.unflatten(-1, (-1, FP8_BLOCK)).sum(-1)
+    return sums
 
 
 def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
@@ -202,33 +346,27 @@ def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
     return ((rows @ hessian) * rows).sum(-1, dtype=torch.float64)
 
 
-_Found = tuple[Array, Array, Tensor]  # codes, scales, values
-
-
-def _better_fp8(rows: Tensor, hessian: Tensor, tried: Tensor, largest: Tensor) -> _Found:
-    """By the scales that were searched, but where outputs are nearer by the largest values.
+def _better_scales(rows: Tensor, hessian: Tensor, tried: Tensor, largest: Tensor) -> Tensor:
+    """The scales that were searched, but where outputs are nearer by the largest values.
 
     The search knows the diagonal of the Hessian alone. Rows of blocks are decided one by one.
     """
-    found, plain = _fp8(rows, tried), _fp8(rows, largest)
-    gains = _energy(rows - plain[2], hessian) - _energy(rows - found[2], hessian)
     if tried.dim() == 1:  # decided for the whole matrix already
-        return found
-    short = -len(gains) % FP8_BLOCK
-    bands = torch.nn.functional.pad(gains, (0, short)).unflatten(0, (-1, FP8_BLOCK)).sum(1) > 0
-    scales = torch.where(bands.unsqueeze(1), tried, largest)
-    return _fp8(rows, scales)
+        return tried
+    found, plain = (_energy(rows - _nearest_fp8(rows, each), hessian) for each in (tried, largest))
+    return torch.where(_bands(plain - found).unsqueeze(1) > 0, tried, largest)
 
 
-def _fp8(rows: Tensor, scales: Tensor) -> _Found:
-    """Codes, scales and values of rows by scales [1] or [blocks, blocks]."""
-    across = scales if scales.dim() == 1 else _spread(scales, rows.shape)
-    ratio = rows / across
-    codes = encode_e4m3(ratio.cpu().numpy())
-    return codes, scales.cpu().numpy(), round_e4m3(ratio) * across
+def _nearest_fp8(rows: Tensor, scales: Tensor) -> Tensor:
+    """Values of rows by scales [1] or [blocks, blocks]."""
+    across = _spread(scales, rows.shape)
+    return rounding.e4m3(rows, across) * across
 
 
 def _spread(scales: Tensor, shape: torch.Size) -> Tensor:
+    """Every value's scale, of scales [1] or [blocks, blocks]."""
+    if scales.dim() == 1:
+        return scales.expand(shape)
     wide = scales.repeat_interleave(FP8_BLOCK, 0)[: shape[0]]
     return wide.repeat_interleave(FP8_BLOCK, 1)[:, : shape[1]]
 

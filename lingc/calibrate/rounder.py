@@ -21,6 +21,9 @@ from lingc.checkpoint.tensorfile import TensorWriter
 from lingc.quantize.recipes import Recipe
 from lingc.resuming import appearing
 
+COUPLED = 1024
+"""Rows of a matrix that are rounded knowing of each other's errors."""
+
 Done = Callable[[int], None]
 """Told how many matrices are behind."""
 
@@ -63,10 +66,13 @@ class Seen:
 
 
 class Watch:
-    """Sums over the inputs of some modules, apart for two halves of the samples.
+    """Sums over the inputs of some modules, and over gradients of what these give.
 
     Attributes:
-        grams: Sum of x x^T over each half, f32 [2, D, D]; None where nobody needs it.
+        grams: Sum of x x^T over each half of the samples, f32 [2, D, D]; None where nobody needs
+            it. With gradients g each token counts by its |g|.
+        outputs: By modules that are rounded together, sums of g g^T for some rows each, f32 [n, n],
+            in which each token counts by its |x|; none where gradients were not seen.
     """
 
     def __init__(self, job: Job, modules: Sequence[str], width: int) -> None:
@@ -77,6 +83,11 @@ class Watch:
         is_fp8 = any(chosen.kind.startswith("fp8") for chosen in formats)
         observed = job.recipe.activations != "plain" and is_fp8
         self.observer = Observer(width) if observed else None
+        self.outputs: dict[tuple[str, ...], list[Tensor]] = {}
+        self._heights = {
+            some: sum(job.source.shape(f"{module}.weight")[0] for module in some)
+            for some in together(job, modules)
+        }
         self.rows = 0
 
     @property
@@ -84,19 +95,33 @@ class Watch:
         """Whether nothing needs to be seen."""
         return self.grams is None and self.observer is None
 
-    def see(self, x: Tensor, halves: Tensor, weights: Tensor | None = None) -> None:
+    def see(
+        self,
+        x: Tensor,
+        halves: Tensor,
+        weights: Tensor | None = None,
+        *,
+        pulls: Tensor | None = None,
+    ) -> None:
         """Add rows of inputs.
 
         Args:
             x: f32 [T, D].
             halves: bool [T], which half of the samples each is of.
             weights: f32 [T], by whose square each counts, a router's; 1 where None.
+            pulls: f32 [T, N of all modules], gradients of the model's loss; they hold the weights
+                already, and stand in for these.
         """
         self.rows += x.shape[0]
         if self.observer is not None:
             self.observer.see(x)
         if self.grams is None:
             return
+        if pulls is not None:
+            # The square of |g| and |x| would be the Kronecker product's: but then a few tokens
+            # decide, and text that is not among the samples gains less.
+            weights = pulls.norm(dim=1).sqrt()
+            self._see_pulls(pulls * x.norm(dim=1, keepdim=True).sqrt())
         weighed = x if weights is None else x * weights.unsqueeze(1).to(x.device)
         for half in range(2):
             mine = halves == bool(half)
@@ -105,6 +130,41 @@ class Watch:
             elif bool(mine.any()):
                 some = weighed[mine.to(x.device)]
                 self.grams[half] += some.T @ some
+
+    def _see_pulls(self, pulls: Tensor) -> None:
+        first = 0
+        for modules, height in self._heights.items():
+            parts = pulls[:, first : first + height].split(COUPLED, dim=1)
+            first += height
+            if modules not in self.outputs:
+                self.outputs[modules] = [torch.zeros_like(part.T @ part) for part in parts]
+            for n, part in enumerate(parts):
+                self.outputs[modules][n] += part.T @ part
+
+
+def is_made(job: Job, module: str) -> bool:
+    """Whether a matrix is rounded by data, and not copied or left to rounding to nearest."""
+    chosen = job.recipe.format_of(module)
+    stored = is_stored_as(job.source, f"{module}.weight", chosen.kind, chosen.group)
+    return job.method.is_used(chosen) and not stored
+
+
+def together(job: Job, modules: Sequence[str]) -> list[tuple[str, ...]]:
+    """Neighbours whose rows are rounded as those of one matrix: quicker, and knowing of each other.
+
+    Blocks of FP8 must not span two matrices.
+    """
+    groups: list[tuple[str, ...]] = []
+    before = None
+    for module in modules:
+        chosen = job.recipe.format_of(module)
+        is_apart = chosen.kind != "int4_group" or not is_made(job, module)
+        if groups and not is_apart and chosen == before:
+            groups[-1] += (module,)
+        else:
+            groups.append((module,))
+        before = None if is_apart else chosen
+    return groups
 
 
 class Rounder:
@@ -116,12 +176,6 @@ class Rounder:
         self._dampings: dict[object, float] = {}
         self.seen = Seen()
 
-    def is_made(self, module: str) -> bool:
-        """Whether a matrix is rounded here, and not copied or left to rounding to nearest."""
-        chosen = self._job.recipe.format_of(module)
-        stored = is_stored_as(self._job.source, f"{module}.weight", chosen.kind, chosen.group)
-        return self._job.method.is_used(chosen) and not stored
-
     @contextmanager
     def storing(self, path: Path, modules: Sequence[str]) -> Iterator[None]:
         """Store what is made of some modules in a file; none where nothing will be made."""
@@ -129,7 +183,7 @@ class Rounder:
         pieces = {
             name: piece
             for module in modules
-            if self.is_made(module)
+            if is_made(job, module)
             for name, piece in item(job.source, f"{module}.weight", job.recipe).pieces.items()
         }
         if not pieces:
@@ -141,7 +195,7 @@ class Rounder:
         self._writer = None
 
     def settle(self, *watches: Watch, is_fallback: bool = False) -> dict[str, Tensor]:
-        """Round the matrices that read what was watched; alike ones of INT4 together.
+        """Round the matrices that read what was watched, alike ones together.
 
         Args:
             watches: Have seen the inputs, each of its matrices.
@@ -151,16 +205,15 @@ class Rounder:
             The values that they have from now on, f32, by module.
         """
         values: dict[str, Tensor] = {}
-        alike: dict[object, list[tuple[Watch, list[str]]]] = {}
+        alike: dict[object, list[tuple[Watch, tuple[str, ...]]]] = {}
         for watch in watches:
-            for modules in self._together(watch.modules):
+            for modules in together(self._job, watch.modules):
                 chosen = self._job.recipe.format_of(modules[0])
-                if is_fallback or not self.is_made(modules[0]):
+                if is_fallback or not is_made(self._job, modules[0]):
                     values |= {module: self._left(module, watch.rows) for module in modules}
                 else:
                     shapes = [self._job.source.shape(f"{module}.weight") for module in modules]
-                    apart = modules[0] if chosen.kind != "int4_group" else None
-                    key = (chosen, tuple(shapes), apart)
+                    key = (chosen, tuple(shapes))
                     alike.setdefault(key, []).append((watch, modules))
         for stack in alike.values():
             values |= self._made(stack)
@@ -172,30 +225,18 @@ class Rounder:
                 )
         return values
 
-    def _together(self, modules: Sequence[str]) -> list[list[str]]:
-        """Modules whose rows are rounded as those of one matrix, which is quicker.
-
-        Rows of INT4 know nothing of each other; blocks of FP8 must not span two matrices.
-        """
-        groups: dict[object, list[str]] = {}
-        for module in modules:
-            chosen = self._job.recipe.format_of(module)
-            is_apart = chosen.kind != "int4_group" or not self.is_made(module)
-            groups.setdefault(module if is_apart else chosen, []).append(module)
-        return list(groups.values())
-
     def _left(self, module: str, rows: int) -> Tensor:
         """The values that rounding to nearest will give."""
         chosen, name = self._job.recipe.format_of(module), f"{module}.weight"
         if chosen.kind != "plain":
-            how = "fallback" if self.is_made(module) else "nearest"
+            how = "fallback" if is_made(self._job, module) else "nearest"
             if is_stored_as(self._job.source, name, chosen.kind, chosen.group):
                 how = "stored"
             self.seen.matrices.append(_line(module, str(chosen), how, rows))
         rounded = to_rounded(self._job.source, name, chosen.kind, chosen.group)
         return torch.from_numpy(rounded).to(self._job.device)
 
-    def _made(self, stack: Sequence[tuple[Watch, list[str]]]) -> dict[str, Tensor]:
+    def _made(self, stack: Sequence[tuple[Watch, tuple[str, ...]]]) -> dict[str, Tensor]:
         """Round matrices of one format and shape by what was seen, and store them.
 
         Args:
@@ -208,13 +249,11 @@ class Rounder:
         ])  # fmt: skip
         grams = [watch.grams for watch, _ in stack if watch.grams is not None]
         assert len(grams) == len(stack), "a matrix that is rounded by data was watched"
-        if chosen.kind == "int4_group":
-            halves = torch.stack(grams)
-            damping = self._damping(stack[0][1], weights, halves)
-            made = make_int4(weights, halves.sum(1), chosen, job.method, damping=damping)
-        else:
-            pairs = zip(weights, grams, strict=True)
-            made = [make_fp8(weight, halves.sum(0), chosen) for weight, halves in pairs]
+        halves = grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
+        damping = self._damping(stack[0][1], weights, halves)
+        make = make_int4 if chosen.kind == "int4_group" else make_fp8
+        outputs = self._outputs(stack)
+        made = make(weights, halves.sum(1), chosen, job.method, damping=damping, outputs=outputs)
         values: dict[str, Tensor] = {}
         for (watch, modules), one in zip(stack, made, strict=True):
             top = 0
@@ -225,10 +264,16 @@ class Rounder:
                 top = end
         return values
 
+    @staticmethod
+    def _outputs(stack: Sequence[tuple[Watch, tuple[str, ...]]]) -> list[Tensor]:
+        """Sums over gradients of outputs, f32 [M, n, n] for one run of rows after the other."""
+        each = [watch.outputs.get(modules, []) for watch, modules in stack]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
     def _damping(self, modules: Sequence[str], weights: Tensor, halves: Tensor) -> float:
         """As given, or chosen; once a layer for what all experts have alike."""
         method, chosen = self._job.method, self._job.recipe.format_of(modules[0])
-        if method.damping is not None or method.int4 != "gptq":
+        if method.damping is not None or not method.compensates(chosen):
             return method.damping or 0.0
         key = tuple(re.sub(r"experts\.\d+", "experts", module) for module in modules)
         if key not in self._dampings:

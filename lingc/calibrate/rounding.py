@@ -1,4 +1,4 @@
-"""Error-compensated rounding to INT4 groups: the GPTQ family.
+"""Error-compensated rounding to INT4 groups and to E4M3: the GPTQ family.
 
 Rounding W to Q makes the output of a linear wrong by (W - Q) X. GPTQ rounds column after column and
 moves what each rounding lost onto the columns that are not rounded yet, such that the loss
@@ -11,20 +11,33 @@ e U_j,j+1:. Columns are taken in the order of falling H_jj, so that those that m
 rounded while most others can still make up for it; scales are settled before, since the groups of
 the stored format are neighbours in the original order.
 
-A scale is the one of some candidates below amax / 7.5 that loses least by the diagonal of H.
-Afterwards, a few times, every code is moved to where the loss is least while all others stay, and
-every scale to the least-squares one for the codes it has.
+A scale of INT4 is the one of some candidates about amax / 7.5 that loses least by the diagonal of
+H. Afterwards, a few times, every code is moved to where the loss is least while all others stay,
+and every scale to the least-squares one for the codes it has. Scales of E4M3 are given.
+
+Where it is known what errors of the outputs cost together, O = G G^T over the gradients G of the
+model's loss, the loss is
+
+    tr(O (W - Q) H (W - Q)^T)
+
+which is the model's Fisher information with each matrix's part taken for a Kronecker product
+(Tseng, Sun, Hou, De Sa: "Model-preserving adaptive rounding", arXiv 2505.22988, 2025). Codes are
+then moved by it, so that an error of one row is made up for in others too.
 
 All matrices of a stack are rounded together. Letters: M matrices, N rows, D columns, G groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lingc.calibrate.observers import round_e4m3
 from lingc.quantize.formats import INT4_SPAN
+
+Grid = Callable[[Tensor, Tensor], Tensor]
+"""Codes of values by scales of the same shape: f32, the multiples that a format can store."""
 
 BLOCK = 64
 """Columns that are rounded before the rest of the matrix is told."""
@@ -32,10 +45,13 @@ BLOCK = 64
 _SOLVED = 512
 """Rows and columns that are factored together."""
 
-LEAST_SHARE = 0.6
-"""The smallest scale that is tried, as a share of amax / 7.5."""
+LEAST_SHARE, LARGEST_SHARE = 0.6, 1.075
+"""Scales that are tried, as shares of amax / 7.5: from clipping to reaching what is positive."""
 
-CANDIDATES = 17
+CANDIDATES = 20
+
+TURNS = 8
+"""Rows of which every so-manieth are moved at once: their pull on each other is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +170,7 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
 
 
 def gptq(weight: Tensor, curve: Curvature, group: int, *, rounds: int = 2) -> Rounded:
-    """Round matrices so that their outputs stay what they were, as far as that goes.
+    """Round matrices to INT4 so that their outputs stay what they were, as far as that goes.
 
     Args:
         weight: f32 [M, N, D].
@@ -164,21 +180,84 @@ def gptq(weight: Tensor, curve: Curvature, group: int, *, rounds: int = 2) -> Ro
     """
     diagonal = curve.hessian.diagonal(dim1=-2, dim2=-1)  # [M, D]
     scales = search_scales(weight, diagonal, group)
-    across = spread(scales.float(), group, weight.shape[-1])
-    rows = curve.order.unsqueeze(1).expand_as(weight)
-    codes = _sweep(weight.gather(2, rows), across.gather(2, rows), curve.factor)
-    codes = torch.empty_like(codes).scatter_(2, rows, codes)
+    codes = compensate(weight, spread(scales.float(), group, weight.shape[-1]), curve, int4)
     for _ in range(rounds):
         across = spread(scales.float(), group, weight.shape[-1])
-        codes = _descend(weight, codes, across, curve.hessian)
-        scales = _refit(weight, codes, scales, curve.hessian, group)
+        codes = _descend(weight, codes, across, curve.hessian, int4)
+        scales = refit(weight, codes, scales, curve.hessian, group)
     return Rounded(codes=codes.to(torch.int8), scales=scales)
+
+
+def compensate(
+    weight: Tensor, scales: Tensor, curve: Curvature, grid: Grid, *, rounds: int = 0
+) -> Tensor:
+    """The codes of GPTQ by given scales, f32 [M, N, D].
+
+    Args:
+        weight: f32 [M, N, D].
+        scales: Of every value, f32 [M, N, D].
+        curve: Of their inputs.
+        grid: What can be stored.
+        rounds: How often codes are moved once more.
+    """
+    rows = curve.order.unsqueeze(1).expand_as(weight)
+    codes = _sweep(weight.gather(2, rows), scales.gather(2, rows), curve.factor, grid)
+    codes = torch.empty_like(codes).scatter_(2, rows, codes)
+    for _ in range(rounds):
+        codes = _descend(weight, codes, scales, curve.hessian, grid)
+    return codes
+
+
+def couple(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    hessian: Tensor,
+    outputs: Tensor,
+    grid: Grid,
+    *,
+    rounds: int,
+) -> Tensor:
+    """Move codes to where less is lost by what errors of all rows cost together.
+
+    A matrix for which that did not help keeps its codes.
+
+    Args:
+        weight: f32 [M, N, D].
+        codes: f32 [M, N, D].
+        scales: Of every value, f32 [M, N, D].
+        hessian: Of the inputs, f32 [M, D, D].
+        outputs: Sums of g g^T over gradients of the outputs, f32 [M, N, N].
+        grid: What can be stored.
+        rounds: How often every code is moved.
+    """
+    found = codes
+    for _ in range(rounds):
+        found = _descend(weight, found, scales, hessian, grid, outputs)
+    before, after = (
+        _coupled_loss(weight - each * scales, hessian, outputs) for each in (codes, found)
+    )
+    return torch.where((after < before).view(-1, 1, 1), found, codes)
+
+
+def damped(sums: Tensor, share: float) -> Tensor:
+    """Sums of products, [M, N, N], with a share of their mean diagonal added; 1 where that is 0."""
+    mean = sums.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    found = sums.clone()
+    extra = torch.where(mean > 0, share * mean, torch.ones_like(mean))
+    found.diagonal(dim1=-2, dim2=-1).add_(extra)
+    return found
+
+
+def _coupled_loss(error: Tensor, hessian: Tensor, outputs: Tensor) -> Tensor:
+    """tr(O E H E^T) of each matrix, f64 [M]."""
+    return ((outputs @ error) * (error @ hessian)).sum((1, 2), dtype=torch.float64)
 
 
 def nearest(weight: Tensor, scales: Tensor, group: int) -> Rounded:
     """Round each value for itself, by given scales."""
     across = spread(scales.float(), group, weight.shape[-1])
-    return Rounded(codes=_round(weight, across).to(torch.int8), scales=scales)
+    return Rounded(codes=int4(weight, across).to(torch.int8), scales=scales)
 
 
 def search_scales(weight: Tensor, importance: Tensor, group: int) -> Tensor:
@@ -196,10 +275,10 @@ def search_scales(weight: Tensor, importance: Tensor, group: int) -> Tensor:
     top = grouped.abs().amax(-1) / float(INT4_SPAN)  # [M, N, G]
     best = _bf16(top)
     least = torch.full_like(top, torch.inf)
-    for share in torch.linspace(1.0, LEAST_SHARE, CANDIDATES).tolist():
+    for share in torch.linspace(LARGEST_SHARE, LEAST_SHARE, CANDIDATES).tolist():
         scale = _bf16(top * share)
         across = scale.float().unsqueeze(-1)
-        lost = (_round(grouped, across) * across - grouped).square_().mul_(counts).sum(-1)
+        lost = (int4(grouped, across) * across - grouped).square_().mul_(counts).sum(-1)
         better = lost < least
         best = torch.where(better, scale, best)
         least = torch.where(better, lost, least)
@@ -228,11 +307,17 @@ def loss(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     return lost / whole.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _round(values: Tensor, scales: Tensor) -> Tensor:
+def int4(values: Tensor, scales: Tensor) -> Tensor:
+    """The grid of INT4."""
     return torch.round(values / scales).clamp_(-8, 7)
 
 
-def _sweep(weight: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
+def e4m3(values: Tensor, scales: Tensor) -> Tensor:
+    """The grid of FP8: what E4M3 codes stand for."""
+    return round_e4m3(values / scales)
+
+
+def _sweep(weight: Tensor, scales: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     """The codes, f32 [M, N, D], rounding columns from first to last."""
     left = weight.clone()
     codes = torch.empty_like(left)
@@ -242,7 +327,7 @@ def _sweep(weight: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
         block, lost = left[..., start:end], torch.empty_like(left[..., start:end])
         for j in range(end - start):
             column, scale = block[..., j], scales[..., start + j]
-            code = _round(column, scale)
+            code = grid(column, scale)
             codes[..., start + j] = code
             error = (column - code * scale) / inner[:, j, j].unsqueeze(1)
             lost[..., j] = error
@@ -251,26 +336,47 @@ def _sweep(weight: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
     return codes
 
 
-def _descend(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
-    """Move every code to where the loss is least while the others stay, column after column."""
+def _descend(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    outputs: Tensor | None = None,
+) -> Tensor:
+    """Move every code to where the loss is least while the others stay, column after column.
+
+    With `outputs` rows know of each other: those of a column are moved in `TURNS` turns.
+    """
     codes = codes.clone()
     slope = (weight - codes * scales) @ hessian  # what a column still lacks, by H
+    turns = 1 if outputs is None else min(TURNS, weight.shape[1])
     for start in range(0, weight.shape[-1], BLOCK):
         end = min(start + BLOCK, weight.shape[-1])
         inner = hessian[:, start:end, start:end]
-        near, moved = slope[..., start:end].clone(), torch.empty_like(slope[..., start:end])
+        near, moved = slope[..., start:end].clone(), torch.zeros_like(slope[..., start:end])
         for j in range(end - start):
-            scale, code = scales[..., start + j], codes[..., start + j]
-            step = near[..., j] / inner[:, j, j].unsqueeze(1)
-            better = _round(code * scale + step, scale)
-            moved[..., j] = (better - code) * scale
-            codes[..., start + j] = better
+            curve = inner[:, j, j].unsqueeze(1)
+            lacks = near[..., j].clone()
+            for turn in range(turns):
+                rows = slice(turn, None, turns)
+                scale, code = scales[:, rows, start + j], codes[:, rows, start + j]
+                step = lacks[:, rows] / curve
+                if outputs is not None:
+                    pull = (outputs[:, rows] @ lacks.unsqueeze(2)).squeeze(2)
+                    weighs = outputs.diagonal(dim1=1, dim2=2)[:, rows]
+                    step = pull / (weighs * curve)
+                better = grid(code * scale + step, scale)
+                change = (better - code) * scale
+                moved[:, rows, j] = change
+                codes[:, rows, start + j] = better
+                lacks[:, rows] -= change * curve
             near -= moved[..., j].unsqueeze(2) * inner[:, j].unsqueeze(1)
         slope -= moved @ hessian[:, start:end]
     return codes
 
 
-def _refit(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, group: int) -> Tensor:
+def refit(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, group: int) -> Tensor:
     """The least-squares scale of every group for its codes, group after group, in BF16."""
     columns = weight.shape[-1]
     found = scales.clone()

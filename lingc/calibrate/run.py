@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lingc.calibrate.gradients import Gradients
 from lingc.calibrate.layer import Layer
-from lingc.calibrate.matrices import Method, weight_of
-from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch
+from lingc.calibrate.matrices import Method, count_matrices, weight_of
+from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch, is_made
 from lingc.calibrate.samples import Samples, lengths
 from lingc.calibrate.spill import Spill, Tokens, refuse_wild
 from lingc.checkpoint.calibrated import DOCUMENT, FORMAT, LAYERS, file_digests
@@ -105,13 +106,17 @@ def calibrate(
         "data": samples.digest,
         "method": json.dumps(asdict(settings), sort_keys=True),
     }
-    # Two files of the residual stream, and at most one of each of two others.
+    # Two files of the residual stream, and at most one of each of two others; with gradients the
+    # stream before every layer, in whose place two of these come.
+    streams = 3
+    if _needs_gradients(source, recipe, settings.method):
+        streams += 2 * source.config.num_hidden_layers + 4
     widest = max(source.config.hidden_size, *_widths(source))
-    needed = samples.tokens * 4 * (3 * source.config.hidden_size + widest)
+    needed = samples.tokens * 4 * (streams * source.config.hidden_size + widest)
     with (
         Resumable(out_dir, inputs, fresh=fresh, needed_bytes=needed) as folder,
         writing(out_dir),
-        torch.inference_mode(),
+        torch.no_grad(),
     ):
         (folder.content / LAYERS).mkdir(exist_ok=True)
         device = torch.device(settings.device)
@@ -146,12 +151,18 @@ def device_named(name: str) -> str:
     return name
 
 
-def count_matrices(source: Source) -> int:
-    """How often `done` is told one."""
-    return sum(
-        len(source.shape(name)) == 2
-        and not name.endswith(("word_embeddings.weight", ".mlp.gate.weight", "kv_b_proj.weight"))
-        for name in source.names
+def count_steps(source: Source, recipe: Recipe, settings: Settings) -> int:
+    """How often `done` is told one: of each matrix, and for gradients of those of layers twice."""
+    whole = count_matrices(source)
+    if not _needs_gradients(source, recipe, settings.method):
+        return whole
+    layers = range(source.config.num_hidden_layers)
+    return whole + 2 * sum(count_matrices(source, f"model.layers.{number}.") for number in layers)
+
+
+def _needs_gradients(source: Source, recipe: Recipe, method: Method) -> bool:
+    return method.loss == "model" and any(
+        method.compensates(recipe.format_of(module)) for module in matrix_modules(source.config)
     )
 
 
@@ -186,9 +197,14 @@ class _Steps:
         self._tokens = Tokens.of(origins, counts)
         # The MTP layer is told the next token, which the last one has not.
         self._drafts = Tokens.of(origins, [max(count - 1, 0) for count in counts])
+        self._gradients = None
+        if _needs_gradients(job.source, job.recipe, job.method):
+            self._gradients = Gradients(job, self._tokens, folder.state, self._embed)
 
     def run(self) -> list[Mapping[str, Any]]:
         """Run what is not behind; what was seen in every step."""
+        if self._gradients is not None:
+            self._gradients.run()
         steps: list[tuple[str, Callable[[], Seen]]] = [
             (f"{layer:04}", lambda layer=layer: self._layer(layer))  # type: ignore[misc]
             for layer in range(self._config.num_hidden_layers)
@@ -209,6 +225,8 @@ class _Steps:
             found.append(document)
             if number < self._config.num_hidden_layers:
                 self._stream_path(number).unlink(missing_ok=True)
+                if self._gradients is not None:
+                    self._gradients.drop(number)
         return found
 
     def _count(self, done: int) -> None:
@@ -219,13 +237,11 @@ class _Steps:
         before = self._stream(number)
         staged = self._folder.state / "after.f32"
         after = Spill(staged, self._tokens.count, self._config.hidden_size)
-        layer = self._new_layer(number, self._tokens)
+        slopes = None if self._gradients is None else self._gradients.slopes(number)
+        layer = Layer(self._job, number, self._tokens, self._folder.state, slopes)
         layer.run(before, after, self._files(f"{number:04}"))
         after.rename(self._stream_path(number + 1))
         return layer.seen
-
-    def _new_layer(self, number: int, tokens: Tokens) -> Layer:
-        return Layer(self._job, number, tokens, self._folder.state)
 
     def _files(self, step: str) -> tuple[Path, Path]:
         layers = self._folder.content / LAYERS
@@ -241,6 +257,11 @@ class _Steps:
         if path.exists():
             return Spill(path, rows, width, is_there=True)
         assert number == 0, f"what layer {number} reads was lost"
+        return self._embed(path)
+
+    def _embed(self, path: Path) -> Spill:
+        """The residual stream before the first layer, in a file of a name."""
+        rows, width = self._tokens.count, self._config.hidden_size
         stream = Spill(self._folder.state / "embedded.f32", rows, width)
         for (first, end), one in zip(self._tokens.spans(), self._samples.samples, strict=True):
             stream[first:end] = embedded(self._job.source, one.ids)
@@ -264,7 +285,7 @@ class _Steps:
         for (first, end), n in zip(self._tokens.spans(), self._hidden(), strict=True):
             watch.see(n, halves[first:end])
         with rounder.storing(self._folder.content / LAYERS / "head.safetensors", ["lm_head"]):
-            if rounder.is_made("lm_head"):
+            if is_made(self._job, "lm_head"):
                 rounder.settle(watch)
             else:
                 self._job.done(1)
@@ -274,7 +295,7 @@ class _Steps:
         """The MTP layer reads the next token's embedding and the model's outputs."""
         number, config = self._config.mtp_layer, self._config
         module = f"model.layers.{number}.eh_proj"
-        layer = self._new_layer(number, self._drafts)
+        layer = Layer(self._job, number, self._drafts, self._folder.state)
         width, rows = config.hidden_size, self._drafts.count
         joined = Spill(self._folder.state / "joined.f32", rows, 2 * width)
         norms = [weight_of(self._job.source, f"model.layers.{number}.{name}", self._job.device)

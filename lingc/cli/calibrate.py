@@ -52,10 +52,18 @@ _SHOWN = 8
 )
 @click.option(
     "--fp8",
-    type=click.Choice(("search", "nearest")),
-    default="search",
+    type=click.Choice(("gptq", "search", "nearest")),
+    default="gptq",
     show_default=True,
     help="How FP8 weights are.",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(("model", "matrix")),
+    default="model",
+    show_default=True,
+    help="Whose error gptq keeps small: the model's, for which gradients are taken back through "
+    "it first, or that of each matrix for itself, which takes less time and disk.",
 )
 @click.option(
     "--observer",
@@ -104,6 +112,7 @@ def command(
     seed: int,
     int4: str,
     fp8: str,
+    loss: str,
     observer: str,
     percentile: float,
     fallback_below: int,
@@ -114,9 +123,10 @@ def command(
 ) -> None:
     """Run sample data through the model and round its weights by what is seen.
 
-    Works layer by layer: weights are read from the checkpoint as they are needed, activations of
-    all samples lie in files between two layers, and what is held in memory does not grow with the
-    model's depth or the number of samples. `lingc quantize --calibration` then writes a checkpoint.
+    Gradients of the model's loss on the samples say first what an error costs, and where. Then
+    it works layer by layer: weights are read from the checkpoint as they are needed, activations
+    of all samples lie in files, and what is held in memory does not grow with the model's depth
+    or the number of samples. `lingc quantize --calibration` then writes a checkpoint.
 
     A run that was killed goes on with the layer it was in when the same command is given again, and
     comes to the same bytes. It is refused where checkpoint, data, recipe or method are others.
@@ -138,7 +148,7 @@ def command(
         from lingc.calibrate import page
         from lingc.calibrate.coverage import coverage
         from lingc.calibrate.matrices import Method
-        from lingc.calibrate.run import Settings, calibrate, count_matrices, device_named
+        from lingc.calibrate.run import Settings, calibrate, count_steps, device_named
         from lingc.calibrate.samples import samples_for
     from lingc.checkpoint import open_checkpoint, validate
     from lingc.quantize.recipes import load_recipe
@@ -162,13 +172,14 @@ def command(
     )
     _tell_data(out, given)
     settings = Settings(
-        method=Method(int4=int4, fp8=fp8),
+        method=Method(int4=int4, fp8=fp8, loss=loss),
         observer=observer,
         percentile=percentile,
         fallback_below=fallback_below,
         device=device_named(device),
     )
-    with out.stage("calibrate", total=count_matrices(source), unit="matrices") as advance:
+    steps = count_steps(source, chosen, settings)
+    with out.stage("calibrate", total=steps, unit="matrices") as advance:
         result = calibrate(source, chosen, given, out_dir, settings, fresh=fresh, done=advance)
     covered = coverage(result.document["coverage"], floor=min_tokens_per_expert)
     if report is not None:

@@ -20,14 +20,14 @@ def _line(name: str, folder: Path, settings: Settings | None = None) -> dict[str
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "most"), [("int4", 0.72), ("int4-fp8", 0.72), ("int4-all", 0.65)])
+@pytest.mark.parametrize("name", ["int4", "int4-fp8", "int4-all"])
 def test_calibrated_int4_is_nearer_to_bf16_than_rounded_to_nearest(
-    name: str, most: float, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
     line = _line(name, tmp_path)
 
     ratio, _, high = line["kl_ratio"]
-    assert ratio < most
+    assert ratio < 0.6
     assert high < 1
     gaps = line["perplexity_gap"]
     assert gaps["calibrated"][0] < gaps["nearest"][0]
@@ -43,11 +43,9 @@ def test_fp8_costs_at_most_half_a_percent_of_perplexity(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_calibrated_static_scales_cost_no_more_than_those_that_nobody_calibrated(
-    tmp_path: Path,
-) -> None:
-    """That they cost less is not shown on this model, whose activations suit E4M3 as they are."""
+def test_calibrated_static_fp8_is_nearer_to_bf16_than_uncalibrated(tmp_path: Path) -> None:
+    """Inputs are rounded on both sides, and what that costs no rounding of weights mends."""
     line = _line("fp8-static", tmp_path)
 
-    assert line["kl_ratio"][0] < 1.05
+    assert line["kl_ratio"][2] < 1
     assert line["perplexity_gap"]["calibrated"][2] < 0.01

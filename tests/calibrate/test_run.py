@@ -20,8 +20,8 @@ import torch
 from lingc.calibrate import spill
 from lingc.calibrate.coverage import coverage
 from lingc.calibrate.layer import Layer
-from lingc.calibrate.matrices import Method
-from lingc.calibrate.run import Settings, calibrate, count_matrices
+from lingc.calibrate.matrices import Method, count_matrices
+from lingc.calibrate.run import Settings, calibrate, count_steps
 from lingc.calibrate.spill import Spill
 from lingc.capture import Capturer, Sizes
 from lingc.checkpoint import (
@@ -135,9 +135,11 @@ def test_what_is_watched_are_the_products_of_the_captured_graph(
 def test_progress_ends_where_it_must(small: Checkpoint, rows: Path, tmp_path: Path) -> None:
     told: list[int] = []
 
-    calibrate(small, load_recipe("fp8"), read(rows), tmp_path / "out", Settings(), done=told.append)
+    recipe, settings = load_recipe("fp8"), Settings()
 
-    assert sum(told) == count_matrices(small)
+    calibrate(small, recipe, read(rows), tmp_path / "out", settings, done=told.append)
+
+    assert sum(told) == count_steps(small, recipe, settings) > count_matrices(small)
 
 
 # ------------------------------------------------------------------------------------ what is made

@@ -1,0 +1,274 @@
+"""What an error anywhere in the model costs at its end: gradients of its loss as it is.
+
+How far rounded predictions are from the model's own is, for small errors, half of e^T F e, with F
+the Fisher information: the mean of g g^T over gradients g of -log p(y), y drawn from the model's
+own predictions p. One y is drawn for each token. With g for the residual stream behind every layer,
+what a token, an expert or an output is worth follows inside of the layer alone (`layer.py`).
+
+The samples run through the layers as they are, then the gradients back, layer by layer:
+
+    state/plain-<l>.f32     residual stream before layer l; dropped when the gradients are behind it
+    state/slope-<l>.f32     gradient of the stream behind layer l
+    state/middle-<l>.f32    gradient of the stream between its attention and its feed-forward part
+
+A killed run goes on with the layer that it was in: a file that has its name is whole.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lingc.calibrate.attention import Attention, attention_names
+from lingc.calibrate.layer import Layer, new_router, swiglu_modules, swiglu_slopes
+from lingc.calibrate.matrices import Method, count_matrices, weight_of
+from lingc.calibrate.rounder import Job
+from lingc.calibrate.spill import Spill, Tokens, chunks
+from lingc.checkpoint.source import Source
+from lingc.quantize.formats import widen_bf16
+from lingc.quantize.recipes import Recipe
+from lingc.staging import write_whole
+
+SEED = 0
+"""Of the predictions that are drawn."""
+
+_WORDS = 8192
+"""Rows of the head that are multiplied at a time: all of it may be gigabytes."""
+
+_PLAIN = Recipe(name="plain", summary="nothing is rounded", activations="plain", rules=())
+
+
+class Gradients:
+    """Makes the files of gradients that are not there yet.
+
+    Args:
+        job: Whose checkpoint and device; `done` is told the matrices of a layer when the samples
+            ran through it, and again when the gradients did.
+        tokens: Of the samples.
+        state: Folder of the files.
+        embedded: Makes the residual stream before the first layer, under a name.
+    """
+
+    def __init__(
+        self, job: Job, tokens: Tokens, state: Path, embedded: Callable[[Path], Spill]
+    ) -> None:
+        method = Method(int4="nearest", fp8="nearest")
+        self._job = replace(job, recipe=_PLAIN, method=method, done=lambda _count: None)
+        self._done = job.done
+        self._config = job.source.config
+        self._tokens = tokens
+        self._state = state
+        self._embedded = embedded
+
+    def run(self) -> None:
+        """Run what is not behind.
+
+        Raises:
+            InputError: An activation is NaN or infinite.
+        """
+        told, last = self._state / "gradients.json", self._config.num_hidden_layers - 1
+        for number in range(last + 1):
+            if not told.exists() and not self._path("slope", last).exists():
+                self._forward(number)
+            self._done(count_matrices(self._job.source, f"model.layers.{number}."))
+        if not told.exists() and not self._path("slope", last).exists():
+            self._head()
+        for number in reversed(range(last + 1)):
+            if not told.exists() and not self._path("middle", number).exists():
+                self._backward(number)
+            self._path("plain", number).unlink(missing_ok=True)
+            self._done(count_matrices(self._job.source, f"model.layers.{number}."))
+        self._path("plain", last + 1).unlink(missing_ok=True)
+        write_whole(told, "{}\n")
+
+    def slopes(self, number: int) -> tuple[Spill, Spill]:
+        """Gradients of the stream behind a layer, and between its two parts."""
+        return self._there("slope", number), self._there("middle", number)
+
+    def drop(self, number: int) -> None:
+        """Remove the files of a layer that is rounded."""
+        for kind in ("slope", "middle"):
+            self._path(kind, number).unlink(missing_ok=True)
+
+    def _path(self, kind: str, number: int) -> Path:
+        return self._state / f"{kind}-{number:04}.f32"
+
+    def _there(self, kind: str, number: int) -> Spill:
+        path = self._path(kind, number)
+        return Spill(path, self._tokens.count, self._config.hidden_size, is_there=True)
+
+    def _new(self, name: str, width: int | None = None) -> Spill:
+        path = self._state / f"{name}.f32"
+        return Spill(path, self._tokens.count, width or self._config.hidden_size)
+
+    # ------------------------------------------------------------------------------------- forward
+
+    def _forward(self, number: int) -> None:
+        if self._path("plain", number + 1).exists():
+            return
+        if number == 0 and not self._path("plain", 0).exists():
+            self._embedded(self._path("plain", 0))
+        after = self._new("plain-after")
+        layer = Layer(self._job, number, self._tokens, self._state)
+        nowhere = self._state / "nowhere"  # nothing is rounded, so that nothing is stored
+        layer.run(self._there("plain", number), after, (nowhere, nowhere))
+        after.rename(self._path("plain", number + 1))
+
+    def _head(self) -> None:
+        """Draw a prediction for every token, and find the gradient of the last layer's outputs."""
+        config, device = self._config, self._job.device
+        stream = self._there("plain", config.num_hidden_layers)
+        slope = self._new("slope-new")
+        norm = weight_of(self._job.source, "model.norm", device)
+        draw = torch.Generator().manual_seed(SEED)
+        for rows in self._spans():
+            with torch.enable_grad():
+                x = stream[rows].to(device).requires_grad_()
+                n = functional.rms_norm(x, (x.shape[-1],), norm, config.rms_norm_eps)
+            drawn = torch.rand(len(x), generator=draw, dtype=torch.float64).to(device)
+            slope[rows] = torch.autograd.grad(n, x, self._of_logits(n.detach(), drawn))[0]
+        slope.rename(self._path("slope", config.num_hidden_layers - 1))
+
+    def _of_logits(self, n: Tensor, drawn: Tensor) -> Tensor:
+        """(p - e_y) W over the vocabulary, in parts; y is where the sum of p passes `drawn`."""
+        whole = torch.full((len(n),), -torch.inf, device=n.device)
+        for words in _words(self._job.source, n.device):
+            whole = torch.logaddexp(whole, torch.logsumexp(n @ words.T, dim=1))
+        gradient, below = torch.zeros_like(n), torch.zeros_like(drawn)
+        chosen = torch.zeros(len(n), dtype=torch.int64, device=n.device)
+        for words in _words(self._job.source, n.device):
+            p = torch.exp(n @ words.T - whole.unsqueeze(1))
+            gradient += p @ words
+            reached = p.double().cumsum(1) + below.unsqueeze(1)
+            chosen += (reached < drawn.unsqueeze(1)).sum(1)
+            below = reached[:, -1]
+        first = 0
+        for words in _words(self._job.source, n.device):
+            mine = (chosen.clamp(max=self._config.vocab_size - 1) - first).clamp(min=-1)
+            here = (mine >= 0) & (mine < len(words))
+            gradient[here] -= words[mine[here]]
+            first += len(words)
+        return gradient
+
+    def _spans(self) -> Iterator[slice]:
+        """Rows of each sample."""
+        return (slice(first, end) for first, end in self._tokens.spans())
+
+    # ------------------------------------------------------------------------------------ backward
+
+    def _backward(self, number: int) -> None:
+        """Gradients of the streams inside of a layer and before it."""
+        stream, slope = self._there("plain", number), self._there("slope", number)
+        mid, normed = self._new("mid"), self._new("normed")
+        pull, middle, before = self._new("pull"), self._new("middle-new"), self._new("slope-new")
+        prefix, eps = f"model.layers.{number}", self._config.rms_norm_eps
+        attention = self._attention(number)
+        norms = [
+            weight_of(self._job.source, f"{prefix}.{name}", self._job.device)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+
+        def norm(x: Tensor, which: int) -> Tensor:
+            return functional.rms_norm(x, (x.shape[-1],), norms[which], eps)
+
+        for rows in self._spans():
+            x = stream[rows].to(self._job.device)
+            mid[rows] = x + attention.output(norm(x, 0))
+            normed[rows] = norm(mid[rows].to(self._job.device), 1)
+        self._feed_forward(number, normed, slope, pull)
+        for rows in self._spans():
+            behind = slope[rows].to(self._job.device)
+            with torch.enable_grad():
+                x = mid[rows].to(self._job.device).requires_grad_()
+                n = norm(x, 1)
+            inner = behind + torch.autograd.grad(n, x, pull[rows].to(behind.device))[0]
+            middle[rows] = inner
+            with torch.enable_grad():
+                x = stream[rows].to(self._job.device).requires_grad_()
+                y = attention.output(norm(x, 0))
+            before[rows] = inner + torch.autograd.grad(y, x, inner)[0]
+        for file in (mid, normed, pull):
+            file.remove()
+        if number:
+            before.rename(self._path("slope", number - 1))
+        else:
+            before.remove()
+        middle.rename(self._path("middle", number))  # last: with it the layer is behind
+
+    def _attention(self, number: int) -> Attention:
+        at = f"model.layers.{number}.attention"
+        names = attention_names(self._config, number)
+        weights = {
+            f"{name}.weight": weight_of(self._job.source, f"{at}.{name}", self._job.device)
+            for name in (*names, "dense")
+        }
+        return Attention(self._config, number, weights)
+
+    def _feed_forward(self, number: int, normed: Spill, slope: Spill, pull: Spill) -> None:
+        """The gradient of the inputs of the feed-forward part, from that of its outputs."""
+        mlp, config, device = f"model.layers.{number}.mlp", self._config, self._job.device
+        every = torch.arange(self._tokens.count)
+        for span in self._spans():
+            pull[span] = torch.zeros(span.stop - span.start, pull.shape[1])
+        if config.is_dense(number):
+            self._part(mlp, every, None, normed, slope, pull)
+            return
+        router = new_router(self._job.source, number, device)
+        choices = [router(normed[rows].to(device)) for rows in self._spans()]
+        ids, weights = (torch.cat([one[i].cpu() for one in choices]) for i in range(2))
+        of_weights = torch.zeros_like(weights)
+        for e in range(config.num_experts):
+            rows, rank = torch.nonzero(ids == e, as_tuple=True)
+            given = weights[rows, rank]
+            told = self._part(f"{mlp}.experts.{e}", rows, given, normed, slope, pull)
+            of_weights[rows, rank] = told
+        if config.num_shared_experts:
+            self._part(f"{mlp}.shared_experts", every, None, normed, slope, pull)
+        for span in self._spans():
+            with torch.enable_grad():
+                n = normed[span].to(device).requires_grad_()
+                given = router(n)[1]
+            back = torch.autograd.grad(given, n, of_weights[span].to(device))[0]
+            pull[span] = pull[span] + back.cpu()
+
+    def _part(
+        self,
+        name: str,
+        rows: Tensor,
+        weights: Tensor | None,
+        normed: Spill,
+        slope: Spill,
+        pull: Spill,
+    ) -> Tensor:
+        """Add one SwiGLU's part to `pull`; the gradients of its tokens' weights, [rows]."""
+        gate, up, down = (
+            weight_of(self._job.source, module, self._job.device) for module in swiglu_modules(name)
+        )
+        told = torch.zeros(len(rows))
+        for part in chunks(torch.arange(len(rows))):
+            n = normed.take(rows[part]).to(self._job.device)
+            behind = slope.take(rows[part]).to(self._job.device) @ down
+            scale = None if weights is None else weights[part].unsqueeze(1).to(n.device)
+            h, of_gate, of_up = swiglu_slopes(n, gate, up, behind)
+            told[part] = (h * behind).sum(1).cpu()
+            back = of_gate @ gate + of_up @ up
+            pull.add(rows[part], back if scale is None else back * scale)
+        return told
+
+
+def _words(source: Source, device: torch.device) -> Iterator[Tensor]:
+    """Rows of the head, f32 [some, D], from first to last."""
+    name = "lm_head.weight"
+    count = source.shape(name)[0]
+    if source.kind(name) != "plain":
+        yield from torch.from_numpy(source.dense(name)).to(device).split(_WORDS)
+        return
+    values, dtype = source.plain(name)
+    for first in range(0, count, _WORDS):
+        taken = values[first : first + _WORDS]
+        some = widen_bf16(taken) if dtype == "bf16" else np.array(taken)
+        yield torch.from_numpy(some).to(device)
