@@ -13,14 +13,16 @@ import pytest
 import torch
 
 import lingc.cli.build as command
-from lingc import recording
-from lingc.build import Built, build
+from lingc import recording, targets
+from lingc.build import Built, _activation_note, build
 from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint, write_checkpoint
-from lingc.compile import Request, silent
+from lingc.code import Code
+from lingc.compile import Request, compile_plan, engine_kind, silent
 from lingc.engine import Package, open_package, verify
 from lingc.errors import CheckpointError, ConfigError, UnknownPrecisionError, UnknownTargetError
 from lingc.interpret import InterpreterBackend
 from lingc.plan import Plan
+from lingc.quantize.recipes import load_recipe
 from lingc.runtime import vectors
 from lingc.runtime.backend import Limits
 from lingc.runtime.load import run_vectors
@@ -311,6 +313,33 @@ def test_what_was_built_is_handed_back(checkpoint: Path, tmp_path: Path) -> None
     assert made.path == tmp_path / "x.ling"
     assert made.manifest.bundle_id == open_package(made.path).manifest.bundle_id
     assert made.compiled.plan.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "weights", "note"),
+    [
+        ("cpu", "onnx", "embed", r"weight-only: activations stay f32 on this target"),
+        ("h20", "cuda", "embed", r"on the fly, in blocks: cuda engines have no kernel for static"),
+        ("h20", "tensorrt", "external", r"in blocks: static scales are constants of an engine"),
+        ("h20", "tensorrt", "embed", r"experts are, .*; 27 of 27 matrices have no calibrated"),
+        ("spark", "tensorrt", "embed", r"experts are, .*; 27 of 27 matrices have no calibrated"),
+    ],
+)
+def test_where_static_scales_are_not_used_is_told(
+    target: str, engine: str, weights: str, note: str, checkpoint: Path
+) -> None:
+    request = Request(target=target, engine=engine, weights=weights, sizes=programs.SIZES)
+    source, recipe = open_checkpoint(checkpoint), load_recipe("fp8-static")
+    compiled = compile_plan(
+        source.config, recipe, targets.get(target), has_mtp=source.has_mtp, request=request,
+        capturer=programs.capturer("tiny"),
+    )  # fmt: skip
+    kind = engine_kind(compiled.target, engine)
+    made = Code(kind=kind, plan=compiled.plan, files={}, info={}, request={}, producer={})
+
+    said = _activation_note(compiled, made, source, request)
+
+    assert re.search(note, said)
 
 
 @pytest.mark.parametrize(
