@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from lingc.cli import main
 from lingc.engine import Code
 from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, UsageError
 from lingc.runtime.tensorrt_deploy import LIBRARY, deploy, load_plugins, source
 from tests.tensorrt.engines import plugins
 from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
 from tests.tensorrt.test_backend import PRECISION, TARGET, Held
+
+CUDA = Path(__file__).parents[2] / "artifacts" / "engines" / "ling-2.6-flash-fp8.ling"
 
 
 class Packed(Held):
@@ -126,3 +129,28 @@ def test_a_library_that_is_not_there_or_not_taken_is_named(tmp_path: Path) -> No
     registry.answer = None
     with pytest.raises(IncompatibleError, match=r"TensorRT 11\.4\.0 does not load"):
         load_plugins(trt, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "problem"),
+    [
+        (["nowhere.ling", "-o", "out"], 3, "'nowhere.ling' is not a package"),
+        (
+            [str(CUDA), "-o", "out"],
+            4,
+            "is an engine of kind 'cuda', which has no plugins to deploy",
+        ),
+        ([str(CUDA)], 2, "Missing option '-o'"),
+        ([str(CUDA), "-o", "out", "--include", "nowhere"], 2, "'nowhere' does not exist"),
+        ([str(CUDA), "-o", "out", "--target", "spark"], 2, "has no code for 'spark'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_leaves_nothing(
+    words: list[str], code: int, problem: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["deploy", *words]) == code
+    assert problem.lower() in capsys.readouterr().err.lower()
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The C++ plugins evaluate plugin tables as Python's do, and name what is wrong."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lingc.engine import canonical
 from lingc.launch_table import TableLaunch
-from lingc.plugin_table import PluginTable
+from lingc.plugin_table import PluginTable, to_value
 from tests.tensorrt.native_code import (
     STREAM,
     Evaluator,
@@ -223,6 +225,73 @@ def test_what_is_missing_or_damaged_is_named(
     (*_, last) = start(tmp_path, **variables)(**request(table, 0, (4, 64), digest))
 
     assert re.search(problem, last["error"]), last
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_table_of_other_bytes_is_refused_or_evaluated_but_never_crashes(
+    broken: tuple[Evaluator, Path], data: st.DataObject
+) -> None:
+    evaluator, folder = broken
+    raw = bytearray(canonical.encode(to_value(small_table()[0])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(raw) - 1))
+        end = start + data.draw(st.integers(0, 6))
+        raw[start:end] = data.draw(st.sampled_from(PIECES))
+    digest = hashlib.sha256(raw).hexdigest()
+    (folder / f"{digest}.json").write_bytes(raw)
+    found = evaluator(**request(small_table()[0], 0, (4, 64), digest))
+
+    assert found[-1].get("error", "not empty")
+
+
+PIECES = [
+    b"", b"0", b"9", b"-", b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"\\u12", b"1e9", b"null",
+    b"true", b"9999999999999999999", b'{"at":"x"}', b"\0", b"\xff",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(
+    program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Evaluator, Path]]:
+    folder = tmp_path_factory.mktemp("broken")
+    bundle(folder, *small_table())
+    evaluator = Evaluator(program, folder)
+    yield evaluator, folder
+    evaluator.close()
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (lambda _k: b"", "it is no kernel"),
+        (lambda k: b"other" + k, "it is no kernel"),
+        (lambda k: k[:60], "its header is cut off"),
+        (lambda k: k.replace(b"i32:16", b"i33:16"), 'it takes a "i33:16", which is unknown'),
+        (lambda k: k.replace(b'"threads":128', b'"threads":-28'), "its header has -28"),
+    ],
+)
+def test_a_kernel_that_is_none_is_named(
+    harm: Callable[[bytes], bytes], problem: str, tmp_path: Path, start: Callable[..., Evaluator]
+) -> None:
+    table, binaries = small_table()
+    image = harm(binaries[0].to_bytes())
+    name = hashlib.sha256(image).hexdigest()
+    changed = replace(table, images=(name, table.images[1]))
+    digest = bundle_of(tmp_path, changed, image)
+    found = start(tmp_path)(**request(table, 0, (4, 64), digest))
+
+    assert re.search(rf"kernel {name}\.kernel: ({problem})", found[-1]["error"]), found
+
+
+def bundle_of(folder: Path, table: PluginTable, image: bytes) -> str:
+    """Write a table as it is, and one kernel; the table's digest."""
+    data = canonical.encode(to_value(table))
+    (folder / f"{hashlib.sha256(image).hexdigest()}.kernel").write_bytes(image)
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / f"{digest}.json").write_bytes(data)
+    return digest
 
 
 def test_sizes_that_a_table_has_not_and_wrong_inputs_are_named(

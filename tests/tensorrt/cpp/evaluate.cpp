@@ -44,7 +44,7 @@ int main(int, char** given) {
       std::string told;
       for (char const letter : std::string(error.what())) {
         if (letter == '"' || letter == '\\') told += '\\';
-        told += letter;
+        told += letter < ' ' ? '?' : letter;  // bytes beyond ASCII are negative
       }
       std::printf("{\"error\":\"%s\"}\n", told.c_str());
     }
