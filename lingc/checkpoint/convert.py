@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lingc.checkpoint.source import Source
+from lingc.errors import CheckpointError, InputError
 from lingc.quantize.formats import (
     F32,
     Weight,
@@ -50,7 +51,11 @@ def to_plain(source: Source, name: str, dtype: str) -> Array:
 
 
 def to_quantized(source: Source, name: str, kind: str, group: int) -> tuple[Array, Array]:
-    """Codes and scales of a matrix in the format `kind`; `group` is that of `int4_group`."""
+    """Codes and scales of a matrix in the format `kind`; `group` is that of `int4_group`.
+
+    Raises:
+        CheckpointError: A value is not finite.
+    """
     if is_stored_as(source, name, kind, group):
         codes, scales, _ = source.quantized(name)
         if source.kind(name) == kind:
@@ -58,11 +63,14 @@ def to_quantized(source: Source, name: str, kind: str, group: int) -> tuple[Arra
         grid = tuple(blocks(size) for size in codes.shape)
         return codes, np.broadcast_to(scales.reshape(()), grid)
     weight = _weight(source, name)
-    if kind == "fp8_block":
-        return quantize_fp8_block(weight)
-    if kind == "fp8_tensor":
-        return quantize_fp8_tensor(weight)
-    return quantize_int4_group(weight, group)
+    try:
+        if kind == "fp8_block":
+            return quantize_fp8_block(weight)
+        if kind == "fp8_tensor":
+            return quantize_fp8_tensor(weight)
+        return quantize_int4_group(weight, group)
+    except InputError as error:
+        raise CheckpointError(f"tensor {name!r}: {error.problem}", hint=error.hint) from error
 
 
 def to_rounded(source: Source, name: str, kind: str, group: int) -> F32:

@@ -18,7 +18,6 @@ from lingc.checkpoint.expected import Shape
 from lingc.checkpoint.layout import PACKED, SCALE, SCALE_INV, SHAPE
 from lingc.checkpoint.source import Source
 from lingc.checkpoint.tensorfile import tensor_bytes
-from lingc.errors import CheckpointError, InputError
 from lingc.quantize.formats import NIBBLES, blocks
 from lingc.quantize.recipes import PLAIN, Format, Recipe
 
@@ -90,12 +89,9 @@ def values(source: Source, chosen: Item) -> tuple[NDArray[Any], ...]:
         CheckpointError: One is not finite.
     """
     name, stored = chosen.name, chosen.format
-    try:
-        if stored.kind == "plain":
-            return (to_plain(source, name, "f32" if _plain_dtype(name) == "F32" else "bf16"),)
-        codes, scales = to_quantized(source, name, stored.kind, stored.group)
-    except InputError as error:
-        raise CheckpointError(f"tensor {name!r}: {error.problem}", hint=error.hint) from error
+    if stored.kind == "plain":
+        return (to_plain(source, name, "f32" if _plain_dtype(name) == "F32" else "bf16"),)
+    codes, scales = to_quantized(source, name, stored.kind, stored.group)
     if stored.kind == "int4_group":
         return codes, scales, np.array(source.shape(name), np.int64)
     return codes, scales

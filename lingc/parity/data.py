@@ -163,9 +163,10 @@ def _ids(line: bytes, vocab: int, tokenizer: Tokenizer | None) -> list[int]:
         raise _BadLineError(f"{key!r} is empty: it gives no token")
     for position, token in enumerate(ids):
         if not 0 <= token < vocab:
+            why = "" if key == "input_ids" else ", so the tokenizer is not the model's"
             raise _BadLineError(
                 f"token {token} at position {position} is out of range; "
-                f"the vocabulary has {vocab} tokens, 0 to {vocab - 1}"
+                f"the vocabulary has {vocab} tokens, 0 to {vocab - 1}{why}"
             )
     return ids
 

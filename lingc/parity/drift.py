@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lingc.errors import UsageError
+from lingc.errors import InputError, UsageError
 from lingc.model.config import ModelConfig
 from lingc.model.linear_attention import lightning_chunk
 from lingc.model.model import LingModel
@@ -141,6 +141,7 @@ def of_model(
 
     Raises:
         UsageError: The model has no linear layer, or the row fewer than 64 tokens.
+        InputError: What the model makes of the row is not finite.
     """
     config = module.config
     _check(config, len(row))
@@ -172,6 +173,13 @@ def of_model(
 def _of_heads(seen: Mapping[str, Tensor], chosen: Sequence[tuple[int, int]]) -> Qkv:
     def stacked(which: str) -> Tensor:
         stem = "model.layers.{}.attention.{}"
+        for layer, _ in chosen:
+            if not bool(torch.isfinite(seen[stem.format(layer, which)]).all()):
+                raise InputError(
+                    f"a value is NaN or infinite: layer {layer}, attention.{which}",
+                    hint="a weight of this or an earlier layer is damaged; `lingc parity SOUND "
+                    "DAMAGED --bisect` finds it",
+                )
         return torch.stack([seen[stem.format(layer, which)][:, h] for layer, h in chosen], dim=1)
 
     return stacked("q"), stacked("k"), stacked("v")

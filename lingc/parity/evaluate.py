@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lingc.errors import DataError
+from lingc.errors import DataError, InputError
 from lingc.parity.compare import log_softmax, surprise
 from lingc.parity.data import MAX_LINE_BYTES, read_rows
 from lingc.parity.side import Side
@@ -212,6 +212,7 @@ def evaluate(
 
     Raises:
         DataError: There is but one unit, and no interval without two.
+        InputError: A logit is NaN or infinite.
     """
     units = np.unique([one.unit for one in windows], return_inverse=True)[1]
     count = int(units.max()) + 1
@@ -227,6 +228,13 @@ def evaluate(
             for place, scores in enumerate(side.score([one.ids for one in part], "prefill")):
                 came = part[place].ids[1:]
                 told = surprise(log_softmax(scores.logits), came)[: len(came)]
+                if not np.isfinite(told).all():
+                    raise InputError(
+                        f"{side.name} predicts what is NaN or infinite in window {start + place} "
+                        f"of {text!r}",
+                        hint="`lingc parity SOUND DAMAGED --bisect` finds the step, and weights "
+                        "that are damaged",
+                    )
                 found[start + place] = told.sum()
         advance(len(part))
 

@@ -18,6 +18,7 @@ from lingc.checkpoint import (
     validate,
     write_checkpoint,
 )
+from lingc.checkpoint.convert import to_rounded
 from lingc.checkpoint.directory import INDEX, MTP_FILE
 from lingc.checkpoint.tensorfile import Maps, Stored, TensorWriter, read_header
 from lingc.errors import CheckpointError, ResourceError, UsageError
@@ -250,6 +251,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
     with pytest.raises(CheckpointError, match=f"'{name}': a weight is NaN or infinite"):
         write_checkpoint(open_checkpoint(path), tmp_path / "out" / "x", layout="fp8")
     assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(CheckpointError, match=f"'{name}': a weight is NaN or infinite"):
+        to_rounded(open_checkpoint(path), name, "int4_group", 32)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

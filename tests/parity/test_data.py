@@ -103,6 +103,15 @@ def test_a_bad_line_is_named_and_explained(
     assert message in found
 
 
+def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_blamed(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = write(tmp_path, '{"text": "hello"}')
+
+    with pytest.raises(DataError, match="0 to 15, so the tokenizer is not the model's"):
+        read_rows(path, vocab=16, tokenizer=tokenizer)
+
+
 def test_every_bad_line_is_listed(tmp_path: Path) -> None:
     found = problem(write(tmp_path, "{", '{"input_ids": [1]}', "{}", "[]"), None)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lingc.checkpoint import SyntheticCheckpoint
 from lingc.cli import main
-from lingc.errors import UsageError
+from lingc.errors import InputError, UsageError
 from lingc.model.config import ModelConfig
+from lingc.model.loading import from_source
 from lingc.parity import drift_page
-from lingc.parity.drift import Drift, HeadDrift, of_config
+from lingc.parity.drift import Drift, HeadDrift, of_config, of_model
 from lingc.parity.drift_run import measure
 from tests.evaluate import one_thread
 from tests.parity import trained
@@ -79,6 +81,18 @@ def test_a_model_is_measured_on_its_own_keys() -> None:
     assert {head.layer for head in found.heads} == {0, 4, 6}
     assert all(0 < head.points[-1].mean < 1 for head in found.heads)
     assert all(head.exact[-1].mean < 1e-4 for head in found.heads)
+
+
+def test_values_that_are_no_numbers_are_named() -> None:
+    model = from_source(SyntheticCheckpoint(config("tiny"), 1))
+    damaged = config("tiny").linear_layers[1]
+    with torch.no_grad():
+        model.get_parameter(f"model.layers.{damaged}.attention.query_key_value.weight").fill_(
+            float("inf")
+        )
+
+    with pytest.raises(InputError, match=rf"NaN or infinite: layer {damaged}, attention\.q"):
+        of_model(model, "x", [1] * 128, state_dtype="bf16")
 
 
 def test_the_page_shows_the_curve_and_says_what_to_do() -> None:

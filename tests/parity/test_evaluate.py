@@ -13,7 +13,7 @@ import torch
 from lingc.cli import main
 from lingc.engine import Package, open_package
 from lingc.engine.examine import Level
-from lingc.errors import DataError
+from lingc.errors import DataError, InputError
 from lingc.parity.evaluate import Window, evaluate, read_windows
 from lingc.parity.opening import Start, open_each
 from lingc.parity.side import Mode, Scores, Tokens
@@ -49,6 +49,18 @@ class Certain:
         for t, came in enumerate(row[1:]):
             logits[t, came] = math.log(p)
         return Scores(logits=logits, experts={})
+
+
+class Wild(Certain):
+    """Gives a logit that is NaN in its second row."""
+
+    name = "wild"
+
+    def _row(self, row: Tokens) -> Scores:
+        scores = super()._row(row)
+        if self.asked == 2:
+            scores.logits[1, 0] = np.nan
+        return scores
 
 
 def windows(count: int, *, units: int | None = None) -> list[Window]:
@@ -179,6 +191,13 @@ BAD = {
     "wild.jsonl": b'{"input_ids": [1, 4096]}\n',
     "broken.jsonl": b'{"input_ids": [1, 2]}\n{"text": \n',
 }
+
+
+def test_a_logit_that_is_no_number_is_named_and_gives_no_perplexity() -> None:
+    with pytest.raises(
+        InputError, match="wild predicts what is NaN or infinite in window 1 of 'x'"
+    ):
+        evaluate([Wild([0.5] * 4)], windows(4), text="x", batch=2, resamples=100)
 
 
 @pytest.mark.parametrize(
