@@ -14,7 +14,7 @@ Weights stay in the package: safetensors files, which hold them as they are boun
 import importlib.resources
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,10 @@ def deploy(
         UsageError: Something is at `folder` that may not be replaced.
         ResourceError: The place cannot be written to.
     """
-    code_info = package.code()
-    if code_info.engine != "tensorrt":
+    kind = package.code().engine
+    if kind != "tensorrt":
         raise IncompatibleError(
-            f"{str(package.root)!r} is an engine of kind {code_info.engine!r}, which has no "
-            "plugins to deploy",
+            f"{str(package.root)!r} is an engine of kind {kind!r}, which has no plugins to deploy",
             hint="`lingc build --engine tensorrt` makes one that has",
         )
     code = read_code(package)
@@ -81,7 +80,7 @@ def deploy(
         shutil.copytree(source(), inside / SOURCE)
         if includes:
             compile_plugins(inside / SOURCE, inside / LIBRARY, includes)
-        described = description(package, code, code_info.info)
+        described = description(package, code)
         (inside / DESCRIPTION).write_bytes(canonical.encode(described))
         staging.publish()
     return staging.final
@@ -170,10 +169,9 @@ def load_plugins(trt: Any, folder: Path) -> None:
         )
 
 
-def description(package: Package, code: TensorrtCode, info: Mapping[str, Any]) -> dict[str, Any]:
+def description(package: Package, code: TensorrtCode) -> dict[str, Any]:
     """`deploy.json`: what to bind to each engine, in what shapes; letters are open sizes."""
     plan = code.plan
-    inside = set(info["embedded_weights"])
     phases = {}
     for phase, program in plan.programs.items():
         phases[phase] = {
@@ -186,7 +184,7 @@ def description(package: Package, code: TensorrtCode, info: Mapping[str, Any]) -
             # Bound to the address of the state that it updates.
             "updates": {value: state for state, value in program.updates.items()},
             "states": list(program.states),
-            "weights": [name for name in program.weights if name not in inside],
+            "weights": [name for name in program.weights if name not in code.embedded],
             "sizes": [dict(one.sizes) for one in code.buckets if one.phase == phase],
         }
     return {
