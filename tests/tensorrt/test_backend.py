@@ -198,6 +198,31 @@ def test_a_cut_or_foreign_engine_is_named() -> None:
 
 
 @has_rtx
+@pytest.mark.parametrize(
+    ("data", "error", "told"),
+    [
+        (rtx_engine(100), IntegrityError, "the prefill engine says that it has 100 bytes"),
+        (
+            rtx_engine(version=(1, 6, 1, 120)),
+            IncompatibleError,
+            r"the prefill engine was written by TensorRT 1\.6\.1\.120",
+        ),
+    ],
+)
+def test_such_an_engine_never_reaches_tensorrt(
+    data: bytes, error: type[LingcError], told: str
+) -> None:
+    device = gpu()
+    trt, made = library(device), code()
+    engines = {phase: lambda: data for phase in made.engines}
+    with pytest.raises(error, match=told):
+        TensorrtBackend(replace(made, engines=engines), {}, LIMITS, device=device, trt=trt)
+
+    assert trt.seen == []
+    assert device.blocks == {}
+
+
+@has_rtx
 def test_a_real_engine_says_its_size_and_version() -> None:
     made, found = networks("rtx-120", "bf16")
     engine = made.engine(found["draft"])
