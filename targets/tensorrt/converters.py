@@ -13,6 +13,7 @@ import functools
 import importlib
 import itertools
 import logging
+import operator
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 
 from lingc import targets
 from lingc.device import Binary, Device
@@ -152,7 +154,11 @@ class Converters:
         op = _op_of(node.target)
         known = EMBEDDED.get(op.name)
         embeds = known is not None and all(_is_constant(node.args[i]) for i in known.constants)
-        return self._refusal(node.name, op, list(_typed(op, node)), _results(node), embeds=embeds)
+        try:
+            args, results = list(_typed(op, node)), _results(node)
+        except UnsupportedError as error:
+            return error.problem
+        return self._refusal(node.name, op, args, results, embeds=embeds)
 
     def refusal_of(self, op: Op, arguments: Sequence[Any]) -> str | None:
         """Why a call of an op could not be converted, its tensors inputs of the module, or None."""
@@ -389,11 +395,25 @@ def _typed(op: Op, node: Any) -> Iterator[Any]:
     """A node's arguments, other nodes as the fake tensors that stand for them."""
     given = [*node.args, *(node.kwargs[one] for one in op.arguments[len(node.args) :])]
     for value in given:
-        yield value.meta["val"] if hasattr(value, "meta") else value
+        yield _fake(value) if isinstance(value, fx.Node) else value
+
+
+def _fake(node: fx.Node) -> Any:
+    """What stands for a node's value; a weight's own where passes left it without.
+
+    Raises:
+        UnsupportedError: Nothing does.
+    """
+    found = node.meta.get("val")
+    if found is None and node.op == "get_attr":
+        found = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    if found is None:
+        raise UnsupportedError(f"nothing tells the type of {node.name!r}")
+    return found
 
 
 def _results(node: Any) -> tuple[Any, ...]:
-    value = node.meta["val"]
+    value = _fake(node)
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 

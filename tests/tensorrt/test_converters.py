@@ -261,6 +261,22 @@ def refused(host: Host, op: str, *shapes: Any, literals: tuple[Any, ...] = ()) -
     return str(host.converters().refusal(node))
 
 
+def test_weights_without_a_fake_tensor_are_looked_up_and_others_stay_in_pytorch(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    host.converters()
+    module = exported(is_open=False)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for node in nodes.values():
+        if node.op == "get_attr":
+            del node.meta["val"]
+    assert interpret(host.registry, module, host.network())
+    del nodes["linear"].meta["val"]
+
+    assert host.registry.get(nodes["silu_mul"]) is None
+    assert "silu_mul stays in PyTorch: nothing tells the type of 'linear'" in caplog.text
+
+
 def test_what_has_no_kernel_stays_in_pytorch_and_says_why(host: Host) -> None:
     bf16, f32 = torch.bfloat16, torch.float32
     routing = (4, 2, 4, 2.5, True)
