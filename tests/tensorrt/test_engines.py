@@ -1,7 +1,9 @@
 """Engines: TensorRT builds what was lowered, the same layers each time, and mistakes are seen."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,24 @@ def test_what_a_recipe_quantizes_is_multiplied_in_fp8_and_nothing_else() -> None
 
     names = (name.removesuffix(".weight") for name in checkpoint().names)
     assert seen == {name for name in names if recipe.format_of(name).kind != "plain"}
+
+
+def test_a_head_with_static_scales_keeps_its_sums(tmp_path: Path) -> None:
+    from lingc.targets.tensorrt import report  # noqa: PLC0415
+
+    rules = [{"modules": ["lm_head"], "format": "fp8_tensor"}]
+    path = tmp_path / "head.json"
+    path.write_text(json.dumps({"name": "head", "activations": "fp8_static", "rules": rules}))
+    made = lowering("spark", str(path))
+    network, begin = made.network("draft"), len(made.backend.log.messages)
+    _, faults = built(made, network)
+    messages = [text for _, text in made.backend.log.messages[begin:]]
+    layers = report.parse(messages, network).layers
+
+    assert faults == []
+    (origin,) = (one for one, role in network.roles.items() if role == "fp8")
+    (product,) = (layer for layer in layers if origin in layer.origins)
+    assert [one.dtype for one in product.outputs] == ["Float"]
 
 
 def members(spec: WeightSpec) -> range:
