@@ -18,18 +18,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lingc.calibrate.attention import Attention, attention_names
 from lingc.calibrate.layer import Layer, new_router, swiglu_modules, swiglu_slopes
-from lingc.calibrate.matrices import Method, count_matrices, weight_of
+from lingc.calibrate.matrices import Method, count_matrices, runs_of, weight_of
 from lingc.calibrate.rounder import Job
 from lingc.calibrate.spill import Spill, Tokens, chunks
-from lingc.checkpoint.source import Source
-from lingc.quantize.formats import widen_bf16
 from lingc.quantize.recipes import Recipe
 from lingc.staging import write_whole
 
@@ -136,23 +133,27 @@ class Gradients:
     def _of_logits(self, n: Tensor, drawn: Tensor) -> Tensor:
         """(p - e_y) W over the vocabulary, in parts; y is where the sum of p passes `drawn`."""
         whole = torch.full((len(n),), -torch.inf, device=n.device)
-        for words in _words(self._job.source, n.device):
+        for words in self._words():
             whole = torch.logaddexp(whole, torch.logsumexp(n @ words.T, dim=1))
         gradient, below = torch.zeros_like(n), torch.zeros_like(drawn)
         chosen = torch.zeros(len(n), dtype=torch.int64, device=n.device)
-        for words in _words(self._job.source, n.device):
+        for words in self._words():
             p = torch.exp(n @ words.T - whole.unsqueeze(1))
             gradient += p @ words
             reached = p.double().cumsum(1) + below.unsqueeze(1)
             chosen += (reached < drawn.unsqueeze(1)).sum(1)
             below = reached[:, -1]
         first = 0
-        for words in _words(self._job.source, n.device):
+        for words in self._words():
             mine = (chosen.clamp(max=self._config.vocab_size - 1) - first).clamp(min=-1)
             here = (mine >= 0) & (mine < len(words))
             gradient[here] -= words[mine[here]]
             first += len(words)
         return gradient
+
+    def _words(self) -> Iterator[Tensor]:
+        """Rows of the head, from first to last."""
+        return runs_of(self._job.source, "lm_head", _WORDS, self._job.device)
 
     def _spans(self) -> Iterator[slice]:
         """Rows of each sample."""
@@ -258,17 +259,3 @@ class Gradients:
             back = of_gate @ gate + of_up @ up
             pull.add(rows[part], back if scale is None else back * scale)
         return told
-
-
-def _words(source: Source, device: torch.device) -> Iterator[Tensor]:
-    """Rows of the head, f32 [some, D], from first to last."""
-    name = "lm_head.weight"
-    count = source.shape(name)[0]
-    if source.kind(name) != "plain":
-        yield from torch.from_numpy(source.dense(name)).to(device).split(_WORDS)
-        return
-    values, dtype = source.plain(name)
-    for first in range(0, count, _WORDS):
-        taken = values[first : first + _WORDS]
-        some = widen_bf16(taken) if dtype == "bf16" else np.array(taken)
-        yield torch.from_numpy(some).to(device)

@@ -22,6 +22,7 @@ from lingc.quantize.formats import (
     blocks,
     encode_e4m3,
     pack_int4,
+    widen_bf16,
 )
 from lingc.quantize.recipes import Format
 
@@ -86,7 +87,7 @@ class Made:
 
     Attributes:
         pieces: As stored: codes and scales.
-        values: What they stand for, f32 [N, D].
+        values: What they stand for, f32 [N, D]; [0, D] where nobody reads them.
         sums: By row, squared errors of the outputs on the samples, the same by rounding to nearest,
             and squared outputs: f64 [3, N].
     """
@@ -113,6 +114,24 @@ def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.dense(f"{module}.weight")).to(device)
 
 
+def runs_of(source: Source, module: str, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Rows of a matrix, f32 [count, D] and fewer at last; of a plain one no more is read."""
+    name = f"{module}.weight"
+    if source.kind(name) != "plain":
+        yield from weight_of(source, module, device).split(count)
+        return
+    values, dtype = source.plain(name)
+    for first in range(0, len(values), count):
+        taken = values[first : first + count]
+        some = widen_bf16(taken) if dtype == "bf16" else np.array(taken)
+        yield torch.from_numpy(some).to(device)
+
+
+def tried_step(rows: int) -> int:
+    """Every so-manieth of a matrix's rows is tried where a damping is chosen."""
+    return max(1, rows // _TRIED_ROWS)
+
+
 def count_matrices(source: Source, prefix: str = "") -> int:
     """Matrices that a calibration is done with one by one, of the model or a layer."""
     return sum(
@@ -135,8 +154,9 @@ def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
     seen = (traces > 0).all(-1).nonzero()[:_TRIED_MATRICES, 0]
     if not len(seen):
         return _USUAL_DAMPING
-    step = max(1, weights.shape[1] // _TRIED_ROWS)
-    rows, halves = weights[seen][:, ::step][:, :_TRIED_ROWS], halves[seen]
+    rows = weights[:, :: tried_step(weights.shape[1])][:, :_TRIED_ROWS]
+    if len(seen) < len(weights):  # those of the widest matrices are large, and not copied
+        rows, halves = rows[seen], halves[seen]
     lost = {}
     for damping in DAMPINGS:
         curve = rounding.curvature(halves[:, 0], damping=damping)

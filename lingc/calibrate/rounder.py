@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lingc.calibrate.matrices import Made, Method, choose_damping, make_fp8, make_int4, weight_of
+from lingc.calibrate.matrices import (
+    Made,
+    Method,
+    choose_damping,
+    make_fp8,
+    make_int4,
+    runs_of,
+    tried_step,
+    weight_of,
+)
 from lingc.calibrate.observers import RULES, Observer
 from lingc.checkpoint.convert import is_stored_as, to_rounded
 from lingc.checkpoint.items import item
@@ -23,6 +32,9 @@ from lingc.resuming import appearing
 
 COUPLED = 1024
 """Rows of a matrix that are rounded knowing of each other's errors."""
+
+TALL = 8192
+"""Rows of a matrix of a great many that are held at a time, whole blocks of any format."""
 
 Done = Callable[[int], None]
 """Told how many matrices are behind."""
@@ -225,6 +237,40 @@ class Rounder:
                 )
         return values
 
+    def settle_tall(self, watch: Watch) -> None:
+        """Round a matrix that may have too many rows to be held, run of rows after run of rows.
+
+        Args:
+            watch: Has seen the inputs of the one matrix. Nobody reads what becomes of it.
+        """
+        (module,), job = watch.modules, self._job
+        chosen = job.recipe.format_of(module)
+        if (
+            not is_made(job, module) or chosen.kind == "fp8_tensor"
+        ):  # of which all rows have a scale
+            self.settle(watch)
+            return
+        halves, rows = _halves([watch]), []
+        step, first = tried_step(job.source.shape(f"{module}.weight")[0]), 0
+        for some in runs_of(job.source, module, TALL, job.device):
+            rows.append(some[-first % step :: step].clone())
+            first += len(some)
+        damping = self._damping((module,), torch.cat(rows).unsqueeze(0), halves)
+        hessians = _added(halves)
+        make = make_int4 if chosen.kind == "int4_group" else make_fp8
+        parts = []
+        for some in runs_of(job.source, module, TALL, job.device):
+            (made,) = make(some.unsqueeze(0), hessians, chosen, job.method, damping=damping)
+            parts.append(replace(made, values=made.values[:0]))
+        codes, scales = zip(*(part.pieces for part in parts), strict=True)
+        whole = Made(
+            pieces=(np.concatenate(codes), np.concatenate(scales)),
+            values=parts[0].values,
+            sums=torch.cat([part.sums for part in parts], dim=1),
+        )
+        self._store(module, whole, 0, first, watch.rows)
+        job.done(1)
+
     def _left(self, module: str, rows: int) -> Tensor:
         """The values that rounding to nearest will give."""
         chosen, name = self._job.recipe.format_of(module), f"{module}.weight"
@@ -247,13 +293,13 @@ class Rounder:
             torch.cat([weight_of(job.source, module, job.device) for module in modules])
             for _, modules in stack
         ])  # fmt: skip
-        grams = [watch.grams for watch, _ in stack if watch.grams is not None]
-        assert len(grams) == len(stack), "a matrix that is rounded by data was watched"
-        halves = grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
+        halves = _halves([watch for watch, _ in stack])
         damping = self._damping(stack[0][1], weights, halves)
         make = make_int4 if chosen.kind == "int4_group" else make_fp8
         outputs = self._outputs(stack)
-        made = make(weights, halves.sum(1), chosen, job.method, damping=damping, outputs=outputs)
+        is_shared = len(stack) == 1 and set(stack[0][1]) != set(stack[0][0].modules)
+        hessians = halves.sum(1) if is_shared else _added(halves)
+        made = make(weights, hessians, chosen, job.method, damping=damping, outputs=outputs)
         values: dict[str, Tensor] = {}
         for (watch, modules), one in zip(stack, made, strict=True):
             top = 0
@@ -289,7 +335,7 @@ class Rounder:
         stored = item(self._job.source, f"{module}.weight", self._job.recipe)
         pieces: tuple[NDArray[Any], ...] = made.pieces
         if chosen.kind == "int4_group":
-            shape = np.array((end - top, made.values.shape[1]), np.int64)
+            shape = np.array(self._job.source.shape(f"{module}.weight"), np.int64)
             pieces = (*(piece[top:end] for piece in made.pieces), shape)
         for piece, value in zip(stored.pieces, pieces, strict=True):
             self._writer.write(piece, value)
@@ -300,6 +346,18 @@ class Rounder:
                 "nearest_loss": made.nearest_loss_of(top, end),
             }
         )
+
+
+def _halves(watches: Sequence[Watch]) -> Tensor:
+    """Sums over the inputs, f32 [M, 2, D, D]; of one watch its own and no copy."""
+    grams = [watch.grams for watch in watches if watch.grams is not None]
+    assert len(grams) == len(watches), "a matrix that is rounded by data was watched"
+    return grams[0].unsqueeze(0) if len(grams) == 1 else torch.stack(grams)
+
+
+def _added(halves: Tensor) -> Tensor:
+    """Sums over all samples, f32 [M, D, D], in the place of those over the first half."""
+    return halves[:, 0].add_(halves[:, 1])
 
 
 def describe(observer: Observer, modules: Sequence[str], percentile: float) -> dict[str, Any]:

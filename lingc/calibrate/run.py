@@ -286,7 +286,7 @@ class _Steps:
             watch.see(n, halves[first:end])
         with rounder.storing(self._folder.content / LAYERS / "head.safetensors", ["lm_head"]):
             if is_made(self._job, "lm_head"):
-                rounder.settle(watch)
+                rounder.settle_tall(watch)
             else:
                 self._job.done(1)
         return rounder.seen
