@@ -86,11 +86,11 @@ class Body:
         self.network.mark_output(value.tensor)
 
     def constant(
-        self, array: Array, dtype: str = "f32", shape: Sequence[int] = (), of: str = ""
+        self, array: Array, dtype: str = "f32", shape: Sequence[int] | None = None, of: str = ""
     ) -> Value:
         """A constant; `int4` holds two numbers a byte, the first in the low nibble."""
         kept = np.ascontiguousarray(array)
-        dims = tuple(shape) or kept.shape
+        dims = kept.shape if shape is None else tuple(shape)
         count = int(np.prod(dims, dtype=np.int64))
         kind = self.backend.trt.DataType.INT4 if dtype == "int4" else self._type(dtype)
         weights = self.backend.trt.Weights(kind, kept.ctypes.data, count)
@@ -146,7 +146,7 @@ class Body:
         TensorRT makes the codes once where several steps read them, in what stands in front, so
         they are for none of those steps: `<value>/codes`.
         """
-        by = self.constant(scale, of=_CODES).tensor
+        by = self.constant(scale, shape=(), of=_CODES).tensor
         layer = self.network.add_quantize(x.tensor, by, self._type("f8e4m3"))
         codes = self.named(layer, "quantize", of=_CODES).get_output(0)
         layer = self.network.add_dequantize(codes, by, self._type(dtype))

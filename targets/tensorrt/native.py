@@ -83,7 +83,9 @@ def _static(
     body: Body, x: Value, x_scale: Array, weight: Value, weight_scale: Array, dtype: str
 ) -> Value:
     values = body.rounded(x, x_scale, dtype)
-    return body.times(values, body.dequantize(weight, body.constant(weight_scale), dtype))
+    # Of no rank: with one, a scale may be taken for that of an axis.
+    scale = body.constant(weight_scale, shape=())
+    return body.times(values, body.dequantize(weight, scale, dtype))
 
 
 def int4_refusal(width: int, group: int) -> str | None:
