@@ -247,6 +247,9 @@ def from_json(value: Mapping[str, Any]) -> Plan:
             f"the plan has format {value['format']}, this lingc reads up to {FORMAT}",
             hint="update lingc, or rebuild the engine with this version",
         )
+    programs = _table(value["programs"], _program)
+    # The text sorts names; what is made of a plan goes through its phases in their own order.
+    phases = [*(phase for phase in PHASES if phase in programs), *sorted({*programs} - {*PHASES})]
     return Plan(
         format=_whole(value["format"]),
         config=_table(value["config"], lambda item: item),
@@ -257,7 +260,7 @@ def from_json(value: Mapping[str, Any]) -> Plan:
         max_draft=_whole(value["max_draft"], least=0),
         states=_table(value["states"], _type),
         weights=_table(value["weights"], _weight),
-        programs=_table(value["programs"], _program),
+        programs={phase: programs[phase] for phase in phases},
     )
 
 

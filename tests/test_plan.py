@@ -79,6 +79,7 @@ def test_a_plan_reads_back_equal(model: str, precision: str, target: str) -> Non
     written = dumps(plan)
 
     assert loads(written) == plan
+    assert [*loads(written).programs] == [*plan.programs]
     assert dumps(loads(written)) == written
 
 

@@ -12,7 +12,7 @@ import pytest
 from lingc import targets
 from lingc.context import module_of
 from lingc.errors import LingcError, StageError
-from lingc.plan import WeightSpec, refs
+from lingc.plan import WeightSpec, dumps, loads, refs
 from lingc.quantize.recipes import load_recipe
 from lingc.targets.tensorrt import lower
 from lingc.targets.tensorrt.body import Value
@@ -80,6 +80,16 @@ def test_an_engine_that_is_built_again_is_the_same_but_for_the_order_of_open_siz
     assert reports[0] == reports[1]
     assert len(engines[0]) == len(engines[1])
     assert (engines[0] != engines[1]).mean() < 0.02
+
+
+def test_a_plan_that_was_kept_gives_the_same_table() -> None:
+    """As the cache of plans does: from its text, in which names are sorted."""
+    made = plan("spark", "int4-all")
+    kept, target = loads(dumps(made)), targets.get("spark")
+
+    assert lower.tabled(kept, target, stand_ins, embeds=True).data == (
+        lower.tabled(made, target, stand_ins, embeds=True).data
+    )
 
 
 def test_an_engine_with_one_open_size_is_the_same_bytes() -> None:
