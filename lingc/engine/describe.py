@@ -14,7 +14,7 @@ from lingc.model.config import ModelConfig
 
 _NUMBER = re.compile(r"(?<=\.)(layers|experts)\.\d+(?=\.)")
 _LETTER = {"layers": "layers.{l}", "experts": "experts.{e}"}
-_LAYOUTS = {"fp8_block": "fp8", "int4_group": "int4"}
+_LAYOUTS = {"fp8_block": "fp8", "fp8_tensor": "fp8 with one scale", "int4_group": "int4"}
 
 
 def describe_package(path: str | Path) -> dict[str, Any]:

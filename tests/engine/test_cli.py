@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from lingc.checkpoint import SyntheticCheckpoint
+from lingc.checkpoint.quantizer import quantize_checkpoint
 from lingc.cli import main
 from lingc.engine import Contents, write_package
 from lingc.engine.machine import Machine
+from lingc.quantize.recipes import load_recipe
 from lingc.runtime.vectors import VectorResult
+from tests import programs
 
 CHECKPOINTS = Path(__file__).parents[2] / "artifacts" / "checkpoints"
 
@@ -223,6 +227,21 @@ def test_inspect_tells_a_checkpoint(say: Say) -> None:
     experts = [t for t in document["tensors"] if ".experts.{e}." in t["name"]]
     assert [t["count"] for t in experts] == [128, 128, 128]
     assert document["bytes"] == sum(t["bytes"] for t in document["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [("int4-fp8", "fp8 and int4"), ("fp8-static", "fp8 with one scale")],
+)
+def test_inspect_tells_how_a_quantized_checkpoint_is_stored(
+    recipe: str, layout: str, tmp_path: Path, say: Say
+) -> None:
+    source = SyntheticCheckpoint(programs.config("tiny"), 1)
+    made = quantize_checkpoint(source, load_recipe(recipe), tmp_path / "x")
+
+    document = json.loads(say("inspect", made.path, "--json")[1])
+
+    assert document["layout"] == layout
 
 
 def test_inspect_tells_a_config_without_weights(say: Say) -> None:

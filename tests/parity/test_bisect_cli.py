@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lingc.cli import main
+from lingc.parity.bisect.checkpoints import LIMITS
 from lingc.parity.bisect.traced import TracedOnnx
+from lingc.quantize.recipes import KINDS
 from lingc.runtime.backend import Array
 from tests.parity.packages import ROWS, checkpoint, engine
 from tests.parity.test_page import outline
@@ -144,6 +146,10 @@ def test_a_node_that_is_wrong_is_found_in_its_engine(
     # The fault was in what was told of the node: by itself it is sound.
     assert again == 0
     assert "ran: the engine's node for lingc.router" in said
+
+
+def test_every_format_of_a_checkpoint_has_a_limit() -> None:
+    assert {*LIMITS} == {*KINDS}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from lingc.plan import TensorType
 
 COMPARED = "checkpoint against checkpoint"
 
-LIMITS: Mapping[str, float] = {"plain": 1e-4, "fp8_block": 0.08, "int4_group": 0.3}
+LIMITS: Mapping[str, float] = {
+    "plain": 1e-4, "fp8_block": 0.08, "fp8_tensor": 0.08, "int4_group": 0.3,
+}  # fmt: skip
 """What a product may be off by the narrower of its two matrices: a code is within 2^-4 of a value
 in FP8, and within a seventh of the largest of its group in INT4; sums differ by a third of it."""
 
