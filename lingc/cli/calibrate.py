@@ -182,15 +182,15 @@ def command(
     with out.stage("calibrate", total=steps, unit="matrices") as advance:
         result = calibrate(source, chosen, given, out_dir, settings, fresh=fresh, done=advance)
     covered = coverage(result.document["coverage"], floor=min_tokens_per_expert)
-    if report is not None:
-        page.write(result.document, covered, report)
-        out.note(f"report: {report}")
     if out.as_json:
         document = {**result.document, "output": result.path, "resumed": result.is_resumed}
         out.emit({**document, "below_floor": list(covered.below)})
     else:
         _show(out, result.document, covered)
         out.line(f"{result.path}: calibrated on {given.tokens} tokens of {len(given.samples)} rows")
+    if report is not None:
+        page.write(result.document, covered, report)
+        out.note(f"report: {report}")
     if covered.below:
         raise GateError(covered.sentence(), hint="give data that reaches them, more of it, or a "
                         "lower --min-tokens-per-expert; the calibration is written")  # fmt: skip

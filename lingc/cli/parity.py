@@ -227,13 +227,13 @@ def _compare(out: Output, settings: "Settings", report: Path | None) -> None:
 
     with out.stage("score rows", unit="rows") as advance:
         result = parity.run(settings, advance)
-    if report is not None:
-        page.write(result, report)
-        out.note(f"report: {report}")
     if out.as_json:
         out.emit(document(result))
     else:
         _show(out, result)
+    if report is not None:  # last: what was found is told even where the disk is full
+        page.write(result, report)
+        out.note(f"report: {report}")
     if not result.ok:
         raise GateError(verdict(result), hint="--report FILE.html shows where")
 
@@ -260,15 +260,15 @@ def _drift(
     (kind,) = (one for one in STATE_DTYPES if one == state_dtype)
     with out.stage("drift", total=tokens, unit="tokens") as advance:
         found = measure(path, tokens=tokens, state_dtype=kind, data=data, advance=advance)
-    if report is not None:
-        write_whole(report, drift_page.render(found, limit))
-        out.note(f"report: {report}")
     verdict = drift_page.verdict(found, limit)
     if out.as_json:
         out.emit({**found.document(), "limit": limit})
     else:
         out.line(f"{found.name}: {found.source}")
         out.table(drift_page.COLUMNS, drift_page.rows(found))
+    if report is not None:
+        write_whole(report, drift_page.render(found, limit))
+        out.note(f"report: {report}")
     if limit is not None and not found.worst.points[-1].max <= limit:
         raise GateError(verdict, hint="keep the state in f32")
     if not out.as_json:
@@ -282,11 +282,6 @@ def _bisect(out: Output, settings: "Settings", repro: Path, report: Path | None)
 
     with out.stage("walk the steps", unit="walks of a mode") as advance:
         result = bisect(settings, advance)
-    if result.reproducer is not None:
-        result.reproducer.write(repro)
-    if report is not None:
-        write_whole(report, result.page(repro))
-        out.note(f"report: {report}")
     if out.as_json:
         shown = None if result.reproducer is None else str(repro)
         out.emit({**result.document(), "reproducer": shown})
@@ -298,6 +293,11 @@ def _bisect(out: Output, settings: "Settings", repro: Path, report: Path | None)
             out.line(line)
         if result.ok:
             out.line(result.verdict())
+    if result.reproducer is not None:
+        result.reproducer.write(repro)
+    if report is not None:
+        write_whole(report, result.page(repro))
+        out.note(f"report: {report}")
     if not result.ok:
         raise GateError(result.verdict(), hint=f"lingc parity repro {repro} runs that step again")
 

@@ -9,6 +9,7 @@ import torch
 
 from lingc.checkpoint import open_checkpoint, write_checkpoint
 from lingc.cli import main
+from lingc.errors import ResourceError
 from tests.parity.packages import checkpoint
 
 ROWS = [{"input_ids": [(11 * t + 5 * i) % 96 for t in range(12 + i)]} for i in range(3)]
@@ -85,6 +86,25 @@ def test_over_budget_exits_with_5_after_the_whole_result(
     assert value["ok"] is False
     broken = [check["name"] for check in value["modes"][0]["checks"] if not check["ok"]]
     assert {"mean_kl", "expert_gap"} <= set(broken)
+
+
+def test_what_was_found_is_told_where_its_report_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ResourceError("'report.html' cannot be written: No space left on device")
+
+    monkeypatch.setattr("lingc.parity.page.write", fail)
+    monkeypatch.setattr("lingc.staging.write_whole", fail)
+    words = (checkpoint(), "--data", "rows.jsonl", "--report", "report.html")
+
+    compared, said, err = parity(capsys, checkpoint(), *words)
+    drifted, told, _ = parity(capsys, *words, "--drift", "64")
+
+    assert (compared, drifted) == (7, 7)
+    assert "top-1 agrees" in said
+    assert "No space left" in err
+    assert "remembers" in told
 
 
 @pytest.mark.parametrize(
