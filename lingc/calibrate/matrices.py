@@ -198,15 +198,21 @@ def make_int4(
     plains: list[Tensor] = []
     for span, of_outputs in _runs(weights.shape[1], outputs):
         rows = weights[:, span]
+        plain = rounding.nearest(rows, rounding.plain_scales(rows, group), group)
+        plains.append(_energy(rows - plain.values(group), hessians))
         if curve is not None:
             found = rounding.gptq(rows, curve, group, rounds=method.rounds)
             if of_outputs is not None:
-                found = _coupled_int4(rows, found, curve, of_outputs, group)
+                coupled = _coupled_int4(rows, found, curve, of_outputs, group)
+                gain = plains[-1] - _energy(rows - coupled.values(group), hessians)
+                better = _by_bands(gain).unsqueeze(2)
+                found = rounding.Rounded(
+                    codes=torch.where(better, coupled.codes, found.codes),
+                    scales=torch.where(better, coupled.scales, found.scales),
+                )
         else:
             scales = rounding.search_scales(rows, hessians.diagonal(dim1=1, dim2=2), group)
             found = rounding.nearest(rows, scales, group)
-        plain = rounding.nearest(rows, rounding.plain_scales(rows, group), group)
-        plains.append(_energy(rows - plain.values(group), hessians))
         parts.append(found)
     codes = torch.cat([part.codes for part in parts], dim=1)
     scales = torch.cat([part.scales for part in parts], dim=1)
@@ -235,7 +241,11 @@ def _coupled_int4(
     outputs: Tensor,
     group: int,
 ) -> rounding.Rounded:
-    """Codes moved by what errors of all rows cost together, and scales between that."""
+    """Codes moved by what errors of all rows cost together, and scales between that.
+
+    It may pay to let outputs of a few rows be further off: `make_int4` sees to it that it is not
+    further than by rounding to nearest.
+    """
     codes, scales = found.codes.float(), found.scales
     outputs = rounding.damped(outputs, _OUTPUT_DAMPING)
     for turn in range(_REFITS + 1):
@@ -348,9 +358,13 @@ def _compensated_fp8(
             rounds=_COUPLED_ROUNDS * (_REFITS + 1),
         )
     before, after = (_energy(rows - each * scales, hessians) for each in (nearest, found))
-    better = _bands(before - after) > 0  # [M, bands]
-    chosen = better.repeat_interleave(FP8_BLOCK, dim=1)[:, : rows.shape[1]]
-    return torch.where(chosen.unsqueeze(2), found, nearest)
+    return torch.where(_by_bands(before - after).unsqueeze(2), found, nearest)
+
+
+def _by_bands(gains: Tensor) -> Tensor:
+    """Whether 128 rows gain together: bool [M, N] of gains by row, [M, N]."""
+    better = _bands(gains) > 0
+    return better.repeat_interleave(FP8_BLOCK, dim=1)[:, : gains.shape[1]]
 
 
 def _bands(of_rows: Tensor) -> Tensor:

@@ -350,30 +350,40 @@ def _descend(
     """
     codes = codes.clone()
     slope = (weight - codes * scales) @ hessian  # what a column still lacks, by H
-    turns = 1 if outputs is None else min(TURNS, weight.shape[1])
+    turns = _turns(outputs, weight.shape[1])
+    weighs = None if outputs is None else outputs.diagonal(dim1=1, dim2=2).contiguous()
     for start in range(0, weight.shape[-1], BLOCK):
         end = min(start + BLOCK, weight.shape[-1])
         inner = hessian[:, start:end, start:end]
-        near, moved = slope[..., start:end].clone(), torch.zeros_like(slope[..., start:end])
+        near, moved = slope[..., start:end].clone(), torch.empty_like(slope[..., start:end])
         for j in range(end - start):
             curve = inner[:, j, j].unsqueeze(1)
-            lacks = near[..., j].clone()
-            for turn in range(turns):
-                rows = slice(turn, None, turns)
-                scale, code = scales[:, rows, start + j], codes[:, rows, start + j]
-                step = lacks[:, rows] / curve
-                if outputs is not None:
-                    pull = (outputs[:, rows] @ lacks.unsqueeze(2)).squeeze(2)
-                    weighs = outputs.diagonal(dim1=1, dim2=2)[:, rows]
-                    step = pull / (weighs * curve)
-                better = grid(code * scale + step, scale)
-                change = (better - code) * scale
-                moved[:, rows, j] = change
-                codes[:, rows, start + j] = better
-                lacks[:, rows] -= change * curve
-            near -= moved[..., j].unsqueeze(2) * inner[:, j].unsqueeze(1)
+            scale, code = scales[..., start + j].contiguous(), codes[..., start + j].contiguous()
+            value, better = code * scale, torch.empty_like(code)
+            if weighs is None:
+                better = grid(value + near[..., j] / curve, scale)
+            else:
+                lacks, bends = near[..., j].clone(), weighs * curve
+                for rows, together in turns:
+                    mine = scale[:, rows]
+                    pull = (together @ lacks.unsqueeze(2)).squeeze(2)
+                    found = grid(value[:, rows] + pull / bends[:, rows], mine)
+                    better[:, rows] = found
+                    lacks[:, rows] -= (found - code[:, rows]) * mine * curve
+            codes[..., start + j] = better
+            change = (better - code) * scale
+            moved[..., j] = change
+            near -= change.unsqueeze(2) * inner[:, j].unsqueeze(1)
         slope -= moved @ hessian[:, start:end]
     return codes
+
+
+def _turns(outputs: Tensor | None, count: int) -> list[tuple[slice, Tensor]]:
+    """Rows that are moved at once, and their rows of `outputs`."""
+    if outputs is None:
+        return []
+    parts = [slice(turn, None, TURNS) for turn in range(min(TURNS, count))]
+    return [(rows, outputs[:, rows].contiguous()) for rows in parts]
 
 
 def refit(weight: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, group: int) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def read(path: Path, *, count: int | None = None, seed: int = 0) -> Samples:
     return read_samples([share], vocab=64, tokenizer=None, count=count, max_tokens=64, seed=seed)
 
 
+@contextmanager
+def brisk() -> Iterator[None]:
+    """Move coupled codes once: what is made is made in the same order, in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lingc.calibrate.matrices._COUPLED_ROUNDS", 1)
+        patch.setattr("lingc.calibrate.matrices._REFITS", 0)
+        yield
+
+
 Run = Callable[..., Path]
 
 
@@ -85,7 +95,8 @@ def finished(
         if name not in made:
             settings = Settings(fallback_below=2)
             recipe = load_recipe(name)
-            made[name] = calibrate(small, recipe, read(rows), folder / name, settings).path
+            with brisk():
+                made[name] = calibrate(small, recipe, read(rows), folder / name, settings).path
         return made[name]
 
     return run

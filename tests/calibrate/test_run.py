@@ -45,9 +45,15 @@ from lingc.model.config import ModelConfig
 from lingc.model.loading import from_source
 from lingc.quantize.formats import E4M3_MAX
 from lingc.quantize.recipes import load_recipe, parse_recipe
-from tests.calibrate.conftest import killed, read, write_rows
+from tests.calibrate.conftest import brisk, killed, read, write_rows
 
 Finished = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def _brisk() -> Iterator[None]:
+    with brisk():
+        yield
 
 
 def _content(folder: Path) -> Mapping[str, bytes]:
