@@ -337,4 +337,11 @@ def _notes(out: Output, sizings: list["Sizing"], contexts: tuple[int, ...]) -> N
             f"{first.max_draft} drafts a round pay, where bandwidth is what limits, from"
             f" {even:.2f} tokens a round at batch 1"
         )
+    if first.target.default_engine == "tensorrt" and any(
+        rule.format.kind.startswith("int4") for rule in first.recipe.rules
+    ):
+        out.note(
+            "a TensorRT engine of each phase holds its own INT4 constants of products other than"
+            " experts: counted once here"
+        )
     out.note("~ is an estimate; the rest is exact. See `lingc plan --help`")

@@ -145,3 +145,24 @@ def test_planning_needs_the_base_install_alone() -> None:
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tp"][0]["rows"][0]["verdict"] == "no"
+
+
+def test_a_dgx_spark_holds_the_whole_model_and_is_told_what_its_engines_repeat(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--precision", "int4-all", "--context", "4096,65536")
+    found = plan(capsys, FULL, "--target", "spark", *words)
+    rows = found["tp"][0]["rows"]
+    note = "a TensorRT engine of each phase holds its own INT4 constants"
+
+    assert {row["verdict"] for row in rows} == {"fits"}
+    assert rows[0]["tokens_per_s_bound"] > 70
+    assert min(row["headroom_bytes"] for row in rows) > 4e9
+    for target, precision, told in (
+        ("spark", "int4-all", True),
+        ("spark", "bf16", False),
+        ("h20", "int4-all", False),
+    ):
+        assert main(["plan", str(FULL), "--target", target, "--precision", precision]) == 0
+        captured = capsys.readouterr()
+        assert (note in captured.out + captured.err) is told
