@@ -15,7 +15,7 @@ from lingc.parity.bisect.traced import TracedOnnx
 from lingc.parity.bisect.walk import EngineWalk, Fault, FoundError, PlanWalk, Walk
 from lingc.parity.engine import EngineSide
 from lingc.parity.side import Mode
-from lingc.plan import Plan, Step
+from lingc.plan import Plan, Step, refs
 from lingc.quantize.layouts import arrange
 from lingc.runtime.backend import Array, Limits
 from lingc.runtime.onnx_backend import OnnxModels
@@ -143,6 +143,21 @@ def test_a_sound_engine_has_no_fault_in_any_program(
         assert walk.faults == []
         assert walk.skipped == {}
         assert max(walk.largest.values()) < 0.2, "the limits are far from what is sound"
+
+
+def test_a_static_scale_that_is_wrong_is_found_and_a_right_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = trained.plan("fp8-static", "spark")
+    suspect = Suspect(plan, dict(trained.weights(plan)), monkeypatch)
+    name = "layers.2.mlp.shared_experts.down_proj.weight_scale"
+
+    assert walked(suspect, "plan", ("decode",), ROWS[:1]).faults == []
+    suspect.weights[name] = suspect.weights[name] * 2
+    (first, *_) = walked(suspect, "plan", ("decode",), ROWS[:1]).faults
+
+    assert (first.step.op, first.step.layer) == ("lingc.fp8_static_linear", 2)
+    assert name in {*refs(first.step.args)}
 
 
 @pytest.mark.long

@@ -86,8 +86,8 @@ def limit_of(step: Step, program: Program, *, same_codes: bool = False) -> float
     kinds = {program.types[name].dtype for name in names}
     if same_codes:
         kinds -= {"f8e4m3"} - {program.types[name].dtype for name in step.outputs}
-    elif "fp8" in step.args:  # an op that quantizes its input inside
-        kinds.add("f8e4m3")
+    elif "fp8" in step.args or step.op.startswith("lingc.fp8_static_linear"):
+        kinds.add("f8e4m3")  # an op that quantizes its input inside
     return max(LIMITS.get(kind, 0.0) for kind in (*kinds, "f64"))
 
 

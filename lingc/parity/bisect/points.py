@@ -182,8 +182,14 @@ def _fused_linear(call: Call) -> Found:
 def _silu(call: Call) -> Found:
     given = call.argument("gate_up")
     assert isinstance(given, Ref), "it is computed"
-    maker = next(step for step in call.program.steps if given.name in step.outputs)
+    maker = _maker(call.program, given.name)
+    if maker.op == "aten.cat.default":  # of gate and up, which are two matrices
+        maker = _maker(call.program, next(refs(maker.args)))
     return (call.told.values[given_to(f"{_parent(call.modules(maker)[0])}.down_proj")],)
+
+
+def _maker(program: Program, name: str) -> Step:
+    return next(step for step in program.steps if name in step.outputs)
 
 
 def _qk(call: Call) -> Found:
@@ -319,6 +325,7 @@ _RULES: Mapping[str, Callable[[Call], Found]] = {
         (
             "linear", "linear_f32", "fp8_linear", "fp8_linear_f32", "fp8_weight_linear",
             "fp8_weight_linear_f32", "int4_weight_linear", "int4_weight_linear_f32",
+            "fp8_static_linear", "fp8_static_linear_f32",
         ),
         _product,
     ),
