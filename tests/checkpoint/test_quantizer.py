@@ -3,9 +3,14 @@
 import errno
 import json
 import os
+import random
 import re
+import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from lingc.checkpoint.tensorfile import Maps, TensorWriter, read_header
 from lingc.errors import CheckpointError, RecipeError, ResourceError, UsageError
 from lingc.model.config import ModelConfig
 from lingc.quantize.recipes import built_in, load_recipe, parse_recipe
+from tests.calibrate.conftest import killed
 
 Write = Callable[..., Path]
 
@@ -295,6 +301,34 @@ def test_a_failed_run_goes_on_at_the_file_it_was_in(
     assert _content(out) == _content(whole.path)
     assert result.outcomes == whole.outcomes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.long
+def test_a_run_killed_at_twenty_moments_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source, recipe = open_checkpoint(LING_TINY), load_recipe("int4-fp8")
+    out, draw = tmp_path / "out", random.Random(20)  # noqa: S311 a seeded choice of moments
+
+    def work(place: Path) -> None:
+        quantize_checkpoint(source, recipe, place, shard_bytes=60_000)
+
+    def is_past(moment: float) -> bool:
+        return time.monotonic() >= moment
+
+    started = time.monotonic()
+    work(tmp_path / "whole")
+    whole_s = time.monotonic() - started
+    want, kills = _content(tmp_path / "whole"), 0
+    while kills < 20:
+        moment = time.monotonic() + draw.random() * whole_s / 4
+        code = killed(partial(work, out), partial(is_past, moment))
+        kills += code == -signal.SIGKILL
+        if out.exists():
+            assert _content(out) == want
+            shutil.rmtree(out)
+    work(out)
+
+    assert _content(out) == want
+    assert not out.with_name("out.partial").exists()
 
 
 def test_what_was_begun_otherwise_is_not_gone_on_with(
