@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,15 @@ def write_rows(path: Path, *, count: int, seed: int = 0) -> Path:
 def read(path: Path, *, count: int | None = None, seed: int = 0) -> Samples:
     share = Share(path=path)
     return read_samples([share], vocab=64, tokenizer=None, count=count, max_tokens=64, seed=seed)
+
+
+def content(folder: Path) -> Mapping[str, bytes]:
+    """The files of a directory."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @contextmanager

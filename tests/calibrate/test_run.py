@@ -3,13 +3,8 @@
 import errno
 import json
 import os
-import random
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ import torch
 from lingc.calibrate import spill
 from lingc.calibrate.coverage import coverage
 from lingc.calibrate.layer import Layer
-from lingc.calibrate.matrices import Method, count_matrices
+from lingc.calibrate.matrices import count_matrices
 from lingc.calibrate.run import Settings, calibrate, count_steps
 from lingc.calibrate.spill import Spill
 from lingc.capture import Capturer, Sizes
@@ -39,13 +34,12 @@ from lingc.errors import (
     IntegrityError,
     RecipeError,
     ResourceError,
-    UsageError,
 )
 from lingc.model.config import ModelConfig
 from lingc.model.loading import from_source
 from lingc.quantize.formats import E4M3_MAX
 from lingc.quantize.recipes import load_recipe, parse_recipe
-from tests.calibrate.conftest import brisk, killed, read, write_rows
+from tests.calibrate.conftest import brisk, content, read
 
 Finished = Callable[[str], Path]
 
@@ -54,14 +48,6 @@ Finished = Callable[[str], Path]
 def _brisk() -> Iterator[None]:
     with brisk():
         yield
-
-
-def _content(folder: Path) -> Mapping[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 # ------------------------------------------------------------------------------------- what is seen
@@ -224,7 +210,7 @@ def test_the_same_inputs_give_the_same_bytes(
     settings = Settings(fallback_below=2)
     again = calibrate(small, load_recipe("int4-all"), read(rows), tmp_path / "again", settings)
 
-    assert _content(again.path) == _content(finished("int4-all"))
+    assert content(again.path) == content(finished("int4-all"))
 
 
 def test_what_is_stored_so_already_is_left_alone(
@@ -409,99 +395,4 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
 
     assert again.is_resumed
     whole = calibrate(small, recipe, given, tmp_path / "whole", Settings())
-    assert _content(again.path) == _content(whole.path)
-
-
-# ----------------------------------------------------------------------------------------- resuming
-
-
-def _kill_and_finish(
-    small: Checkpoint, rows: Path, want: Path, out: Path, moments: Iterable[Callable[[], bool]]
-) -> list[int]:
-    """Kill a run at each of some moments, then let one finish."""
-    settings, recipe, given = Settings(fallback_below=2), load_recipe("int4-all"), read(rows)
-
-    codes = [
-        killed(lambda: calibrate(small, recipe, given, out, settings), when) for when in moments
-    ]
-    if not out.exists():
-        result = calibrate(small, recipe, given, out, settings)
-        codes.append(int(result.is_resumed))
-
-    assert _content(out) == _content(want)
-    assert not out.with_name(f"{out.name}.partial").exists()
-    return codes
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(
-    small: Checkpoint, rows: Path, finished: Finished, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    layers = out.with_name("out.partial") / "content" / "layers"
-
-    def has(count: int) -> Callable[[], bool]:
-        return lambda: layers.is_dir() and len(list(layers.iterdir())) >= count
-
-    codes = _kill_and_finish(small, rows, finished("int4-all"), out, [has(0), has(1), has(3)])
-
-    assert codes == [-signal.SIGKILL] * 3 + [1]
-
-
-@pytest.mark.long
-def test_a_run_killed_at_twenty_points_goes_on_to_the_same_bytes(
-    small: Checkpoint, rows: Path, finished: Finished, tmp_path: Path
-) -> None:
-    settings, recipe, given = Settings(fallback_below=2), load_recipe("int4-all"), read(rows)
-    started = time.monotonic()
-    calibrate(small, recipe, given, tmp_path / "timed", settings)
-    # Less, as later runs find more in caches than the one that is timed.
-    whole_s = 0.7 * (time.monotonic() - started)
-    draw = random.Random(20)  # noqa: S311 a seeded choice of moments
-
-    def is_past(moment: float) -> bool:
-        return time.monotonic() >= moment
-
-    def moments(count: int) -> Iterator[Callable[[], bool]]:
-        for _ in range(count):
-            yield partial(is_past, time.monotonic() + draw.random() * whole_s)
-
-    ends = [
-        _kill_and_finish(
-            small, rows, finished("int4-all"), tmp_path / str(run) / "out", moments(run % 3 + 1)
-        )
-        for run in range(20)
-    ]
-    assert sum(code == -signal.SIGKILL for codes in ends for code in codes) >= 20
-
-
-@pytest.mark.parametrize("what", ["checkpoint", "recipe", "data", "method"])
-def test_other_inputs_are_refused_by_name(
-    what: str, config: ModelConfig, small: Checkpoint, rows: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    recipe, given, settings = load_recipe("fp8"), read(rows), Settings()
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Layer, "run", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(small, recipe, given, out, settings)
-    source = small
-    if what == "checkpoint":
-        path = write_checkpoint(SyntheticCheckpoint(config, 2), tmp_path / "other")
-        source = open_checkpoint(path)
-    elif what == "recipe":
-        recipe = load_recipe("fp8-max")
-    elif what == "data":
-        given = read(write_rows(tmp_path / "rows.jsonl", count=12, seed=1))
-    else:
-        settings = replace(settings, method=Method(fp8="nearest"))
-
-    with pytest.raises(UsageError, match=rf"was begun with other inputs:\n  - {what}: was ") as no:
-        calibrate(source, recipe, given, out, settings)
-
-    assert "--fresh" in str(no.value.hint)
-    assert calibrate(source, recipe, given, out, settings, fresh=True).path.is_dir()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    assert content(again.path) == content(whole.path)
