@@ -159,16 +159,19 @@ def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
         rows, halves = rows[seen], halves[seen]
     lost = {}
     for damping in DAMPINGS:
-        curve = rounding.curvature(halves[:, 0], damping=damping)
-        if chosen.kind == "int4_group":
-            values = rounding.gptq(rows, curve, chosen.group, rounds=0).values(chosen.group)
-        else:
-            top = _some(rows.abs().amax((1, 2), keepdim=True) / float(E4M3_MAX))
-            across = top.expand_as(rows)
-            values = rounding.compensate(rows, across, curve, rounding.e4m3) * across
+        values = _tried(rows, halves[:, 0], chosen, damping)
         energy = _energy(rows - values, halves[:, 1]).sum(1)
         lost[damping] = float((energy.cpu() / traces[seen, 1].cpu()).sum())
     return min(lost, key=lambda damping: lost[damping])
+
+
+def _tried(rows: Tensor, hessians: Tensor, chosen: Format, damping: float) -> Tensor:
+    """Values of rows by GPTQ; the curvature, large as it may be, does not outlive it."""
+    curve = rounding.curvature(hessians, damping=damping)
+    if chosen.kind == "int4_group":
+        return rounding.gptq(rows, curve, chosen.group, rounds=0).values(chosen.group)
+    across = _some(rows.abs().amax((1, 2), keepdim=True) / float(E4M3_MAX)).expand_as(rows)
+    return rounding.compensate(rows, across, curve, rounding.e4m3) * across
 
 
 def make_int4(
