@@ -83,7 +83,7 @@ class Network:
     """Names of its inputs: of the program's, of states, and of weights that are bound."""
 
     constants: dict[str, tuple[Array, int]] = field(default_factory=dict)
-    """Those of them that a constant is, byte for byte but for what each is XORed with."""
+    """Embedded weights that lie in a constant, and what each of their bytes is XORed with there."""
 
 
 def calls_of(
