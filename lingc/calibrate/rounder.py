@@ -289,10 +289,12 @@ class Rounder:
             stack: What saw the inputs of which modules; these have one format.
         """
         job, chosen = self._job, self._job.recipe.format_of(stack[0][1][0])
-        weights = torch.stack([
+        each = [
             torch.cat([weight_of(job.source, module, job.device) for module in modules])
             for _, modules in stack
-        ])  # fmt: skip
+        ]
+        weights = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
+        del each  # one matrix alone may be large, and is not held twice
         halves = _halves([watch for watch, _ in stack])
         damping = self._damping(stack[0][1], weights, halves)
         make = make_int4 if chosen.kind == "int4_group" else make_fp8
