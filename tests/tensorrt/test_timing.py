@@ -120,7 +120,8 @@ def test_a_log_that_cannot_be_read_is_told_and_ends_no_build(
     host()
     files = build(Timing()).files
 
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
+    ours = [record.levelname for record in caplog.records if record.name == "lingc"]
+    assert ours == ["WARNING"] * 4
     assert "the build of 'decode' listed its layers 0 times, not once" in caplog.text
     assert files["decode.engine"] == MEASURED
 
