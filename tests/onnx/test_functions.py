@@ -87,7 +87,7 @@ def cases(*names: str) -> list[Any]:
 
 def test_every_op_of_a_cpu_plan_has_a_function_but_the_structural_one() -> None:
     after_logits = {"sample", "judge", "accept", "verify_inputs"}  # the host's work on a CPU
-    others = {"fp8_static_linear", "fp8_static_linear_f32"}  # TensorRT's: here inputs stay as they are
+    others = {"fp8_static_linear", "fp8_static_linear_f32"}  # on a CPU inputs are not rounded
 
     missing = OPS.keys() - FUNCTIONS.keys()
 
