@@ -117,7 +117,7 @@ class TensorrtBackend:
             if plugins is None:
                 register(self._trt, self._launcher())
             else:
-                load_plugins(self._trt, plugins)
+                load_plugins(self._trt, plugins, code.digest)
             self._load(engines)
             self._places = {phase: self._room(phase) for phase in code.plan.programs}
             self._given = {phase: self._pin(phase) for phase in code.plan.programs}

@@ -11,7 +11,9 @@
 Weights stay in the package: safetensors files, which hold them as they are bound.
 """
 
+import hashlib
 import importlib.resources
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -21,10 +23,10 @@ from typing import Any
 from lingc import plugin_table
 from lingc.device import Binary
 from lingc.engine import Package, canonical
-from lingc.errors import IncompatibleError, MissingExtraError, StageError
+from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, StageError
 from lingc.plan import TensorType
 from lingc.plugin_table import PluginTable
-from lingc.runtime.tensorrt_package import TensorrtCode, read_code
+from lingc.runtime.tensorrt_package import HINT, TensorrtCode, read_code
 from lingc.staging import Staging
 
 FORMAT = 1
@@ -32,6 +34,7 @@ FORMAT = 1
 
 DESCRIPTION, ENGINES, PLUGINS, SOURCE = "deploy.json", "engines", "plugins", "source"
 LIBRARY = "libling_plugins.so"
+_WRITTEN = frozenset((DESCRIPTION, ENGINES, PLUGINS, SOURCE, LIBRARY))
 COMPILER = "g++"
 _FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fvisibility=hidden")
 _HEADERS = ("NvInfer.h", "cuda_runtime_api.h")
@@ -102,12 +105,23 @@ def write_bundle(
         folder: Made where it is not there.
         digest: Of the table, by which engines name it.
         kernel: A kernel by its number in the table.
+
+    Raises:
+        IntegrityError: One would have another, for the package spells it otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = canonical.encode(plugin_table.to_value(table))
-    (folder / f"{digest}.json").write_bytes(data)
+    _write(folder, digest, "json", canonical.encode(plugin_table.to_value(table)))
     for number, image in enumerate(table.images):
-        (folder / f"{image}.kernel").write_bytes(kernel(number).to_bytes())
+        _write(folder, image, "kernel", kernel(number).to_bytes())
+
+
+def _write(folder: Path, digest: str, kind: str, data: bytes) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise IntegrityError(
+            f"'{folder.name}/{digest[:12]}….{kind}' would have the SHA-256 {found[:12]}…", hint=HINT
+        )
+    (folder / f"{digest}.{kind}").write_bytes(data)
 
 
 def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> None:
@@ -143,7 +157,7 @@ def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> N
         )
 
 
-def load_plugins(trt: Any, folder: Path) -> None:
+def load_plugins(trt: Any, folder: Path, digest: str) -> None:
     """Have a deployed folder's library make the plugins of this process, in the place of Python's.
 
     It finds the tables in the same folder, unless the environment variable `LINGC_PLUGINS` names
@@ -151,16 +165,26 @@ def load_plugins(trt: Any, folder: Path) -> None:
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`, of which Python's plugins were not registered before.
+        folder: That `deploy` wrote.
+        digest: Of the table that the engines name.
 
     Raises:
         MissingExtraError: The plugins were not compiled.
-        IncompatibleError: TensorRT does not take the library.
+        IncompatibleError: The folder is of another package, or TensorRT does not take the library.
     """
-    library = folder / LIBRARY
+    library = (folder / LIBRARY).resolve()  # a bare name is looked for among the system's
     if not library.is_file():
         raise MissingExtraError(
             f"{str(library)!r} is not there: the plugins were not compiled",
             hint="lingc deploy --include TENSORRT/include --include CUDA/include does",
+        )
+    named = [Path(one) for one in os.environ.get("LINGC_PLUGINS", "").split(":") if one]
+    folders = named or [library.parent / PLUGINS]
+    if not any((one / f"{digest}.json").is_file() for one in folders):
+        raise IncompatibleError(
+            f"the engines' plugins launch from table {digest[:12]}…, which is not in "
+            f"{', '.join(map(repr, map(str, folders)))}",
+            hint="take the folder that `lingc deploy` writes of this package",
         )
     if trt.get_plugin_registry().load_library(str(library)) is None:
         raise IncompatibleError(
@@ -207,4 +231,6 @@ def _type(kind: TensorType) -> dict[str, Any]:
 
 
 def _is_deployed(folder: Path) -> bool:
-    return (folder / DESCRIPTION).is_file() or not any(folder.iterdir())
+    """Whether a folder holds what `deploy` writes and nothing else that would be lost."""
+    names = {path.name for path in folder.iterdir()}
+    return not names or (DESCRIPTION in names and names <= _WRITTEN)

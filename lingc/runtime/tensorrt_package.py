@@ -16,7 +16,7 @@ from lingc.device import Binary
 from lingc.engine import Package
 from lingc.errors import IncompatibleError, IntegrityError
 from lingc.launch_table import Bucket, Place
-from lingc.plan import Plan
+from lingc.plan import PHASES, Plan
 from lingc.plugin_table import Axis, Call, PluginTable, from_value
 from lingc.runtime.cuda_code import KERNEL_BYTES, TABLE_BYTES, unpacked
 from lingc.runtime.tensorrt_constants import Cut, Hole, holes_of, joined
@@ -181,6 +181,12 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
     lost = [phase for phase in plan.programs if phase not in code.engines]
     if lost:
         raise IntegrityError(f"there is no engine for the phases {', '.join(lost)}", hint=HINT)
+    # Files are named by them.
+    strange = [phase for phase in code.engines if phase not in plan.programs or phase not in PHASES]
+    if strange:
+        raise IntegrityError(
+            f"the package has an engine of {strange[0]!r}, which is no phase of its plan", hint=HINT
+        )
     if table.target != plan.target or table.page_size != plan.page_size:
         raise IntegrityError(
             f"the plugin table is for {table.target!r} and pages of {table.page_size} tokens, the "

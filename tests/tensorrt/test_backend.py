@@ -297,6 +297,15 @@ def unknown_operand(value: dict[str, Any]) -> None:
     value["tactics"][index]["launches"][0]["operands"][0] = {"at": "nothing"}
 
 
+def _with_phase(name: str) -> Callable[[Held], None]:
+    def change(held: Held) -> None:
+        programs = held.plan.programs
+        held.plan = replace(held.plan, programs={**programs, name: programs["decode"]})
+        held.info["engines"][name] = "decode.engine"
+
+    return change
+
+
 def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], str]]:
     def table(**more: Any) -> Callable[[Held], None]:
         return lambda held: held.change_table(lambda value: value.update(more))
@@ -325,6 +334,16 @@ def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], s
             lambda held: held.info["engines"].pop("verify") and None,
             IntegrityError,
             "there is no engine for the phases verify",
+        ),
+        "a phase that is none": (
+            lambda held: held.info["engines"].update({"../../up": "decode.engine"}),
+            IntegrityError,
+            "has an engine of '../../up', which is no phase of its plan",
+        ),
+        "a phase that is none, in the plan too": (
+            _with_phase("/up"),
+            IntegrityError,
+            "has an engine of '/up', which is no phase of its plan",
         ),
         "no facts": (lambda held: held.info.clear(), IntegrityError, "facts of the 'spark'"),
         "another input": (

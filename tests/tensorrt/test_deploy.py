@@ -1,5 +1,6 @@
 """`lingc deploy`: what a program without Python needs, whole or not at all."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.tensorrt.engines import plugins
 from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
 from tests.tensorrt.test_backend import PRECISION, TARGET, Held
 
+DIGEST = "a" * 64
 CUDA = Path(__file__).parents[2] / "artifacts" / "engines" / "ling-2.6-flash-fp8.ling"
 
 
@@ -79,9 +81,36 @@ def test_what_is_there_is_replaced_only_when_it_was_written_by_this_and_that_is_
     with pytest.raises(UsageError, match="exists already"):
         deploy(packed, made)
     deploy(packed, made, overwrite=True)
-    (made / "deploy.json").unlink()
-    with pytest.raises(UsageError, match="not"):
+    (made / LIBRARY).touch()
+    deploy(packed, made, overwrite=True)
+    (made / "program.cpp").write_text("mine")
+    with pytest.raises(UsageError, match="holds other things than what would replace it"):
         deploy(packed, made, overwrite=True)
+    (made / "program.cpp").unlink()
+    (made / "deploy.json").unlink()
+    with pytest.raises(UsageError, match="holds other things than what would replace it"):
+        deploy(packed, made, overwrite=True)
+
+
+def test_every_file_of_the_plugins_has_the_digest_that_it_is_named_by(
+    packed: Any, tmp_path: Path
+) -> None:
+    made = deploy(packed, tmp_path / "spark")
+    for path in (made / "plugins").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem, path.name
+
+    packed.change_table(lambda table: table.update(more=1))
+    with pytest.raises(IntegrityError, match=r"plugins/[0-9a-f]{12}….json' would have the SHA-256"):
+        deploy(packed, tmp_path / "other")
+    assert [*tmp_path.iterdir()] == [made]
+
+
+def test_no_engine_is_written_outside_of_the_folder(packed: Any, tmp_path: Path) -> None:
+    packed.info["engines"][str(tmp_path / "up")] = "decode.engine"
+    with pytest.raises(IntegrityError, match="is no phase of its plan"):
+        deploy(packed, tmp_path / "spark")
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_fails_leaves_nothing(
@@ -118,17 +147,44 @@ class Registry:
         return self.answer
 
 
-def test_a_library_that_is_not_there_or_not_taken_is_named(tmp_path: Path) -> None:
+def test_a_library_that_is_not_there_or_not_taken_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = Registry(object())
     trt = SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.4.0")
     with pytest.raises(MissingExtraError, match="the plugins were not compiled"):
-        load_plugins(trt, tmp_path)
+        load_plugins(trt, tmp_path, DIGEST)
     (tmp_path / LIBRARY).touch()
-    load_plugins(trt, tmp_path)
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / f"{DIGEST}.json").touch()
+    load_plugins(trt, tmp_path, DIGEST)
+    assert registry.loaded == str(tmp_path / LIBRARY)
+    monkeypatch.chdir(tmp_path)
+    load_plugins(trt, Path(), DIGEST)  # a name without a folder would be looked for elsewhere
     assert registry.loaded == str(tmp_path / LIBRARY)
     registry.answer = None
     with pytest.raises(IncompatibleError, match=r"TensorRT 11\.4\.0 does not load"):
-        load_plugins(trt, tmp_path)
+        load_plugins(trt, tmp_path, DIGEST)
+
+
+def test_plugins_of_another_package_are_named_before_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(object())
+    trt = SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.4.0")
+    (tmp_path / LIBRARY).touch()
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / f"{'b' * 64}.json").touch()
+    with pytest.raises(IncompatibleError, match="launch from table aaaaaaaaaaaa…, which is not in"):
+        load_plugins(trt, tmp_path, DIGEST)
+    assert not registry.loaded
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / f"{DIGEST}.json").touch()
+    monkeypatch.setenv("LINGC_PLUGINS", f"{tmp_path}:{other}")
+    load_plugins(trt, tmp_path, DIGEST)
+    assert registry.loaded
 
 
 @pytest.mark.parametrize(

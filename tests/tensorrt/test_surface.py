@@ -19,7 +19,7 @@ from lingc.launch_table import Bucket
 from lingc.runtime import tensorrt_plugin
 from lingc.runtime.backend import Limits
 from lingc.runtime.tensorrt_backend import TensorrtBackend
-from lingc.runtime.tensorrt_deploy import LIBRARY
+from lingc.runtime.tensorrt_deploy import LIBRARY, PLUGINS
 from lingc.runtime.tensorrt_package import TensorrtCode
 from lingc.targets.spec import Target
 from lingc.targets.tensorrt.backend import StandardBackend
@@ -155,6 +155,8 @@ def test_the_runtime_uses_what_a_version_has(
     (tmp_path / LIBRARY).touch()
     recording, made = Recording(load(version)), plan(TARGET, "bf16")
     table = plugins(TARGET, "bf16")
+    (tmp_path / PLUGINS).mkdir()
+    (tmp_path / PLUGINS / f"{table.digest}.json").touch()
     none: Callable[[int], Any] = lambda _index: None  # noqa: E731
     code = TensorrtCode(
         plan=made,
