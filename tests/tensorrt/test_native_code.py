@@ -157,6 +157,15 @@ def _operands(table: PluginTable, index: int, value: Any) -> PluginTable:
     return _launch(table, operands=operands)
 
 
+def _tactic(table: PluginTable, **more: Any) -> PluginTable:
+    return replace(table, tactics=(replace(table.tactics[0], **more),))
+
+
+def _output(table: PluginTable, **more: Any) -> PluginTable:
+    first, *others = table.calls[0].outputs
+    return _call(table, outputs=(replace(first, **more), *others))
+
+
 def _call(table: PluginTable, **more: Any) -> PluginTable:
     return replace(table, calls=(replace(table.calls[0], **more),))
 
@@ -176,6 +185,9 @@ def _call(table: PluginTable, **more: Any) -> PluginTable:
         (lambda t: _operands(t, 3, None), "argument 3 of kernel is not of the type"),
         (lambda t: _call(t, choices={(8, 64): 1}), "there is no tactic 1"),
         (lambda t: _call(t, inputs=t.calls[0].inputs[:2]), "there is no input 2"),
+        (lambda t: _output(t, shape=(1,) * 9), 'output "y" has 9 axes, TensorRT has 8'),
+        (lambda t: _tactic(t, workspaces=(("v", -1),)), "a workspace of -1 bytes"),
+        (lambda t: _tactic(t, counters=(("c", 1 << 62),)), f"a workspace of {1 << 62} bytes"),
         (lambda t: _call(t, inputs=(("x", "f64", 2),)), 'there is no element type "f64"'),
     ],
 )  # fmt: skip

@@ -262,7 +262,12 @@ class Plugin final : public trt::IPluginV3,
                                                trt::IExprBuilder& builder) {
     auto const* axis = std::get_if<Axis>(&dim);
     if (!axis) return builder.constant(std::get<std::int64_t>(dim));
-    auto const* size = inputs[axis->input].d[axis->axis];
+    auto const& given = inputs[axis->input];
+    if (given.nbDims <= static_cast<std::int32_t>(axis->axis)) {
+      throw Error("its input " + std::to_string(axis->input) + " has " +
+                  std::to_string(given.nbDims) + " axes");
+    }
+    auto const* size = given.d[axis->axis];
     if (axis->times == 1) return size;
     auto const* times = builder.constant(axis->times);
     return builder.operation(trt::DimensionOperation::kPROD, *size, *times);

@@ -20,6 +20,8 @@ namespace lingc {
 constexpr std::int64_t kFormat = 2;      // of the table
 constexpr std::size_t kMostOperands = 64;  // of a launch, hidden ones included
 constexpr std::int64_t kAlignment = 256;  // of each workspace
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;  // of one
+constexpr std::size_t kMostAxes = 8;  // of a tensor of TensorRT's
 
 using Shape = std::vector<std::int64_t>;
 using Grid = std::array<unsigned, 3>;
@@ -317,7 +319,13 @@ class Table {
 
   static Spaces spaces(Json const& value) {
     Spaces made;
-    for (Json const& one : value.array()) made.emplace_back(one[0].text(), one[1].integer());
+    for (Json const& one : value.array()) {
+      std::int64_t const size = one[1].integer();
+      if (size < 0 || size > kMostBytes) {
+        throw Error("a workspace of " + std::to_string(size) + " bytes");
+      }
+      made.emplace_back(one[0].text(), size);
+    }
     return made;
   }
 
@@ -343,7 +351,7 @@ class Table {
     Call made;
     made.op = value["op"].text();
     for (Json const& one : value["inputs"].array()) {
-      made.inputs.push_back({one[0].text(), one[1].text(), index(one[2], 9, "rank")});
+      made.inputs.push_back({one[0].text(), one[1].text(), index(one[2], kMostAxes + 1, "rank")});
       bytes_of(made.inputs.back().dtype);
     }
     for (Json const& one : value["outputs"].array()) {
@@ -356,6 +364,10 @@ class Table {
         } else {
           output.shape.emplace_back(dim.integer());
         }
+      }
+      if (output.shape.size() > kMostAxes) {
+        throw Error("output \"" + output.name + "\" has " + std::to_string(output.shape.size()) +
+                    " axes, TensorRT has " + std::to_string(kMostAxes));
       }
       made.outputs.push_back(std::move(output));
     }
