@@ -133,20 +133,26 @@ def _reported(messages: Sequence[str], network: Network, builder: Backend) -> di
     """What TensorRT says of an engine, by its phase; an engine that is not what was meant is none.
 
     How standard TensorRT lists layers was never seen: what cannot be read, or is not what its other
-    flavour makes, is told and does not end a build that takes a GPU.
+    flavour makes, is told and does not end a build that takes a GPU. What can be read is kept.
 
     Raises:
         StageError: The log does not list the layers.
         FusionError: TensorRT made something else of a step.
     """
+    is_known = not isinstance(builder, StandardBackend)
     try:
         found = report.parse(messages, network)
-        _refuse(network.phase, report.faults(found, network))
-    except (StageError, FusionError) as error:
-        if not isinstance(builder, StandardBackend):
+    except StageError as error:
+        if is_known:
             raise
         log.warning("%s; the engine is kept, and how it was fused is not known", error.problem)
         return {}
+    try:
+        _refuse(network.phase, report.faults(found, network))
+    except FusionError as error:
+        if is_known:
+            raise
+        log.warning("%s; the engine is kept, with the report of its layers", error.problem)
     return {network.phase: report.to_value(found)}
 
 

@@ -56,7 +56,10 @@ def show(out: Output, path: Path, phase: str, target: str | None = None) -> None
     phases = read(path, target)
     if phase not in phases:
         raise UsageError(
-            f"{str(path)!r} has no {phase!r} engine", hint=f"it has: {', '.join(phases)}"
+            f"{str(path)!r} has no layers of a {phase!r} engine",
+            hint=f"it has those of: {', '.join(phases)}"
+            if phases
+            else "TensorRT's log could not be read when it was built, as the build said",
         )
     if out.as_json:
         out.emit({"path": str(path), "phases": phases})

@@ -23,9 +23,6 @@ CUSTOM = "custom_layer"
 _LAYERS, _ROW = "Layers:", "Name: "
 _TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
 _FIELD = re.compile(r"(?:^|, )(LayerType|Inputs|Constants|Outputs|TacticName|Metadata): ")
-_TOTAL = re.compile(
-    r"(Total Activation Memory|Total Weights Memory|Max Scratch Memory): (\d+) bytes"
-)
 _BETWEEN = "\x1f"
 """Between the metadata of two layers that were fused."""
 

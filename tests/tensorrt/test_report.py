@@ -85,6 +85,20 @@ def test_what_a_recipe_stores_with_one_scale_is_multiplied_in_fp8() -> None:
         assert not [row for row in rows if "fp8_linear" in row], phase
 
 
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [({}, "TensorRT's log could not be read when it was built"), ({"draft": {}}, "of: draft")],
+)
+def test_layers_that_no_log_listed_are_named(
+    phases: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out: Any = None
+    monkeypatch.setattr(layers, "read", lambda *_: phases)
+    with pytest.raises(LingcError, match="has no layers of a 'decode' engine") as caught:
+        layers.show(out, tmp_path / "h20.ling", "decode")
+    assert told in str(caught.value.hint)
+
+
 def test_what_is_no_tensorrt_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LingcError):
         layers.read(tmp_path / "none.ling")

@@ -1,6 +1,8 @@
 """What standard TensorRT measures is kept, named, and held to; on a recorder of its bindings."""
 
 import hashlib
+import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lingc.quantize.recipes import load_recipe
 from lingc.targets import get
 from lingc.targets.spec import Target
 from lingc.targets.tensorrt import backend as backends
+from lingc.targets.tensorrt import report
 from lingc.targets.tensorrt.backend import StandardBackend
 from lingc.targets.tensorrt.timing import Timing
 from tests.tensorrt.engines import plan, plugins, weights
@@ -123,6 +126,27 @@ def test_a_log_that_cannot_be_read_is_told_and_ends_no_build(
     ours = [record.levelname for record in caplog.records if record.name == "lingc"]
     assert ours == ["WARNING"] * 4
     assert "the build of 'decode' listed its layers 0 times, not once" in caplog.text
+    assert files["decode.engine"] == MEASURED
+
+
+def test_what_is_fused_otherwise_is_told_and_stays_in_the_report(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    host()
+    monkeypatch.setattr(
+        report, "parse",
+        lambda _messages, network: report.Report(
+            phase=network.phase, layers=(), activation_bytes=1, weight_bytes=2, scratch_bytes=3
+        ),
+    )  # fmt: skip
+    files = build(Timing()).files
+    phases = json.loads(lzma.decompress(files[tensorrt_code.REPORT]))["phases"]
+
+    ours = [record.levelname for record in caplog.records if record.name == "lingc"]
+    assert ours == ["WARNING"] * 4
+    assert "the decode engine is not what was lowered" in caplog.text
+    assert {*phases} == {*plan(TARGET, PRECISION).programs}
+    assert phases["decode"]["scratch_bytes"] == 3
     assert files["decode.engine"] == MEASURED
 
 
