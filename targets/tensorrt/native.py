@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lingc.plan import Program, Ref, Step, TensorType
+from lingc.runtime.tensorrt_constants import SIGNED
 from lingc.targets.tensorrt.body import Body, Value
 
 Array = NDArray[Any]
@@ -57,7 +58,7 @@ def int4_weight_linear(body: Body, x: Value, packed: Array, scales: Array, group
     Its INT4 is signed, the plan's nibbles are the number and 8: their highest bit is the other way.
     """
     rows, words = packed.shape
-    signed = np.ascontiguousarray(packed).view(np.uint8) ^ np.uint8(0x88)
+    signed = np.ascontiguousarray(packed).view(np.uint8) ^ np.uint8(SIGNED)
     codes = body.constant(signed, "int4", (rows, 8 * words))
     scale = body.constant(scales, "bf16", (rows, 8 * words // group))
     return body.times(x, body.dequantize(codes, scale, x.dtype))
