@@ -338,7 +338,8 @@ def _notes(out: Output, sizings: list["Sizing"], contexts: tuple[int, ...]) -> N
             f" {even:.2f} tokens a round at batch 1"
         )
     if first.target.default_engine == "tensorrt" and any(
-        rule.format.kind.startswith("int4") for rule in first.recipe.rules
+        rule.format.kind == "int4_group" and any(".mlp.experts." not in m for m in rule.modules)
+        for rule in first.recipe.rules
     ):
         out.note(
             "a TensorRT engine of each phase holds its own INT4 constants of products other than"

@@ -161,6 +161,7 @@ def test_a_dgx_spark_holds_the_whole_model_and_is_told_what_its_engines_repeat(
     for target, precision, told in (
         ("spark", "int4-all", True),
         ("spark", "bf16", False),
+        ("spark", "int4", False),  # of experts alone, which are bound
         ("h20", "int4-all", False),
     ):
         assert main(["plan", str(FULL), "--target", target, "--precision", precision]) == 0
