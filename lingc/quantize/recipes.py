@@ -22,6 +22,7 @@ channels, in `fp8`; by one calibrated scale a module in `fp8_static`.
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -194,7 +195,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """
     text = str(name_or_path)
     is_path = isinstance(name_or_path, Path) or "/" in text or text.endswith(".json")
-    if is_path or (text not in built_in() and Path(text).exists()):
+    if is_path or (text not in built_in() and os.path.lexists(text)):
         return _read(Path(name_or_path))
     if text not in built_in():
         near = difflib.get_close_matches(text.lower(), built_in(), n=1)

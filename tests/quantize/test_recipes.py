@@ -152,6 +152,11 @@ def test_nothing_is_suggested_where_nothing_is_near() -> None:
     assert "did you mean" not in str(caught.value.hint)
 
 
+def test_a_name_too_long_for_a_file_is_an_unknown_precision() -> None:
+    with pytest.raises(UnknownPrecisionError, match="'zzz"):
+        load_recipe("z" * 300)
+
+
 def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(GOOD))
