@@ -50,12 +50,6 @@ class Attention:
         dim = config.rotary_dim if self._module is None else config.qk_rope_head_dim
         self._inv_freq = torch.tensor(config.inv_freq(dim).tolist(), device=self._like.device)
 
-    def query_latent(self, n: Tensor) -> Tensor:
-        """Input of `q_b_proj`: [T, q_lora_rank] of normed inputs [T, D]."""
-        assert self._module is not None, "only MLA has one"
-        latent: Tensor = self._module.q_a_layernorm(self._module.q_a_proj(n))
-        return latent
-
     def output(self, n: Tensor) -> Tensor:
         """What the residual stream gains: [T, D] of the normed inputs [T, D] of one sample."""
         assert self._dense is not None, "given where this is wanted"

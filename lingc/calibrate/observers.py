@@ -28,7 +28,6 @@ from lingc.quantize.formats import (
 )
 
 RULES = ("absmax", "percentile", "mse")
-GRANULARITIES = ("tensor", "channel", "token", "block")
 
 _BINS = 0x8000
 _STEPS = 64

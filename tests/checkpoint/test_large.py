@@ -117,7 +117,7 @@ def test_twelve_gigabytes_are_quantized_quickly_in_three(
 
         tell(recipe, size_bytes, done)
         assert done.peak_anonymous_bytes < 3e9
-        # On two cores of which others take half, time says nothing.
+        # By time of CPU, which does not hang on what else runs.
         assert size_bytes / (done.cpu_seconds / 2) > 250e6
 
 
