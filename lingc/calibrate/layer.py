@@ -20,7 +20,7 @@ from lingc.calibrate.attention import Attention, attention_names
 from lingc.calibrate.matrices import weight_of
 from lingc.calibrate.observers import Observer
 from lingc.calibrate.rounder import Job, Rounder, Watch, describe
-from lingc.calibrate.spill import Spill, Tokens, chunks, refuse_wild
+from lingc.calibrate.spill import Spill, Tokens, chunks, refuse_wild, wild_row
 from lingc.checkpoint.source import Source
 from lingc.model.moe import Router
 
@@ -274,26 +274,10 @@ class Layer:
             is_fallback: Whether too few tokens came to round by.
             inner: What watches the inputs of all experts' `down_proj`, in place of their own.
         """
-        outers = [self._watch(part, [0, 1]) for part in parts]
-        for part, watch in zip(parts, outers, strict=True):
-            whole = self._whole(part, watch)
-            for some, n in self._rows(normed, part.rows):
-                pulls = None
-                if whole is not None:
-                    gate, up, down = whole
-                    behind = self._pulls(part, some) @ down
-                    pulls = torch.cat(swiglu_slopes(n, gate, up, behind)[1:], dim=1)
-                watch.see(n, self._halves[part.rows[some]], part.by(some), pulls=pulls)
+        # What was watched, and what for, is let go before the next is held.
+        outers = (self._watched_outer(part, normed) for part in parts)
         values = self.rounder.settle(*outers, is_fallback=is_fallback)
-        inners = [self._watch(part, [2]) for part in parts]
-        for part, watch in zip(parts, inners, strict=True):
-            for some, n in self._rows(normed, part.rows):
-                h = self._inner(part, n, values)
-                self._check_rows(h, part.rows[some], watch.modules[0])
-                pulls = None if self._behind is None else self._pulls(part, some)
-                watch.see(h, self._halves[part.rows[some]], part.by(some), pulls=pulls)
-                if inner is not None:
-                    inner.see(h)
+        inners = (self._watched_inner(part, normed, values, inner) for part in parts)
         values |= self.rounder.settle(*inners, is_fallback=is_fallback)
         for part in parts:
             for some, n in self._rows(normed, part.rows):
@@ -301,6 +285,33 @@ class Layer:
                 y = functional.linear(self._inner(part, n, values), down)
                 by = part.by(some)
                 after.add(part.rows[some], y if by is None else y * by.unsqueeze(1).to(y.device))
+
+    def _watched_outer(self, part: _Part, normed: Spill) -> Watch:
+        """What a SwiGLU's first two matrices read."""
+        watch = self._watch(part, [0, 1])
+        whole = self._whole(part, watch)
+        for some, n in self._rows(normed, part.rows):
+            pulls = None
+            if whole is not None:
+                gate, up, down = whole
+                behind = self._pulls(part, some) @ down
+                pulls = torch.cat(swiglu_slopes(n, gate, up, behind)[1:], dim=1)
+            watch.see(n, self._halves[part.rows[some]], part.by(some), pulls=pulls)
+        return watch
+
+    def _watched_inner(
+        self, part: _Part, normed: Spill, values: Mapping[str, Tensor], inner: Observer | None
+    ) -> Watch:
+        """What its last matrix reads, of the first two as they were rounded."""
+        watch = self._watch(part, [2])
+        for some, n in self._rows(normed, part.rows):
+            h = self._inner(part, n, values)
+            self._check_rows(h, part.rows[some], watch.modules[0])
+            pulls = None if self._behind is None else self._pulls(part, some)
+            watch.see(h, self._halves[part.rows[some]], part.by(some), pulls=pulls)
+            if inner is not None:
+                inner.see(h)
+        return watch
 
     def _whole(self, part: _Part, watch: Watch) -> list[Tensor] | None:
         """A SwiGLU's matrices as they are, where its inner gradients are wanted."""
@@ -336,8 +347,8 @@ class Layer:
                 yield part, spill.take(rows[part]).to(self._job.device)
 
     def _check_rows(self, x: Tensor, rows: Tensor, name: str) -> None:
-        if not bool(torch.isfinite(x).all()):
-            wild = int(torch.nonzero(~torch.isfinite(x).all(-1))[0, 0])
+        wild = wild_row(x)
+        if wild is not None:
             self._check(x[wild : wild + 1], int(rows[wild]), name)
 
 

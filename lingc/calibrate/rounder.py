@@ -149,7 +149,9 @@ class Watch:
             parts = pulls[:, first : first + height].split(COUPLED, dim=1)
             first += height
             if modules not in self.outputs:
-                self.outputs[modules] = [torch.zeros_like(part.T @ part) for part in parts]
+                self.outputs[modules] = [
+                    part.new_zeros(part.shape[1], part.shape[1]) for part in parts
+                ]
             for n, part in enumerate(parts):
                 self.outputs[modules][n] += part.T @ part
 
@@ -229,12 +231,7 @@ class Rounder:
                     alike.setdefault(key, []).append((watch, modules))
         for stack in alike.values():
             values |= self._made(stack)
-        self._job.done(sum(len(watch.modules) for watch in watches))
-        for watch in watches:
-            if watch.observer is not None:
-                self.seen.inputs.append(
-                    describe(watch.observer, watch.modules, self._job.percentile)
-                )
+        self._end(watches)
         return values
 
     def settle_tall(self, watch: Watch) -> None:
@@ -244,12 +241,26 @@ class Rounder:
             watch: Has seen the inputs of the one matrix. Nobody reads what becomes of it.
         """
         (module,), job = watch.modules, self._job
-        chosen = job.recipe.format_of(module)
-        if (
-            not is_made(job, module) or chosen.kind == "fp8_tensor"
-        ):  # of which all rows have a scale
+        if not is_made(job, module):
+            self._tell_left(module, watch.rows)
+        elif job.recipe.format_of(module).kind == "fp8_tensor":  # all rows have one scale
             self.settle(watch)
             return
+        else:
+            self._make_tall(watch, module)
+        self._end([watch])
+
+    def _end(self, watches: Sequence[Watch]) -> None:
+        """Tell that the matrices of some watches are behind, and note what they read."""
+        job = self._job
+        job.done(sum(len(watch.modules) for watch in watches))
+        for watch in watches:
+            if watch.observer is not None:
+                self.seen.inputs.append(describe(watch.observer, watch.modules, job.percentile))
+
+    def _make_tall(self, watch: Watch, module: str) -> None:
+        """Round runs of rows, and store them as one matrix."""
+        job, chosen = self._job, self._job.recipe.format_of(module)
         halves, rows = _halves([watch]), []
         step, first = tried_step(job.source.shape(f"{module}.weight")[0]), 0
         for some in runs_of(job.source, module, TALL, job.device):
@@ -269,18 +280,23 @@ class Rounder:
             sums=torch.cat([part.sums for part in parts], dim=1),
         )
         self._store(module, whole, 0, first, watch.rows)
-        job.done(1)
 
     def _left(self, module: str, rows: int) -> Tensor:
         """The values that rounding to nearest will give."""
+        self._tell_left(module, rows)
         chosen, name = self._job.recipe.format_of(module), f"{module}.weight"
-        if chosen.kind != "plain":
-            how = "fallback" if is_made(self._job, module) else "nearest"
-            if is_stored_as(self._job.source, name, chosen.kind, chosen.group):
-                how = "stored"
-            self.seen.matrices.append(_line(module, str(chosen), how, rows))
         rounded = to_rounded(self._job.source, name, chosen.kind, chosen.group)
         return torch.from_numpy(rounded).to(self._job.device)
+
+    def _tell_left(self, module: str, rows: int) -> None:
+        """Note that a matrix is not rounded by data, unless it stays plain."""
+        chosen, name = self._job.recipe.format_of(module), f"{module}.weight"
+        if chosen.kind == "plain":
+            return
+        how = "fallback" if is_made(self._job, module) else "nearest"
+        if is_stored_as(self._job.source, name, chosen.kind, chosen.group):
+            how = "stored"
+        self.seen.matrices.append(_line(module, str(chosen), how, rows))
 
     def _made(self, stack: Sequence[tuple[Watch, tuple[str, ...]]]) -> dict[str, Tensor]:
         """Round matrices of one format and shape by what was seen, and store them.
@@ -314,8 +330,13 @@ class Rounder:
 
     @staticmethod
     def _outputs(stack: Sequence[tuple[Watch, tuple[str, ...]]]) -> list[Tensor]:
-        """Sums over gradients of outputs, f32 [M, n, n] for one run of rows after the other."""
+        """Sums over gradients of outputs, f32 [M, n, n] for one run of rows after the other.
+
+        Of an expert that no token reached they are zero, where those beside it have some.
+        """
         each = [watch.outputs.get(modules, []) for watch, modules in stack]
+        seen: Sequence[Tensor] = next((parts for parts in each if parts), [])
+        each = [parts or [torch.zeros_like(part) for part in seen] for parts in each]
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
     def _damping(self, modules: Sequence[str], weights: Tensor, halves: Tensor) -> float:

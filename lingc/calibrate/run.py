@@ -22,7 +22,7 @@ from torch.nn import functional
 from lingc.calibrate.gradients import Gradients
 from lingc.calibrate.layer import Layer
 from lingc.calibrate.matrices import Method, count_matrices, weight_of
-from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch, is_made
+from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch
 from lingc.calibrate.samples import Samples, lengths
 from lingc.calibrate.spill import Spill, Tokens, refuse_wild
 from lingc.checkpoint.calibrated import DOCUMENT, FORMAT, LAYERS, file_digests
@@ -285,10 +285,7 @@ class _Steps:
         for (first, end), n in zip(self._tokens.spans(), self._hidden(), strict=True):
             watch.see(n, halves[first:end])
         with rounder.storing(self._folder.content / LAYERS / "head.safetensors", ["lm_head"]):
-            if is_made(self._job, "lm_head"):
-                rounder.settle_tall(watch)
-            else:
-                self._job.done(1)
+            rounder.settle_tall(watch)
         return rounder.seen
 
     def _mtp(self) -> Seen:

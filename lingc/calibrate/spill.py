@@ -18,6 +18,9 @@ from lingc.staging import writing
 ROWS = 4096
 """Rows that are taken from a file at a time, where they need not be whole samples."""
 
+LARGEST = 2.0**48
+"""Of activations: squares of larger ones, added up over many tokens, leave f32."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
@@ -123,8 +126,14 @@ def chunks(rows: Tensor) -> Iterator[Tensor]:
     return iter(rows.split(ROWS))
 
 
+def wild_row(x: Tensor) -> int | None:
+    """The first row of [T, .] with a value that is NaN, infinite or beyond `LARGEST`."""
+    sound = (x.abs() <= LARGEST).all(-1)
+    return None if bool(sound.all()) else int(torch.nonzero(~sound)[0, 0])
+
+
 def refuse_wild(x: Tensor, tokens: Tokens, first: int, layer: str, name: str) -> None:
-    """Refuse activations that are NaN or infinite.
+    """Refuse activations that are NaN, infinite or too large to be squared and added up.
 
     Args:
         x: [T, .], rows of samples.
@@ -136,15 +145,13 @@ def refuse_wild(x: Tensor, tokens: Tokens, first: int, layer: str, name: str) ->
     Raises:
         InputError: One is; layer, tensor, sample and token are named.
     """
-    finite = torch.isfinite(x).all(-1)
-    if bool(finite.all()):
+    row = wild_row(x)
+    if row is None:
         return
-    row = int(torch.nonzero(~finite)[0, 0])
-    value = x[row][~torch.isfinite(x[row])][0].item()
-    channel = int(torch.nonzero(~torch.isfinite(x[row]))[0, 0])
+    channel = int(torch.nonzero(~(x[row].abs() <= LARGEST))[0, 0])
     raise InputError(
-        f"an activation is {value}: {layer}, input of {name!r}, {tokens.place(first + row)}, "
-        f"channel {channel}",
+        f"an activation is {float(x[row, channel]):g}: {layer}, input of {name!r}, "
+        f"{tokens.place(first + row)}, channel {channel}",
         hint="run `lingc parity CHECKPOINT CHECKPOINT` on that sample; a weight of this or an "
         "earlier layer is damaged, or too large for the model's arithmetic",
     )

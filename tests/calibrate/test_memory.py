@@ -1,5 +1,6 @@
 """What a calibration holds in memory is bounded by the widths of a model, not by its size."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,15 +9,42 @@ import pytest
 import torch
 from torch import Tensor
 
-from lingc.calibrate import rounder
+from lingc.calibrate import layer, matrices, rounder
+from lingc.calibrate.layer import swiglu_modules
 from lingc.calibrate.matrices import Method, runs_of
+from lingc.calibrate.rounder import Rounder, Watch
 from lingc.calibrate.run import Settings, calibrate
 from lingc.checkpoint import Checkpoint
 from lingc.checkpoint.source import Source
-from lingc.quantize.recipes import parse_recipe
+from lingc.quantize.recipes import load_recipe, parse_recipe
 from tests.calibrate.conftest import read
 
 HEAD = Path("layers", "head.safetensors")
+
+
+def test_nothing_of_a_feed_forward_as_it_was_is_held_while_it_is_rounded(
+    small: Checkpoint, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def weight_of(source: Source, module: str, device: torch.device) -> Tensor:
+        made = matrices.weight_of(source, module, device)
+        if module in swiglu_modules("model.layers.0.mlp"):
+            given.append(weakref.ref(made))
+        return made
+
+    def settle(self: Rounder, *watches: Watch, is_fallback: bool = False) -> dict[str, Tensor]:
+        held.append(sum(one() is not None for one in given))
+        return settled(self, *watches, is_fallback=is_fallback)
+
+    settled = Rounder.settle
+    monkeypatch.setattr(layer, "weight_of", weight_of)
+    monkeypatch.setattr(Rounder, "settle", settle)
+    calibrate(small, load_recipe("int4-all"), read(rows), tmp_path / "out", Settings())
+
+    assert len(given) == 3
+    assert not any(held)
 
 
 def test_a_head_that_is_read_in_runs_of_rows_is_the_same(

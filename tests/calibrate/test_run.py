@@ -15,7 +15,7 @@ import torch
 from lingc.calibrate import spill
 from lingc.calibrate.coverage import coverage
 from lingc.calibrate.layer import Layer
-from lingc.calibrate.matrices import count_matrices
+from lingc.calibrate.matrices import Method, count_matrices
 from lingc.calibrate.run import Settings, calibrate, count_steps
 from lingc.calibrate.spill import Spill
 from lingc.capture import Capturer, Sizes
@@ -122,6 +122,19 @@ def test_what_is_watched_are_the_products_of_the_captured_graph(
     draft = f"model.layers.{config.mtp_layer}."
     found = {module for one in observed for module in one["modules"]}
     assert {module for module in found if not module.startswith(draft)} == wanted
+
+
+@pytest.mark.parametrize("fp8", ["gptq", "nearest"])
+def test_the_head_is_told_of_as_any_matrix_is(
+    fp8: str, small: Checkpoint, rows: Path, tmp_path: Path
+) -> None:
+    settings = Settings(method=Method(fp8=fp8, loss="matrix"))
+
+    made = calibrate(small, load_recipe("fp8-max"), read(rows), tmp_path / "out", settings)
+
+    observed = {module for one in made.document["observed"] for module in one["modules"]}
+    assert observed == {one["module"] for one in made.document["matrices"]}
+    assert "lm_head" in observed
 
 
 def test_progress_ends_where_it_must(small: Checkpoint, rows: Path, tmp_path: Path) -> None:
@@ -260,6 +273,19 @@ def test_an_expert_that_no_token_reaches_is_named_and_rounded_to_nearest(
     assert {one.name for one in result.outcomes if one.how == "rounded"} == fallen
 
 
+def test_an_expert_that_no_token_reaches_may_be_rounded_beside_the_others(
+    config: ModelConfig, rows: Path, tmp_path: Path
+) -> None:
+    source = _with_dead_expert(config, tmp_path / "dead")
+
+    made = calibrate(
+        source, load_recipe("int4"), read(rows), tmp_path / "out", Settings(fallback_below=0)
+    )
+
+    assert {one["how"] for one in made.document["matrices"]} == {"calibrated"}
+    assert made.document["coverage"]["2"][3] == 0
+
+
 def test_tokens_of_experts_add_up(small: Checkpoint, finished: Finished) -> None:
     document = read_document(finished("int4-all"))
     tokens, k = document["data"]["tokens"], small.config.num_experts_per_tok
@@ -292,6 +318,27 @@ def test_a_weight_that_makes_activations_wild_is_found_by_layer_tensor_and_sampl
     )
     with pytest.raises(InputError, match=said) as caught:
         calibrate(source, load_recipe("int4-all"), read(rows), tmp_path / "out", Settings())
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("loss", ["model", "matrix"])
+@pytest.mark.parametrize("name", ["int4-all", "fp8-static"])
+def test_activations_that_cannot_be_squared_are_refused_by_module(
+    loss: str, name: str, config: ModelConfig, rows: Path, tmp_path: Path
+) -> None:
+    class Large(SyntheticCheckpoint):
+        def plain(self, name: str) -> tuple[Any, str]:
+            values, dtype = super().plain(name)
+            if name == "model.layers.1.mlp.shared_experts.up_proj.weight":
+                values = values.copy()
+                values[3] = 0x7180  # 2^100
+            return values, dtype
+
+    source = open_checkpoint(write_checkpoint(Large(config, 1), tmp_path / "large"))
+    settings = Settings(method=Method(loss=loss))
+
+    with pytest.raises(InputError, match=r"layers\.1\.mlp|layer 1") as caught:
+        calibrate(source, load_recipe(name), read(rows), tmp_path / "out", settings)
     assert caught.value.exit_code == 3
 
 
