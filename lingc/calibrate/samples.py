@@ -6,6 +6,7 @@ the other files. Rows are those of `lingc.parity.data`: text, messages or token 
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def parse_share(text: str) -> Share:
         UsageError: The weight is no positive number.
     """
     name, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or os.path.lexists(text):
         return Share(path=_path(text))
     try:
         share = float(weight)

@@ -22,6 +22,7 @@ A limit that is null or left out is not judged. A logit that is NaN or infinite 
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def load_budget(name_or_path: str | Path) -> Budget:
     if text in built_in():
         return _read(_FOLDER / f"{text}.json")
     path = Path(name_or_path)
-    if not path.exists() and "/" not in text and not text.endswith(".json"):
+    if not os.path.lexists(path) and "/" not in text and not text.endswith(".json"):
         near = difflib.get_close_matches(text, built_in(), n=1)
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(

@@ -100,6 +100,14 @@ def test_a_weight_that_is_no_share_is_refused(weight: str) -> None:
         parse_share(f"a.jsonl:{weight}")
 
 
+def test_a_name_too_long_for_a_file_is_one_that_cannot_be_read() -> None:
+    with pytest.raises(DataError, match="'zzz.* cannot be read: File name too long"):
+        read_samples(
+            [parse_share("z" * 300 + ":0.5")],
+            vocab=64, tokenizer=None, count=None, max_tokens=8, seed=0,
+        )  # fmt: skip
+
+
 def test_a_colon_may_be_part_of_a_name(tmp_path: Path) -> None:
     path = _write(tmp_path / "a:2", [1])
 

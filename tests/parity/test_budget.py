@@ -104,6 +104,11 @@ def test_all_mistakes_are_listed_at_once(tmp_path: Path) -> None:
         load_budget(path)
 
 
+def test_a_name_too_long_for_a_file_is_answered() -> None:
+    with pytest.raises(InputError, match="no budget is called 'zzz"):
+        load_budget("z" * 300)
+
+
 def test_what_is_no_file_is_answered() -> None:
     with pytest.raises(InputError, match="no budget is called 'quantised'") as raised:
         load_budget("quantised")
