@@ -27,7 +27,7 @@ from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, S
 from lingc.plan import TensorType
 from lingc.plugin_table import PluginTable
 from lingc.runtime.tensorrt_package import HINT, TensorrtCode, read_code
-from lingc.staging import Staging
+from lingc.staging import Staging, writing
 
 FORMAT = 1
 """Version of `deploy.json`."""
@@ -74,7 +74,8 @@ def deploy(
             hint="`lingc build --engine tensorrt` makes one that has",
         )
     code = read_code(package)
-    with Staging(folder, replaceable=_is_deployed if overwrite else None) as staging:
+    replaceable = _is_deployed if overwrite else None
+    with Staging(folder, replaceable=replaceable) as staging, writing(staging.final):
         inside = staging.content
         (inside / ENGINES).mkdir()
         for phase, engine in code.engines.items():

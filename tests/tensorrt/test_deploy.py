@@ -1,5 +1,6 @@
 """`lingc deploy`: what a program without Python needs, whole or not at all."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,7 +12,14 @@ import pytest
 
 from lingc.cli import main
 from lingc.engine import Code
-from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, UsageError
+from lingc.errors import (
+    IncompatibleError,
+    IntegrityError,
+    MissingExtraError,
+    ResourceError,
+    UsageError,
+)
+from lingc.runtime import tensorrt_deploy
 from lingc.runtime.tensorrt_deploy import LIBRARY, deploy, load_plugins, source
 from tests.tensorrt.engines import plugins
 from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
@@ -123,6 +131,19 @@ def test_what_fails_leaves_nothing(
         deploy(packed, tmp_path / "spark")
     monkeypatch.setattr(Packed, "engine", "cuda")
     with pytest.raises(IncompatibleError, match="is an engine of kind 'cuda', which has no"):
+        deploy(packed, tmp_path / "spark")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named_with_the_folder(
+    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorrt_deploy, "write_bundle", full)
+    with pytest.raises(ResourceError, match=r"spark' cannot be written: No space left"):
         deploy(packed, tmp_path / "spark")
 
     assert list(tmp_path.iterdir()) == []
