@@ -101,7 +101,7 @@ def test_a_weight_that_is_no_share_is_refused(weight: str) -> None:
 
 
 def test_a_name_too_long_for_a_file_is_one_that_cannot_be_read() -> None:
-    with pytest.raises(DataError, match="'zzz.* cannot be read: File name too long"):
+    with pytest.raises(DataError, match=r"'zzz.* cannot be read: File name too long"):
         read_samples(
             [parse_share("z" * 300 + ":0.5")],
             vocab=64, tokenizer=None, count=None, max_tokens=8, seed=0,
