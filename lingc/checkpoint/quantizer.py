@@ -88,7 +88,8 @@ class Quantized:
     Attributes:
         path: Its directory.
         is_resumed: Whether files of an earlier run were kept.
-        lacks_input_scales: Whether the recipe wants scales of inputs, and no calibration has them.
+        lacks_input_scales: Whether the recipe wants scales of inputs, and neither a calibration
+            nor the source has them.
         outcomes: Of every matrix, in the order of the layers.
     """
 
@@ -189,7 +190,7 @@ def quantize_checkpoint(
     return Quantized(
         path=target,
         is_resumed=folder.is_resumed,
-        lacks_input_scales=recipe.activations == "fp8_static" and changes is None,
+        lacks_input_scales=work.lacks_input_scales,
         outcomes=tuple(outcomes),
     )
 
@@ -229,7 +230,9 @@ class _Work:
         self.main = [one for one in every if not one.name.startswith(prefix)]
         self.mtp = [one for one in every if one.name.startswith(prefix)] if keep_mtp else []
         self.total_bytes = sum(one.length_bytes for one in (*self.main, *self.mtp))
-        self.total_bytes += 4 * len(self._input_scales((*self.main, *self.mtp)))
+        scales = self._input_scales((*self.main, *self.mtp))
+        self.total_bytes += 4 * len(scales)
+        self.lacks_input_scales = recipe.activations == "fp8_static" and not scales
 
     def input_bytes(self, name: str) -> int:
         """Of a tensor in an unquantized checkpoint."""
@@ -271,17 +274,21 @@ class _Work:
             said = quantization_config(model, layout, formats)
         else:
             activations = self._recipe.activations
-            if activations == "fp8_static" and self._changes is None:
+            if self.lacks_input_scales:
                 activations = "plain"  # nobody knows the scales
             said = compressed_config(formats, activations)
         return {**model.raw, **({"quantization_config": said} if said else {})}
 
     def _input_scales(self, shard: Sequence[Item]) -> dict[str, float]:
-        if self._changes is None:
+        """Those of a calibration, or that the source has already."""
+        if self._recipe.activations != "fp8_static":
             return {}
-        known = self._changes.input_scales
-        modules = (_module(one.name) for one in shard if one.format.kind.startswith("fp8"))
-        return {module + INPUT_SCALE: known[module] for module in modules if module in known}
+        found = (
+            (_module(one.name), self._from.input_scale(one.name))
+            for one in shard
+            if one.format.kind.startswith("fp8")
+        )
+        return {module + INPUT_SCALE: scale for module, scale in found if scale is not None}
 
     def _made(
         self, shard: Sequence[Item]

@@ -1,5 +1,6 @@
 """The scale of a matrix's inputs: where it is read from, and what no scale can be."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from lingc.checkpoint import SyntheticCheckpoint, open_checkpoint, validate
+from lingc.checkpoint.quantizer import quantize_checkpoint
 from lingc.checkpoint.tensorfile import read_header
 from lingc.errors import CheckpointError
 from lingc.model.config import ModelConfig
 from lingc.plan import TensorType, WeightSpec
 from lingc.quantize.formats import quantize_fp8_tensor, round_bf16
+from lingc.quantize.recipes import parse_recipe
 from lingc.quantize.stored import fp8_tensor_specs
 from lingc.weights import CheckpointWeights, write_weights
 from lingc.weights import open_weights as opened
@@ -94,6 +97,25 @@ def test_what_no_scale_can_be_is_refused_by_name(
 
     assert len(caught.value.problems) == 1
     assert re.fullmatch(rf"tensor '{DENSE}.weight' has {problem}", caught.value.problems[0])
+
+
+def test_a_scale_that_is_known_is_written_again_where_the_recipe_has_static_ones(
+    scaled: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = open_checkpoint(scaled("F32", np.array([0.375], np.float32)))
+    rules = [{"modules": [DENSE], "format": "fp8_tensor"}]
+    found = {}
+
+    for kind in ("fp8_static", "fp8"):
+        recipe = parse_recipe({"name": kind, "activations": kind, "rules": rules}, source="x.json")
+        made = quantize_checkpoint(source, recipe, tmp_path / kind)
+        assert not made.lacks_input_scales
+        found[kind] = open_checkpoint(made.path).input_scale(f"{DENSE}.weight")
+        said = json.loads((made.path / "config.json").read_text())["quantization_config"]
+        (said,) = said["config_groups"].values()
+        assert said["input_activations"]["dynamic"] == (kind == "fp8")
+
+    assert found == {"fp8_static": 0.375, "fp8": None}
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
