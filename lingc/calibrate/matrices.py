@@ -87,7 +87,7 @@ class Made:
 
     Attributes:
         pieces: As stored: codes and scales.
-        values: What they stand for, f32 [N, D]; [0, D] where nobody reads them.
+        values: What they stand for, f32 [N, D]; empty where nobody reads them.
         sums: By row, squared errors of the outputs on the samples, the same by rounding to nearest,
             and squared outputs: f64 [3, N].
     """

@@ -272,7 +272,8 @@ class Rounder:
         parts = []
         for some in runs_of(job.source, module, TALL, job.device):
             (made,) = make(some.unsqueeze(0), hessians, chosen, job.method, damping=damping)
-            parts.append(replace(made, values=made.values[:0]))
+            parts.append(replace(made, values=torch.empty(0)))  # a slice would hold all of them
+            del made
         codes, scales = zip(*(part.pieces for part in parts), strict=True)
         whole = Made(
             pieces=(np.concatenate(codes), np.concatenate(scales)),

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lingc.calibrate import layer, matrices, rounder
 from lingc.calibrate.layer import swiglu_modules
-from lingc.calibrate.matrices import Method, runs_of
+from lingc.calibrate.matrices import Made, Method, runs_of
 from lingc.calibrate.rounder import Rounder, Watch
 from lingc.calibrate.run import Settings, calibrate
 from lingc.checkpoint import Checkpoint
@@ -72,3 +73,25 @@ def test_a_head_that_is_read_in_runs_of_rows_is_the_same(
     ((one,), (other,)) = (made.document["matrices"] for made in (whole, in_runs))
     assert one["nearest_loss"] == pytest.approx(other["nearest_loss"])
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_the_values_of_a_run_of_rows_are_not_held_while_the_next_is_rounded(
+    small: Checkpoint, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = {"modules": ["lm_head"], "format": "int4_group", "group": 32}
+    recipe = parse_recipe({"name": "head", "rules": [rule]}, source="head.json")
+    before: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def make_int4(*args: Any, **options: Any) -> list[Made]:
+        held.append(sum(one() is not None for one in before))
+        made = matrices.make_int4(*args, **options)
+        before.extend(weakref.ref(one.values) for one in made)
+        return made
+
+    monkeypatch.setattr(rounder, "TALL", 24)
+    monkeypatch.setattr(rounder, "make_int4", make_int4)
+    settings = Settings(method=Method(loss="matrix"))
+    calibrate(small, recipe, read(rows), tmp_path / "out", settings)
+
+    assert held == [0, 0, 0]
