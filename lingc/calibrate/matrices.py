@@ -42,7 +42,7 @@ _REFITS = 2
 _TRIED_MATRICES, _TRIED_ROWS = 8, 128
 
 ROWS = 4096
-"""Rows of a matrix that are rounded together; all rows are rounded independently."""
+"""Rows of a matrix that are rounded together where nothing couples them: memory is of these."""
 
 _FP8_STEPS = 16
 """Scales of FP8 that are tried, up to the one that is half as fine."""

@@ -108,7 +108,8 @@ def command(
     positions = min(one.config.max_position_embeddings for one in subjects)
     if longest > positions:
         raise click.UsageError(
-            f"--window {window} gives one of {longest} tokens, the model was made for {positions}"
+            f"--window {window} gives one of {longest} tokens, the model was made for {positions}; "
+            f"--window {positions} is the longest"
         )
     plans = [one.plan for one in subjects]
     with ExitStack() as stack:

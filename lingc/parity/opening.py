@@ -5,6 +5,7 @@ references; a checkpoint directory is eager, on the engine's weights where the o
 a file is a record of what one of these said.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,13 +168,15 @@ def _kind(word: str) -> tuple[Kind, Path]:
     if word.startswith(INTERPRET):
         return "plan", Path(word.removeprefix(INTERPRET))
     path = Path(word)
-    if (path / "manifest.json").exists():
+    # Of os.path, which answers of names that are too long for a file, too.
+    if os.path.exists(path / "manifest.json"):  # noqa: PTH110
         return "engine", path
-    if (path / "config.json").exists():
+    if os.path.exists(path / "config.json"):  # noqa: PTH110
         return "eager", path
-    if path.is_file():
+    if os.path.isfile(path):  # noqa: PTH113
         return "record", path
-    what = "has neither manifest.json nor config.json" if path.is_dir() else "is not a directory"
+    is_folder = os.path.isdir(path)  # noqa: PTH112
+    what = "has neither manifest.json nor config.json" if is_folder else "is not a directory"
     raise InputError(
         f"{word!r} is neither a package nor a checkpoint: it {what}",
         hint="give a .ling package, interpret:PACKAGE, a checkpoint directory, or a record",

@@ -1,4 +1,4 @@
-"""What a calibration holds in memory is bounded by the widths of a model, not by its size."""
+"""What a calibration lets go of before it goes on; bytes are watched in checkpoint/test_large."""
 
 import weakref
 from collections.abc import Iterator

@@ -115,6 +115,7 @@ def test_what_was_found_is_told_where_its_report_cannot_be_written(
             3,
             "'none' is neither a package nor a checkpoint: it is not a directory",
         ),
+        (("x" * 300, "SMALL"), 3, "it is not a directory"),
         ((".", "SMALL"), 3, "it has neither manifest.json nor config.json"),
         (("interpret:SMALL", "SMALL"), 3, "it looks like a checkpoint"),
         (("SMALL", "SMALL", "--budget", "strict"), 3, "no budget is called 'strict'"),
