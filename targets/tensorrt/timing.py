@@ -119,7 +119,9 @@ class Timing:
     def keep(self) -> None:
         """Take what TensorRT has measured, when an engine is built."""
         if self._cache is not None:
-            self.data = bytes(self._cache.serialize())
+            measured = self._cache.serialize()
+            if measured is not None:  # as where a build failed
+                self.data = bytes(measured)
             self._cache = None
 
     def write(self) -> None:

@@ -176,6 +176,20 @@ def test_what_was_not_measured_ends_a_build_that_is_held_to_measurements(
     assert file.read_bytes() == b"measured before"
 
 
+def test_a_build_that_failed_says_so_where_its_measurements_are_lost_too(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "h20.cache"
+    file.write_bytes(b"measured before")
+    host()
+    for method in ("build_serialized_network", "serialize"):
+        monkeypatch.setattr(Thing, "_call", _answering(method, answer=None))
+
+    with pytest.raises(StageError, match="TensorRT builds no engine of 'prefill'"):
+        build(Timing(path=file))
+    assert file.read_bytes() == b"measured before"
+
+
 def test_measurements_of_another_gpu_are_refused_where_named_and_dropped_where_own(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
