@@ -1,7 +1,8 @@
 """One model of an ONNX engine: a session with its inputs, outputs and state bound in memory.
 
 Binding costs more than copying the few numbers of a step, so the buffers stay bound from one step
-to the next and are made anew only when a shape changes.
+to the next and are made anew only when a shape changes. A provider with memory of its own is given
+them anew in every step: it copies an input when it is bound, and reads that copy in every run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from lingc.plan import Program
 from lingc.runtime.backend import Array
-from lingc.runtime.onnx_session import InferenceSession, OrtValue, guarded, value_of
+from lingc.runtime.onnx_session import InferenceSession, OrtValue, guarded, is_elsewhere, value_of
 
 NUMPY_DTYPE: Mapping[str, type[np.generic]] = {
     "f64": np.float64, "f32": np.float32, "i64": np.int64, "i32": np.int32,
@@ -32,19 +33,21 @@ class Runner:
     ) -> None:
         self._session = session
         self._binding = session.io_binding()
+        self._is_copied = is_elsewhere(session)
         self._phase = phase
         self._program = program
         self._taps = taps
         self._order = [output.name for output in session.get_outputs()]
         self._shapes: tuple[tuple[int, ...], ...] = ()
         self._inputs: list[Array] = []
+        self._values: dict[str, OrtValue] = {}
         self._outputs: dict[str, Array] = {}
 
     def bind_states(self, values: Mapping[str, OrtValue]) -> None:
         """Read and update these states where they lie."""
         for state in self._program.states:
             if state in values:
-                self._binding.bind_ortvalue_input(state, values[state])
+                self._bind_input(state, values[state])
         for state, updated in self._program.updates.items():
             if state in values:
                 self._binding.bind_ortvalue_output(updated, values[state])
@@ -67,22 +70,33 @@ class Runner:
             buffer[...] = array
         for name in self._taps:
             self._binding.bind_output(name)
-        guarded(
-            f"phase {self._phase!r} failed",
-            lambda: self._session.run_with_iobinding(self._binding),
-        )
+        guarded(f"phase {self._phase!r} failed", self._run)
         made = {role: buffer.copy() for role, buffer in self._outputs.items()}
         if self._taps:
             found = dict(zip(self._order, self._binding.get_outputs(), strict=True))
             made |= {name: found[name].numpy() for name in self._taps}
         return made
 
+    def _run(self) -> None:
+        if self._is_copied:
+            for name, value in self._values.items():
+                self._binding.bind_ortvalue_input(name, value)
+            self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding)
+        if self._is_copied:
+            self._binding.synchronize_outputs()
+
+    def _bind_input(self, name: str, value: OrtValue) -> None:
+        self._values[name] = value
+        if not self._is_copied:  # else in every step, as its values are there
+            self._binding.bind_ortvalue_input(name, value)
+
     def _bind(self, arrays: Sequence[Array], sizes: Mapping[str, int]) -> None:
         program = self._program
         self._inputs = [np.empty(array.shape, array.dtype) for array in arrays]
         for name, buffer in zip(program.inputs, self._inputs, strict=True):
             value = value_of(buffer, program.types[name].dtype)
-            self._binding.bind_ortvalue_input(name, value)
+            self._bind_input(name, value)
         for role, name in program.outputs.items():
             kind = program.types[name]
             self._outputs[role] = np.empty(kind.bind(sizes), NUMPY_DTYPE[kind.dtype])

@@ -29,6 +29,7 @@ __all__ = [
     "InferenceSession",
     "OrtValue",
     "guarded",
+    "is_elsewhere",
     "make_session",
     "value_of",
     "with_outputs",
@@ -159,6 +160,11 @@ def _external_data(options: onnxruntime.SessionOptions) -> Iterator[None]:
         raise ResourceError(
             f"no temporary file can be made: {error}", hint="TMPDIR may name another directory"
         ) from error
+
+
+def is_elsewhere(session: InferenceSession) -> bool:
+    """Whether a session computes in other memory than the CPU's."""
+    return bool(session.get_providers()[0] != _CPU)
 
 
 def value_of(array: Array, dtype: str) -> OrtValue:
