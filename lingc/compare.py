@@ -4,7 +4,7 @@ The one tolerance table. An entry is for a dtype and a mechanism, that is, for w
 answers differ; a comparison names both. Values are compared in f64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,9 @@ class Tolerance:
         stray: Share of elements that may differ by up to twice that, where inputs are quantized.
             An input within an f32 rounding of the middle between two codes has two right codes, and
             one code beside a large weight moves a sum by more than the allowance.
+        stray_of_row: They may also be off by the allowance and this much of the root mean square of
+            their row (the last axis): sums over a long memory are large, and so is what one factor
+            that rounds the other way changes in all of them.
     """
 
     rtol: float
@@ -33,6 +36,7 @@ class Tolerance:
     source: str
     of_mean: float = 0.0
     stray: float = 0.0
+    stray_of_row: float = 0.0
 
 
 _EXACT = Tolerance(rtol=0, atol=0, source="integers and flags are equal or wrong")
@@ -89,6 +93,14 @@ TABLE = MappingProxyType(
         ("bf16", "lightning"): Tolerance(
             rtol=2**-6, atol=1e-2, source=f"{_PUBLISHED}, at the strict end: bf16 block products"
         ),
+        ("bf16", "lightning_qkv"): Tolerance(
+            rtol=2**-6,
+            atol=1e-2,
+            stray=_STRAY,
+            stray_of_row=1e-2,
+            source=f"{_PUBLISHED}; two q and k in 100,000 round the other way from f32 norms than "
+            "from f64 ones, which moves o by up to half of 1e-2 of its row",
+        ),
         ("f32", "router"): Tolerance(
             rtol=1e-4, atol=1e-6, source="f32 logits in another order, through a sigmoid"
         ),
@@ -115,7 +127,7 @@ class Comparison:
     Attributes:
         problem: What makes them incomparable (shapes), or None.
         outside: How many elements differ by more than is allowed.
-        far: How many of them by more than twice that.
+        far: How many of them by more than strays may.
         elements: How many there are.
         similarity_error: 1 - 2<a, b> / (<a, a> + <b, b>): 0 for equal, 1 for unrelated tensors.
         worst: Coordinate of the element that exceeds its allowance by most, () for scalars.
@@ -154,6 +166,8 @@ class Comparison:
             terms.append(f"{used.of_mean:.3g} of mean |want|")
         if used.stray:
             terms.append(f"{used.stray:.3g} of the elements up to twice that")
+        if used.stray_of_row:
+            terms.append(f"or {used.stray_of_row:.3g} of their row beside it")
         return (
             f"{self.outside} of {self.elements} elements differ by more than allowed; "
             f"similarity error {self.similarity_error:.3e}\n"
@@ -187,28 +201,85 @@ def close(
         )
     if got.numel() == 0:
         return Comparison(dtype=dtype, mechanism=mechanism, tolerance=limit)
-    a, b = (x.detach().cpu().double() for x in (got, want))
-    size = b.abs()
-    finite = size[size.isfinite()]
-    mean = float(finite.mean()) if finite.numel() else 0.0
-    allowed = (limit.rtol * size + limit.atol + limit.of_mean * mean).nan_to_num(
+    mean = _mean(b.abs() for _, _, b in _parts(got, want)) if limit.of_mean else 0.0
+    found = [_compared(*part, limit, mean) for part in _parts(got, want)]
+    worst = max(found, key=lambda part: part.excess)
+    whole = sum(part.squares for part in found)
+    return Comparison(
+        outside=sum(part.outside for part in found),
+        far=sum(part.far for part in found),
+        elements=got.numel(),
+        similarity_error=1 - 2 * sum(part.products for part in found) / whole if whole else 0.0,
+        worst=tuple(int(i) for i in torch.unravel_index(torch.tensor(worst.at), got.shape)),
+        got=worst.got,
+        want=worst.want,
+        allowed=worst.allowed,
+        dtype=dtype,
+        mechanism=mechanism,
+        tolerance=limit,
+    )
+
+
+_PART = 1 << 24
+"""Elements compared at once: what is made of them in f64 takes 1.5 GB, however many there are."""
+
+
+def _parts(got: Tensor, want: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some rows at a time, f64 [rows, width], behind the place of the first of their elements."""
+    width = want.shape[-1] if want.dim() else 1
+    place = want.device if got.device == want.device else torch.device("cpu")
+    step = max(1, _PART // width)
+    rows = (x.detach().reshape(-1, width).split(step) for x in (got, want))
+    for index, pair in enumerate(zip(*rows, strict=True)):
+        a, b = (x.to(place).double() for x in pair)
+        yield index * step * width, a, b
+
+
+def _mean(parts: Iterable[Tensor]) -> float:
+    """Of what is finite."""
+    total, count = 0.0, 0
+    for part in parts:
+        finite = part[part.isfinite()]
+        total, count = total + float(finite.sum()), count + finite.numel()
+    return total / count if count else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compared:
+    """Some rows: how many elements are off, the worst one, and sums for the similarity."""
+
+    outside: int
+    far: int
+    excess: float
+    at: int
+    got: float
+    want: float
+    allowed: float
+    squares: float
+    products: float
+
+
+def _compared(first: int, a: Tensor, b: Tensor, limit: Tolerance, mean: float) -> _Compared:
+    allowed = (limit.rtol * b.abs() + limit.atol + limit.of_mean * mean).nan_to_num(
         nan=0.0, posinf=0.0
     )
     # A NaN on either side, or infinities that differ, leave an excess of infinity.
     excess = torch.where(a == b, 0.0, (a - b).abs().nan_to_num(nan=torch.inf) - allowed)
-    at = torch.unravel_index(excess.argmax(), excess.shape)
-    return Comparison(
+    more = allowed
+    if limit.stray_of_row:
+        row = b.square().mean(-1, keepdim=True).sqrt().nan_to_num(nan=0.0, posinf=0.0)
+        more = torch.maximum(allowed, limit.stray_of_row * row)
+    at = int(excess.argmax())
+    return _Compared(
         outside=int((excess > 0).sum()),
-        far=int((excess > allowed).sum()),
-        elements=got.numel(),
-        similarity_error=_similarity_error(a, b),
-        worst=tuple(int(i) for i in at),
-        got=float(a[at]),
-        want=float(b[at]),
-        allowed=float(allowed[at]),
-        dtype=dtype,
-        mechanism=mechanism,
-        tolerance=limit,
+        far=int((excess > more).sum()),
+        excess=float(excess.flatten()[at]),
+        at=first + at,
+        got=float(a.flatten()[at]),
+        want=float(b.flatten()[at]),
+        allowed=float(allowed.flatten()[at]),
+        squares=float((a * a + b * b).sum()),
+        products=float((a * b).sum()),
     )
 
 
@@ -272,8 +343,3 @@ def judge_codes(
     compared.append(close(codes, want_codes, dtype="f8e4m3"))
     compared.append(close(448 * scales, 448 * want_scales, dtype="bf16"))
     return next((str(found) for found in compared if not found.ok), None)
-
-
-def _similarity_error(a: Tensor, b: Tensor) -> float:
-    whole = float((a * a + b * b).sum())
-    return 0.0 if whole == 0 else 1 - 2 * float((a * b).sum()) / whole

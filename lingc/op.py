@@ -17,8 +17,9 @@ from lingc.plan import TensorType
 from lingc.targets.spec import Target
 
 Mechanism = Literal[
-    "elementwise", "rope", "gemm", "fp8_gemm", "experts", "attention", "lightning", "router"
-]
+    "elementwise", "rope", "gemm", "fp8_gemm", "experts", "attention", "lightning",
+    "lightning_qkv", "router",
+]  # fmt: skip
 """What makes two right answers differ; `lingc.compare` has a tolerance for each."""
 
 Value = Any  # a TensorType, or a literal, as the schema has it
