@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lingc.checkpoint.source import Source
 from lingc.errors import DataError, UsageError
-from lingc.parity.data import read_rows
+from lingc.parity.data import read_rows, refuse_longer
 from lingc.runtime.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "data"
@@ -160,11 +160,8 @@ def samples_for(
     )
     most = source.config.max_position_embeddings
     for one in found.samples:
-        if len(one.ids) > most:
-            raise DataError(
-                f"{one.origin!r} has {len(one.ids)} tokens, the model was made for {most}",
-                hint=f"--max-tokens {most} cuts rows to that, and less takes less memory",
-            )
+        name, _, line = one.origin.rpartition(":")
+        refuse_longer(f"line {line} of {name!r}", len(one.ids), most, "--max-tokens")
     return found
 
 

@@ -14,7 +14,10 @@ from lingc.errors import GateError
 
 if TYPE_CHECKING:
     from lingc.calibrate.coverage import Coverage
+    from lingc.calibrate.matrices import Method
     from lingc.calibrate.samples import Samples
+    from lingc.checkpoint.source import Source
+    from lingc.quantize.recipes import Recipe
 
 _SHOWN = 8
 
@@ -162,6 +165,8 @@ def command(
     chosen = load_recipe(recipe)
     source = open_checkpoint(checkpoint)
     validate(source)
+    method = Method(int4=int4, fp8=fp8, loss=loss)
+    _refuse_idle(source, chosen, method, observer)
     given = samples_for(
         source,
         data,
@@ -172,7 +177,7 @@ def command(
     )
     _tell_data(out, given)
     settings = Settings(
-        method=Method(int4=int4, fp8=fp8, loss=loss),
+        method=method,
         observer=observer,
         percentile=percentile,
         fallback_below=fallback_below,
@@ -194,6 +199,31 @@ def command(
     if covered.below:
         raise GateError(covered.sentence(), hint="give data that reaches them, more of it, or a "
                         "lower --min-tokens-per-expert; the calibration is written")  # fmt: skip
+
+
+def _refuse_idle(source: "Source", recipe: "Recipe", method: "Method", observer: str) -> None:
+    """Refuse options that the recipe, or another option, leaves without anything to decide."""
+    from lingc.checkpoint.expected import matrix_modules
+
+    modules = matrix_modules(source.config)
+    recipe.check_matches(modules)
+    formats = {module: recipe.format_of(module) for module in modules}
+    has_int4 = any(one.kind == "int4_group" for one in formats.values())
+    has_fp8 = any(one.kind.startswith("fp8") for one in formats.values())
+    by = f"recipe {recipe.name!r}"
+    if not has_int4:
+        output.refuse_idle(f"{by}, which has no INT4 matrix", {"int4"})
+    if not has_fp8:
+        output.refuse_idle(f"{by}, which has no FP8 matrix", {"fp8"})
+    if not any(method.compensates(one) for one in formats.values()):
+        output.refuse_idle(f"{by} where gptq rounds nothing", {"loss"})
+    if not (has_fp8 and recipe.activations == "fp8_static"):
+        static = "which has no static scales of inputs"
+        output.refuse_idle(f"{by}, {static}", {"observer", "percentile"})
+    elif observer != "percentile":
+        output.refuse_idle(f"--observer {observer}", {"percentile"})
+    if not any(method.is_used(one) for name, one in formats.items() if ".experts." in name):
+        output.refuse_idle(f"{by} where no expert is rounded by data", {"fallback_below"})
 
 
 def _tell_data(out: Output, given: "Samples") -> None:

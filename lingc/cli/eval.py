@@ -92,25 +92,25 @@ def command(
     if max_ratio is not None and against is None:
         raise click.UsageError("--max-ratio needs --against: a ratio is of two")
     with held():
+        from lingc.parity.data import refuse_longer
         from lingc.parity.evaluate import evaluate, read_windows
         from lingc.parity.opening import Start, open_each, refuse_other_weights
 
     words = [subject] if against is None else [subject, against]
     subjects = open_each(words, cache_dir=cache_dir(), checkpoint=checkpoint)
+    pairs = permutations(subjects, 2)
+    beside = [pair for pair in pairs if pair[0].kind == "eager" and pair[1].plan is not None]
+    if not beside:
+        output.refuse_idle("sides other than eager and an engine", {"weights"})
     if weights == "engine":
-        for one, other in permutations(subjects, 2):
-            if one.kind == "eager" and other.plan is not None:
-                refuse_other_weights(one, other)
+        for one, other in beside:
+            refuse_other_weights(one, other)
     tokenizer = next((one.tokenizer for one in subjects if one.tokenizer is not None), None)
     vocab = min(one.config.vocab_size for one in subjects)
     read = read_windows(text, vocab=vocab, tokenizer=tokenizer, window=window, limit=windows)
     longest = max(len(each.ids) for each in read)
     positions = min(one.config.max_position_embeddings for one in subjects)
-    if longest > positions:
-        raise click.UsageError(
-            f"--window {window} gives one of {longest} tokens, the model was made for {positions}; "
-            f"--window {positions} is the longest"
-        )
+    refuse_longer(f"a window of {text.name!r}", longest, positions, "--window")
     plans = [one.plan for one in subjects]
     with ExitStack() as stack:
         sides = []

@@ -206,7 +206,15 @@ def refuse_idle(action: str, idle: Collection[str]) -> None:
     for one in context.command.params:
         was_given = context.get_parameter_source(str(one.name)) is ParameterSource.COMMANDLINE
         if was_given and one.name in idle:
-            raise click.UsageError(f"{one.opts[0]} says nothing to {action}; leave it out")
+            given = " ".join([one.opts[0], *_words(context.params[str(one.name)])])
+            raise click.UsageError(f"{given} says nothing to {action}; leave it out")
+
+
+def _words(value: object) -> list[str]:
+    """The value of an option as it was given; a flag has none."""
+    if isinstance(value, bool):
+        return []
+    return [", ".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
 def bytes_text(count: float) -> str:

@@ -12,7 +12,7 @@ the opening of the assistant's turn. Empty lines are skipped.
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -92,24 +92,23 @@ def read_rows(
     return rows
 
 
-def refuse_longer(rows: Sequence[Row], most: int, name: str) -> None:
-    """Refuse rows with more tokens than a model has positions.
+def refuse_longer(what: str, tokens: int, most: int, option: str) -> None:
+    """Refuse what has more tokens than a model has positions.
 
     Args:
-        rows: Of the file.
+        what: `line 3 of 'a.jsonl'`.
+        tokens: How many it has.
         most: Positions that the model was made for.
-        name: Of the file, for the message.
+        option: Of the command, which cuts to so many.
 
     Raises:
-        DataError: One is longer.
+        DataError: It has more.
     """
-    for row in rows:
-        if len(row.ids) > most:
-            raise DataError(
-                f"line {row.line} of {name!r} has {len(row.ids)} tokens, the model was made for "
-                f"{most}",
-                hint=f"--max-tokens {most} cuts rows to that, and less takes less memory",
-            )
+    if tokens > most:
+        raise DataError(
+            f"{what} has {tokens} tokens, the model was made for {most}",
+            hint=f"{option} {most} cuts to that, and less takes less memory",
+        )
 
 
 class _BadLineError(Exception):

@@ -192,18 +192,21 @@ def _rows(
     held = [one.opened.about for one in pair if isinstance(one.opened, Recorded)]
     if held and settings.data == SAMPLE:
         most = settings.max_tokens
-        rows = [replace(row, ids=row.ids[:most]) for row in held[0].each()]
-        return rows[: settings.samples], held[0].data
-    rows = read_rows(
-        settings.data,
-        vocab=pair[0].config.vocab_size,
-        tokenizer=tokenizer,
-        samples=settings.samples,
-        max_tokens=settings.max_tokens,
-    )
+        rows = [replace(row, ids=row.ids[:most]) for row in held[0].each()][: settings.samples]
+        name = held[0].data
+    else:
+        name = settings.data.name
+        rows = read_rows(
+            settings.data,
+            vocab=pair[0].config.vocab_size,
+            tokenizer=tokenizer,
+            samples=settings.samples,
+            max_tokens=settings.max_tokens,
+        )
     positions = min(one.config.max_position_embeddings for one in pair)
-    refuse_longer(rows, positions, settings.data.name)
-    return rows, settings.data.name
+    for row in rows:
+        refuse_longer(f"line {row.line} of {name!r}", len(row.ids), positions, "--max-tokens")
+    return rows, name
 
 
 def record(settings: Settings, path: Path, advance: Advance = lambda _: None) -> About:

@@ -129,7 +129,7 @@ def test_twelve_gigabytes_are_calibrated_in_three(large: tuple[Path, int], tmp_p
     ids = [[(7 * i + 13 * j + i * j * j) % 157_000 for j in range(128)] for i in range(4)]
     rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
 
-    options = ("--int4", "search", "--loss", "matrix", "--fallback-below", 64)
+    options = ("--int4", "search", "--fallback-below", 64)
     done = run(
         "calibrate", path, "--data", rows, "--recipe", "int4-all", *options,
         "--min-tokens-per-expert", 0, "-o", tmp_path / "c",

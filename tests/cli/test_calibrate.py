@@ -131,7 +131,7 @@ def test_a_silent_expert_is_crossed_on_the_page() -> None:
         (b"[" * (17 << 20), "line 1: it is longer than 16 MiB"),
         (
             json.dumps({"input_ids": [1] * 8193}).encode(),
-            "'bad.jsonl:1' has 8193 tokens, the model was made for 8192",
+            "line 1 of 'bad.jsonl' has 8193 tokens, the model was made for 8192",
         ),
     ],
 )
@@ -197,6 +197,37 @@ def test_what_cannot_be_is_answered_in_words(
     assert said in answer
     assert "Traceback" not in answer
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "refused"),
+    [
+        ("fp8", "--int4 search", "recipe 'fp8', which has no INT4 matrix"),
+        ("int4", "--fp8 gptq", "recipe 'int4', which has no FP8 matrix"),
+        ("int4", "--int4 search --loss matrix", "recipe 'int4' where gptq rounds nothing"),
+        ("fp8", "--fp8 nearest --loss model", "recipe 'fp8' where gptq rounds nothing"),
+        ("fp8", "--observer mse", "recipe 'fp8', which has no static scales of inputs"),
+        ("int4", "--percentile 99.0", "recipe 'int4', which has no static scales of inputs"),
+        ("fp8-static", "--percentile 99.0", "--observer absmax"),
+        (
+            "int4",
+            "--int4 nearest --fallback-below 9",
+            "recipe 'int4' where no expert is rounded by data",
+        ),
+    ],
+)
+def test_an_option_that_decides_nothing_is_refused(
+    recipe: str, options: str, refused: str, small: Path, rows: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    words = options.split()
+    given = ("calibrate", small, "--data", rows, "--recipe", recipe, *words, "-o", tmp_path / "c")
+
+    assert _run(*given) == 2
+
+    idle = " ".join(words[-2:])
+    assert f"{idle} says nothing to {refused}; leave it out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_recipes_are_listed_and_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,10 +204,10 @@ def test_inspect_diff_names_fields_and_files(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--target", "spark"), "--target says nothing to a list of contents; leave it out"),
+        (("--target", "spark"), "--target spark says nothing to a list of contents; leave it out"),
         (("--schedule", "--layers"), "--layers says nothing to --schedule; leave it out"),
-        (("--plan", "--html", "x.html"), "--html says nothing to --plan; leave it out"),
-        (("--layers", "--batch", "4"), "--batch says nothing to --layers; leave it out"),
+        (("--plan", "--html", "x.html"), "--html x.html says nothing to --plan; leave it out"),
+        (("--layers", "--batch", "4"), "--batch 4 says nothing to --layers; leave it out"),
     ],
 )
 def test_inspect_refuses_what_it_would_not_look_at(

@@ -267,3 +267,34 @@ def test_the_command_tells_both_sides_and_judges_their_ratio(
     assert "the perplexity may be" in said.err
     assert "ratio of perplexities" in said.out
     assert "--max-ratio needs --against" in lonely.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (
+            ["--window", "5000"],
+            3,
+            "a window of 'rows.jsonl' has 4097 tokens, the model was made for 4096",
+        ),
+        (["--weights", "checkpoint"], 2, "--weights checkpoint says nothing to sides other than"),
+        (
+            ["--weights", "engine", "--against", "SMALL"],
+            2,
+            "--weights engine says nothing to sides other than eager and an engine; leave it out",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_answered(
+    words: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps({"input_ids": [1] * 4097}), encoding="utf-8")
+    given = [word.replace("SMALL", str(checkpoint())) for word in ["SMALL", *words]]
+
+    found = main(["eval", *given, "--text", "rows.jsonl", "--progress", "none"])
+
+    told = capsys.readouterr()
+    assert (found, told.out) == (code, "")
+    assert said in told.err

@@ -1,6 +1,7 @@
 """A record says what its side said, and is refused where it cannot."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,15 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from lingc.checkpoint import SyntheticCheckpoint, write_checkpoint
 from lingc.cli import main
 from lingc.errors import DataError, IncompatibleError, InputError
+from lingc.model.config import ModelConfig
 from lingc.parity.record import RecordSide, read
 from lingc.parity.run import Settings, record, run
 from lingc.parity.side import Mode
 from tests.parity.packages import ROWS, checkpoint, engine
+from tests.programs import config
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,21 @@ def test_rows_of_a_record_need_not_be_given_again(folder: Path) -> None:
     found = run(Settings(a=str(folder / "truth"), b=str(checkpoint()), cache_dir=folder / "cache"))
 
     assert (found.data, len(found.lines)) == ("rows.jsonl", len(ROWS))
+
+
+def test_rows_of_a_record_are_held_to_the_positions_of_the_other_side(
+    folder: Path, tmp_path: Path
+) -> None:
+    most = len(ROWS[0]) - 1
+    short = ModelConfig.from_dict({**config("tiny").raw, "max_position_embeddings": most})
+    other = write_checkpoint(SyntheticCheckpoint(short, 1), tmp_path / "short")
+    sides = Settings(a=str(folder / "truth"), b=str(other), cache_dir=folder / "cache")
+
+    with pytest.raises(DataError, match=rf"line 1 of 'rows.jsonl' .* was made for {most}"):
+        run(sides)
+
+    found = run(replace(sides, max_tokens=most))
+    assert len(found.lines) == len(ROWS)
 
 
 def test_a_row_answers_for_its_beginnings_and_no_other_for_it(folder: Path) -> None:
