@@ -31,6 +31,10 @@ STACKED_CUDA = 1 << 27
 """The same on a GPU, where launches are."""
 
 
+_SLOPE_ROWS = 256
+"""Rows whose products are made into gradients at a time."""
+
+
 class _Part(NamedTuple):
     """One SwiGLU, `model.layers.1.mlp.experts.3`, and whose tokens it reads.
 
@@ -368,16 +372,26 @@ def swiglu_slopes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inside of silu(n G^T) * (n U^T): it, and the gradients of both products, f32 [T, F] each.
 
+    Besides these and `behind`, which may be gigabytes together, no more is held than of some rows.
+
     Args:
         n: f32 [T, D].
         gate: G, f32 [F, D].
         up: U, f32 [F, D].
         behind: Gradient of the product, f32 [T, F].
     """
-    a, u = functional.linear(n, gate), functional.linear(n, up)
-    share = torch.sigmoid(a)
-    inner = a * share
-    return inner * u, behind * u * share * (1 + a * (1 - share)), behind * inner
+    of_gate, product = functional.linear(n, gate), functional.linear(n, up)
+    of_up = torch.empty_like(product)
+    for first in range(0, len(n), _SLOPE_ROWS):
+        rows = slice(first, first + _SLOPE_ROWS)
+        a, u, back = of_gate[rows], product[rows], behind[rows]
+        share = torch.sigmoid(a)
+        inner = a * share
+        slope = back * u * share * (1 + a * (1 - share))
+        of_up[rows] = back * inner
+        product[rows] = inner * u  # a and u are read no more
+        of_gate[rows] = slope
+    return product, of_gate, of_up
 
 
 def swiglu_modules(name: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lingc.calibrate import layer, matrices, rounder
-from lingc.calibrate.layer import swiglu_modules
+from lingc.calibrate.layer import swiglu_modules, swiglu_slopes
 from lingc.calibrate.matrices import Made, Method, runs_of
 from lingc.calibrate.rounder import Rounder, Watch
 from lingc.calibrate.run import Settings, calibrate
@@ -95,3 +95,25 @@ def test_the_values_of_a_run_of_rows_are_not_held_while_the_next_is_rounded(
     calibrate(small, recipe, read(rows), tmp_path / "out", settings)
 
     assert held == [0, 0, 0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
+def test_slopes_of_a_swiglu_hold_what_they_give_and_little_more() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, width = 4096, 4096
+    n = torch.randn(rows, 16, generator=draw)
+    gate, up = (torch.randn(width, 16, generator=draw) for _ in range(2))
+    behind = torch.randn(rows, width, generator=draw)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status_bytes("VmRSS")
+
+    found = swiglu_slopes(n, gate, up, behind)
+
+    given = sum(one.nbytes for one in found)
+    assert given == 3 * rows * width * 4
+    assert _status_bytes("VmHWM") - before < 1.5 * given
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
