@@ -14,7 +14,7 @@ The samples run through the layers as they are, then the gradients back, layer b
 A killed run goes on with the layer that it was in: a file that has its name is whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,9 @@ SEED = 0
 
 _WORDS = 8192
 """Rows of the head that are multiplied at a time: all of it may be gigabytes."""
+
+TOGETHER = 4096
+"""Tokens of samples that are held while the head is read: it is read thrice for so many."""
 
 _PLAIN = Recipe(name="plain", summary="nothing is rounded", activations="plain", rules=())
 
@@ -120,29 +123,61 @@ class Gradients:
         config, device = self._config, self._job.device
         stream = self._there("plain", config.num_hidden_layers)
         slope = self._new("slope-new")
-        norm = weight_of(self._job.source, "model.norm", device)
+        weight = weight_of(self._job.source, "model.norm", device)
         draw = torch.Generator().manual_seed(SEED)
-        for rows in self._spans():
+
+        def normed(rows: slice) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 x = stream[rows].to(device).requires_grad_()
-                n = functional.rms_norm(x, (x.shape[-1],), norm, config.rms_norm_eps)
-            drawn = torch.rand(len(x), generator=draw, dtype=torch.float64).to(device)
-            slope[rows] = torch.autograd.grad(n, x, self._of_logits(n.detach(), drawn))[0]
+                return x, functional.rms_norm(x, (x.shape[-1],), weight, config.rms_norm_eps)
+
+        for group in self._groups():
+            first, end = group[0].start, group[-1].stop
+            n = torch.empty(end - first, config.hidden_size, device=device)
+            drawn = torch.empty(end - first, dtype=torch.float64)
+            own = [slice(rows.start - first, rows.stop - first) for rows in group]
+            for rows, mine in zip(group, own, strict=True):
+                n[mine] = normed(rows)[1].detach()
+                drawn[mine] = torch.rand(len(n[mine]), generator=draw, dtype=torch.float64)
+            gradient = self._of_logits(n, drawn.to(device), own)
+            for rows, mine in zip(group, own, strict=True):
+                x, y = normed(rows)
+                slope[rows] = torch.autograd.grad(y, x, gradient[mine])[0]
         slope.rename(self._path("slope", config.num_hidden_layers - 1))
 
-    def _of_logits(self, n: Tensor, drawn: Tensor) -> Tensor:
-        """(p - e_y) W over the vocabulary, in parts; y is where the sum of p passes `drawn`."""
+    def _groups(self) -> Iterator[list[slice]]:
+        """Samples that the head is read for together: neighbours that have few enough tokens."""
+        group: list[slice] = []
+        for rows in self._spans():
+            if group and rows.stop - group[0].start > TOGETHER:
+                yield group
+                group = []
+            group.append(rows)
+        yield group
+
+    def _of_logits(self, n: Tensor, drawn: Tensor, samples: Sequence[slice]) -> Tensor:
+        """(p - e_y) W over the vocabulary, in parts; y is where the sum of p passes `drawn`.
+
+        Args:
+            n: Normed outputs of the last layer, f32 [T, D].
+            drawn: From 0 to 1, f64 [T].
+            samples: Rows of each. Products are made of one after the other: what comes of a sample
+                must not hang on those beside it.
+        """
         whole = torch.full((len(n),), -torch.inf, device=n.device)
         for words in self._words():
-            whole = torch.logaddexp(whole, torch.logsumexp(n @ words.T, dim=1))
+            for rows in samples:
+                part = torch.logsumexp(n[rows] @ words.T, dim=1)
+                whole[rows] = torch.logaddexp(whole[rows], part)
         gradient, below = torch.zeros_like(n), torch.zeros_like(drawn)
         chosen = torch.zeros(len(n), dtype=torch.int64, device=n.device)
         for words in self._words():
-            p = torch.exp(n @ words.T - whole.unsqueeze(1))
-            gradient += p @ words
-            reached = p.double().cumsum(1) + below.unsqueeze(1)
-            chosen += (reached < drawn.unsqueeze(1)).sum(1)
-            below = reached[:, -1]
+            for rows in samples:
+                p = torch.exp(n[rows] @ words.T - whole[rows].unsqueeze(1))
+                gradient[rows] += p @ words
+                reached = p.double().cumsum(1) + below[rows].unsqueeze(1)
+                chosen[rows] += (reached < drawn[rows].unsqueeze(1)).sum(1)
+                below[rows] = reached[:, -1]
         first = 0
         for words in self._words():
             mine = (chosen.clamp(max=self._config.vocab_size - 1) - first).clamp(min=-1)

@@ -1,5 +1,6 @@
 """Gradients that go back layer by layer are those of the whole model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from torch import Tensor
 from lingc.calibrate import gradients
 from lingc.calibrate.gradients import SEED, Gradients
 from lingc.calibrate.layer import swiglu_slopes
-from lingc.calibrate.matrices import Method, count_matrices
+from lingc.calibrate.matrices import Method, count_matrices, runs_of
 from lingc.calibrate.rounder import Job
 from lingc.calibrate.run import embedded
 from lingc.calibrate.samples import lengths
 from lingc.calibrate.spill import Spill, Tokens
 from lingc.checkpoint import Checkpoint
+from lingc.checkpoint.source import Source
 from lingc.model.loading import from_source
 from lingc.quantize.recipes import load_recipe
 from tests.calibrate.conftest import read
@@ -101,6 +103,33 @@ def test_gradients_are_those_of_the_whole_model(
             assert error < 1e-4, (kind, layer)
 
 
+def test_the_head_is_read_thrice_for_samples_together_to_the_same_bytes(
+    small: Checkpoint, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def watched(source: Source, module: str, count: int, device: torch.device) -> Iterator[Tensor]:
+        counts.append(count)
+        return runs_of(source, module, count, device)
+
+    monkeypatch.setattr(gradients, "runs_of", watched)
+    monkeypatch.setattr(gradients, "_WORDS", 24)
+    made: dict[int, bytes] = {}
+    reads: dict[int, int] = {}
+    for most in (1, 50, 4096):
+        monkeypatch.setattr(gradients, "TOGETHER", most)
+        counts.clear()
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        Made(small, rows, folder).run()
+        made[most], reads[most] = (folder / "slope-0002.f32").read_bytes(), len(counts)
+
+    assert reads[1] == 3 * 12  # samples
+    assert 3 < reads[50] < reads[1]
+    assert reads[4096] == 3
+    assert made[1] == made[50] == made[4096]
+
+
 def test_a_second_run_does_nothing_and_counts_the_same(
     small: Checkpoint, rows: Path, tmp_path: Path
 ) -> None:
@@ -158,3 +187,24 @@ def test_slopes_of_a_swiglu_are_those_of_autograd() -> None:
 
     for got, truth in zip(found, (product.detach(), *want), strict=True):
         torch.testing.assert_close(got, truth)
+
+
+def _slopes_at_once(n: Tensor, gate: Tensor, up: Tensor, behind: Tensor) -> list[Tensor]:
+    a, u = n @ gate.T, n @ up.T
+    share = torch.sigmoid(a)
+    inner = a * share
+    return [inner * u, behind * u * share * (1 + a * (1 - share)), behind * inner]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 5), (9, 5), (256, 44), (1001, 45)])
+def test_slopes_by_runs_of_rows_are_those_at_once_to_the_bit(rows: int, width: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    shapes = ((rows, 24), (width, 24), (width, 24), (rows, width))
+    given = [torch.randn(shape, generator=draw) for shape in shapes]
+    before = [one.clone() for one in given]
+
+    found = swiglu_slopes(*given)
+
+    for got, truth in zip(found, _slopes_at_once(*given), strict=True):
+        assert torch.equal(got, truth)
+    assert all(map(torch.equal, given, before))
