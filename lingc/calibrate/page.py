@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from lingc import __version__
 from lingc.calibrate.coverage import Coverage
@@ -22,6 +23,7 @@ def render(document: Mapping[str, Any], covered: Coverage) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["at_dots"] = _at_dots
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     matrices = document["matrices"]
     made = [one for one in matrices if one["how"] == "calibrated"]
@@ -74,6 +76,11 @@ def heat_map(counts: Sequence[int]) -> str:
         f'<svg viewBox="0 0 {width} {height}" style="max-width:{2 * width}px" role="img" '
         f'aria-label="tokens of {len(counts)} experts">{"".join(cells)}</svg>'
     )
+
+
+def _at_dots(name: str) -> Markup:
+    """A name that may be broken behind its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _median(values: Sequence[float]) -> float | None:
