@@ -81,6 +81,7 @@ def make(
     lowering = Lowering(builder, plan, target, plugins, weights=weights)
     files: dict[str, bytes] = {TABLE: plugins.data}
     reports: dict[str, Any] = {}
+    faults: dict[str, list[str]] = {}
     constants: dict[str, Any] = {}
     embedded: set[str] = set()
     read: set[str] = set()
@@ -95,7 +96,10 @@ def make(
             files[engine_file(phase)] = made.rest
             constants[phase] = to_value(made)
             messages = [text for _, text in builder.log.messages[begin:]]
-            reports |= _reported(messages, network, builder)
+            found = _reported(messages, network, builder)
+            reports |= found.report
+            if found.faults:
+                faults[phase] = found.faults
             embedded |= network.embedded
             read |= network.inputs
             advance(1)
@@ -108,6 +112,7 @@ def make(
         "table": TABLE,
         "table_sha256": plugins.digest,
         "report": REPORT,
+        "faults": faults,
         "buckets": [{"phase": one.phase, "sizes": dict(one.axes)} for one in sizes(plan)],
         "calls": {
             phase: sorted({number for number in numbers if number is not None})
@@ -129,11 +134,24 @@ def make(
     return Made(files=files, info=info, kernels=plugins.kernels, producer=producer)
 
 
-def _reported(messages: Sequence[str], network: Network, builder: Backend) -> dict[str, Any]:
-    """What TensorRT says of an engine, by its phase; an engine that is not what was meant is none.
+@dataclass(frozen=True, slots=True)
+class _Reported:
+    """What the log of a build said.
+
+    Attributes:
+        report: The layers, by the phase; empty where they cannot be read.
+        faults: What was made otherwise than was meant, or cannot be told, in sentences.
+    """
+
+    report: Mapping[str, Any]
+    faults: list[str]
+
+
+def _reported(messages: Sequence[str], network: Network, builder: Backend) -> _Reported:
+    """What TensorRT says of an engine; one of RTX that is not what was meant is none.
 
     How standard TensorRT lists layers was never seen: what cannot be read, or is not what its other
-    flavour makes, is told and does not end a build that takes a GPU. What can be read is kept.
+    flavour makes, is told, kept in the package, and does not end a build that takes a GPU.
 
     Raises:
         StageError: The log does not list the layers.
@@ -146,14 +164,15 @@ def _reported(messages: Sequence[str], network: Network, builder: Backend) -> di
         if is_known:
             raise
         log.warning("%s; the engine is kept, and how it was fused is not known", error.problem)
-        return {}
+        return _Reported({}, [f"{error.problem}: how it was fused is not known"])
+    faults = report.faults(found, network)
     try:
-        _refuse(network.phase, report.faults(found, network))
+        _refuse(network.phase, faults)
     except FusionError as error:
         if is_known:
             raise
-        log.warning("%s; the engine is kept, with the report of its layers", error.problem)
-    return {network.phase: report.to_value(found)}
+        log.warning("%s; the engine is kept, and `lingc inspect --layers` has all", error.problem)
+    return _Reported({network.phase: report.to_value(found)}, faults)
 
 
 def _refuse(phase: str, faults: Sequence[str]) -> None:

@@ -184,6 +184,8 @@ def _variant_facts(manifest: Document) -> Iterator[tuple[str, str]]:
         yield f"for {variant['target']}", f"{variant['engine']} engine on {where}"
         if "tuned_on" in variant:
             yield "tuned on", variant["tuned_on"]
+        if "faults" in variant:
+            yield "faults of the build", f"{variant['faults']}: `--layers` lists them by phase"
         in_use = variant["weights_in_use_bytes"]
         if in_use is not None:
             yield "weights while it runs", bytes_text(in_use)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,21 @@ _LAYER = re.compile(r"^layers\.\d+\.")
 _SERIAL = re.compile(r"\.\d+(?=$|\.|/)")
 
 
-def read(path: Path, target: str | None = None) -> Mapping[str, Any]:
-    """The report of a package: phase -> its layers and its memory. Nothing else is read.
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What the build of an engine said of its layers.
+
+    Attributes:
+        phases: Phase -> its layers and its memory, of those whose log could be read.
+        faults: Phase -> what was made otherwise than was meant, or cannot be told, in sentences.
+    """
+
+    phases: Mapping[str, Any]
+    faults: Mapping[str, Sequence[str]]
+
+
+def read(path: Path, target: str | None = None) -> Layers:
+    """The report of a package. Nothing else is read.
 
     Raises:
         IncompatibleError: It is no TensorRT engine.
@@ -35,16 +49,17 @@ def read(path: Path, target: str | None = None) -> Mapping[str, Any]:
             "launches",
         )
     try:
-        name = variant_info(root, manifest, target)["report"]
+        info = variant_info(root, manifest, target)
+        name = info["report"]
         entry = manifest.files[f"variants/{target}/{name}"]
         value = json.loads(unpacked(read_listed(root, entry), name, TABLE_BYTES))
-        found: Mapping[str, Any] = value["phases"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        faults = {phase: [*map(str, told)] for phase, told in info.get("faults", {}).items()}
+        return Layers(value["phases"], faults)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"the layers of {str(path)!r} cannot be read: {error}",
             hint="`lingc verify` lists everything that is wrong",
         ) from error
-    return found
 
 
 def show(out: Output, path: Path, phase: str, target: str | None = None) -> None:
@@ -53,18 +68,17 @@ def show(out: Output, path: Path, phase: str, target: str | None = None) -> None
     Raises:
         UsageError: The engine has no such phase.
     """
-    phases = read(path, target)
-    if phase not in phases:
+    found = read(path, target)
+    faults = found.faults.get(phase, ())
+    if phase not in found.phases and not (faults and out.as_json):
         raise UsageError(
             f"{str(path)!r} has no layers of a {phase!r} engine",
-            hint=f"it has those of: {', '.join(phases)}"
-            if phases
-            else "TensorRT's log could not be read when it was built, as the build said",
+            hint=next(iter(faults), f"it has those of: {', '.join(found.phases) or 'none'}"),
         )
     if out.as_json:
-        out.emit({"path": str(path), "phases": phases})
+        out.emit({"path": str(path), "phases": found.phases, "faults": found.faults})
         return
-    report = phases[phase]
+    report = found.phases[phase]
     plugins = sum(bool(layer["op"]) for layer in report["layers"])
     out.table(
         (phase, ""),
@@ -76,6 +90,8 @@ def show(out: Output, path: Path, phase: str, target: str | None = None) -> None
         ],
     )
     out.table(("count", "kind", "made of", "inputs", "constants"), list(folded(report)))
+    if faults:
+        out.table(("made otherwise than was meant",), [(one,) for one in faults])
 
 
 def folded(report: Mapping[str, Any]) -> Iterator[tuple[int, str, str, str, str]]:

@@ -36,8 +36,9 @@ def read(path: Path, target: str | None = None) -> tuple[Plan, LaunchTable]:
     variant = manifest.variants[target]
     if variant.engine != "cuda":
         raise IncompatibleError(
-            f"{str(path)!r} is an engine of kind {variant.engine!r}, which launches no kernels",
-            hint="`lingc inspect --plan` shows what it computes",
+            f"{str(path)!r} is an engine of kind {variant.engine!r}, whose steps are no launches",
+            hint="`lingc inspect --plan` shows what it computes"
+            + (", `--layers` what TensorRT made of it" if variant.engine == "tensorrt" else ""),
         )
     plan, checks = judge_plan(root, manifest)
     entry = manifest.files.get(f"variants/{target}/{TABLE}")

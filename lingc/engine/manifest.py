@@ -52,6 +52,7 @@ SCHEMA: Mapping[str, Shape] = {
             "engine": "engine",
             "weights_in_use_bytes": Maybe("count"),
             "tuned_on": Absent("text"),
+            "faults": Absent("count"),
             "runs_on": Open(
                 {
                     "os": "texts",

@@ -77,7 +77,13 @@ def variant(info: Mapping[str, Any]) -> dict[str, Any]:
         "runs_on": info.get("runs_on"),
         "weights_in_use_bytes": in_use,
     }
-    return {**said, "tuned_on": info["tuned_on"]} if "tuned_on" in info else said
+    if "tuned_on" in info:
+        said["tuned_on"] = info["tuned_on"]
+    faults = info.get("faults")
+    told = faults.values() if isinstance(faults, Mapping) else ()
+    if count := sum(len(one) for one in told if isinstance(one, list)):
+        said["faults"] = count
+    return said
 
 
 def _op_counts(program: Program) -> Mapping[str, int]:

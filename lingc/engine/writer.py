@@ -27,7 +27,8 @@ class Contents:
         variants: Target -> file name -> bytes; a name may have folders in it.
         variant_info: Target -> what its backend must know, written as `variant.json`. `engine`
             (the kind) and `runs_on` (`os`, `arch`: lists; `libraries`: module name -> versions)
-            stand in the manifest too, as does `tuned_on` where it is; the rest is the backend's.
+            stand in the manifest too, as do `tuned_on` where it is and the number of `faults`;
+            the rest is the backend's.
         weights: Shards that are already written, moved in and named by their digest; None where
             the weights stay outside and are bound from a checkpoint.
         kernels: Digest -> bytes of `kernels/`: device code that variants of several targets share.

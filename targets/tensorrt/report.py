@@ -21,7 +21,12 @@ CUSTOM = "custom_layer"
 """A call of a plugin, as TensorRT for RTX names it."""
 
 _LAYERS, _ROW = "Layers:", "Name: "
-_TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)")
+_OPERAND = "{ Name: "
+_DIM = r"-?\d{1,18}"
+_TENSOR = re.compile(
+    rf"{re.escape(_OPERAND)}.*?, Dimensions: \[((?:{_DIM}(?:,{_DIM})*)?)\].*?Datatype: (\w+)"
+)
+_OPERANDS = ("Inputs", "Constants", "Outputs")
 _FIELD = re.compile(r"(?:^|, )(LayerType|Inputs|Constants|Outputs|TacticName|Metadata): ")
 _BETWEEN = "\x1f"
 """Between the metadata of two layers that were fused."""
@@ -158,11 +163,8 @@ def _layer(row: str, roles: Mapping[str, str]) -> Layer:
     """A row of the log: `Name: …, LayerType: …, Inputs: [ … ], …, Metadata: …`."""
     parts = _FIELD.split(row.removeprefix(_ROW))
     found = dict(zip(parts[1::2], parts[2::2], strict=True))
-    if {"LayerType", "Inputs", "Constants", "Outputs", "Metadata"} - found.keys():
-        raise StageError(
-            f"a layer of the build log cannot be read: {row[:200]!r}",
-            hint="another version of TensorRT logs otherwise; docs/tensorrt.md names those known",
-        )
+    if {"LayerType", *_OPERANDS, "Metadata"} - found.keys():
+        raise _unreadable(row)
     origins = _origins(found["Metadata"])
     kind = found["LayerType"]
     role = roles.get(origins[0], "") if kind == CUSTOM and origins else ""
@@ -171,16 +173,30 @@ def _layer(row: str, roles: Mapping[str, str]) -> Layer:
         kind=kind,
         origins=origins,
         op=role.removeprefix(PLUGIN),
-        inputs=_operands(found["Inputs"]),
-        constants=_operands(found["Constants"]),
-        outputs=_operands(found["Outputs"]),
+        **{name.lower(): _operands(found[name], row) for name in _OPERANDS},
     )
 
 
-def _operands(text: str) -> tuple[Operand, ...]:
+def _operands(text: str, row: str) -> tuple[Operand, ...]:
+    """The tensors of a list, each of them or none.
+
+    Raises:
+        StageError: One cannot be read, with its row.
+    """
+    listed = _TENSOR.findall(text)
+    # A tensor of another form is passed over, or read together with the one behind it.
+    if len(listed) != text.count(_OPERAND) or (not listed and text.strip() != "[]"):
+        raise _unreadable(row)
     return tuple(
-        Operand(dtype=dtype, shape=tuple(int(d) for d in dims.split(",") if d))
-        for dims, dtype in _TENSOR.findall(text)
+        Operand(dtype=dtype, shape=tuple(map(int, dims.split(","))) if dims else ())
+        for dims, dtype in listed
+    )
+
+
+def _unreadable(row: str) -> StageError:
+    return StageError(
+        f"a layer of the build log cannot be read: {row[:200]!r}",
+        hint="another version of TensorRT logs otherwise; docs/tensorrt.md names those known",
     )
 
 

@@ -1,15 +1,19 @@
 """What TensorRT makes of the networks, fused layer by fused layer, and how it is shown."""
 
 import json
+import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lingc.cli import layers
-from lingc.engine import canonical
+from lingc.cli import layers, main
+from lingc.engine import Contents, canonical, write_package
 from lingc.errors import LingcError
+from lingc.plan import Plan, dumps
 from tests.tensorrt.engines import SAMPLE, STATIC, has_rtx, networks
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tensorrt"
@@ -85,18 +89,135 @@ def test_what_a_recipe_stores_with_one_scale_is_multiplied_in_fp8() -> None:
         assert not [row for row in rows if "fp8_linear" in row], phase
 
 
+LAYERS = {"layers": [], "activation_bytes": 1, "weight_bytes": 2, "scratch_bytes": 3}
+UNREAD = "the build of 'decode' listed its layers 0 times, not once"
+
+
+def written(folder: Path, phases: Any, faults: Any) -> Path:
+    """A package whose build said that of its layers; it has nothing else."""
+    plan = Plan(
+        config={}, precision="bf16", target="h20", activation="bf16", page_size=16, max_draft=0,
+        states={}, weights={}, programs={},
+    )  # fmt: skip
+    report = lzma.compress(canonical.encode({"format": 1, "phases": phases}))
+    needs = {"os": ["linux"], "arch": ["x86_64"], "libraries": {}}
+    info = {"engine": "tensorrt", "runs_on": needs, "report": "report.json.xz", "faults": faults}
+    request = {"precision": "bf16", "target": "h20", "engine": "tensorrt", "page_size": 16}
+    contents = Contents(
+        plan=dumps(plan), model_files={"config.json": b"{}\n"},
+        variants={"h20": {"report.json.xz": report}}, variant_info={"h20": info}, weights=None,
+        architecture="BailingMoeV2_5ForCausalLM", checkpoint=None,
+        request={**request, "max_draft": 0}, passes=(), quant={}, producer={},
+    )  # fmt: skip
+    write_package(folder, contents)
+    return folder
+
+
+def test_what_was_fused_otherwise_is_counted_by_inspect_and_listed_by_phase(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = {"decode": ["a: the INT4 matrix is dequantized apart", "b: not one call"]}
+    made = written(tmp_path / "h20.ling", {"decode": LAYERS, "draft": LAYERS}, faults)
+
+    assert main(["inspect", str(made)]) == 0
+    assert re.search(r"faults of the build +2: `--layers` lists them", capsys.readouterr().out)
+    assert main(["inspect", str(made), "--layers"]) == 0
+    shown = capsys.readouterr().out
+    assert all(one in shown for one in ("made otherwise than was meant", *faults["decode"]))
+    assert main(["inspect", str(made), "--layers", "--phase", "draft"]) == 0
+    assert "otherwise" not in capsys.readouterr().out
+    assert main(["inspect", str(made), "--layers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["faults"] == faults
+    assert main(["verify", str(made)]) == 0
+
+
+def test_nothing_is_said_of_faults_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = written(tmp_path / "h20.ling", {"decode": LAYERS}, {})
+
+    assert main(["inspect", str(made)]) == 0
+    assert "faults of the build" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("phases", "told"),
-    [({}, "TensorRT's log could not be read when it was built"), ({"draft": {}}, "of: draft")],
+    ("phases", "faults", "told"),
+    [
+        ({}, {"decode": [UNREAD]}, UNREAD),
+        ({"draft": LAYERS}, {"decode": [UNREAD]}, UNREAD),
+        ({"draft": LAYERS}, {}, "it has those of: draft"),
+        ({}, {}, "it has those of: none"),
+    ],
 )
 def test_layers_that_no_log_listed_are_named(
-    phases: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phases: Any, faults: Any, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out: Any = None
-    monkeypatch.setattr(layers, "read", lambda *_: phases)
-    with pytest.raises(LingcError, match="has no layers of a 'decode' engine") as caught:
-        layers.show(out, tmp_path / "h20.ling", "decode")
-    assert told in str(caught.value.hint)
+    made = written(tmp_path / "h20.ling", phases, faults)
+
+    assert main(["inspect", str(made), "--layers"]) == 2
+    said = capsys.readouterr().err
+    assert "has no layers of a 'decode' engine" in said
+    assert told in said
+
+
+@pytest.mark.parametrize("faults", [["decode"], {"decode": 3}, "decode"])
+def test_faults_that_are_none_are_refused(
+    faults: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = written(tmp_path / "h20.ling", {"decode": LAYERS}, faults)
+
+    assert main(["inspect", str(made), "--layers"]) == 6
+    assert "cannot be read" in capsys.readouterr().err
+
+
+ROW = (
+    "Name: one, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [-1,256], Strides: [256,1], "
+    "Datatype: BFloat16, Format: (Linear) }, { Name: s, Dimensions: [], Datatype: Float } ], "
+    "Constants: [], Outputs: [ { Name: y, Dimensions: [-1], Datatype: Int32 }], TacticName: , "
+    "StreamId: 0, Metadata: values.y lingc.linear"
+)
+"""A layer as TensorRT for RTX 1.7 lists it."""
+
+
+def test_a_layer_is_read_whole() -> None:
+    (layer,) = parsed(ROW).layers
+
+    assert [(one.dtype, one.shape) for one in layer.inputs] == [
+        ("BFloat16", (-1, 256)),
+        ("Float", ()),
+    ]
+    assert layer.constants == ()
+    assert [(one.dtype, one.shape) for one in layer.outputs] == [("Int32", (-1,))]
+    assert layer.origins == ("values.y",)
+
+
+@pytest.mark.parametrize(
+    ("known", "other"),
+    [
+        ("[-1,256]", "[-1-256]"),
+        ("[-1,256]", "[--]"),
+        ("[-1,256]", "[-1,,256]"),
+        ("[-1,256]", "[T,256]"),
+        ("[-1,256]", "[-1, 256]"),
+        ("[-1,256]", f"[{'9' * 5000}]"),
+        ("Dimensions: [-1,256], ", ""),
+        ("Datatype: Int32", "Type: Int32"),
+        ("Constants: []", "Constants: [w:int4[8]]"),
+        ("Constants: []", "Constants: "),
+    ],
+)
+def test_a_tensor_of_another_form_makes_the_log_unreadable(known: str, other: str) -> None:
+    """It is neither left out nor a traceback."""
+    assert known in ROW
+    with pytest.raises(LingcError, match="a layer of the build log cannot be read: 'Name: one"):
+        parsed(ROW.replace(known, other))
+
+
+def parsed(row: str) -> Any:
+    from lingc.targets.tensorrt import report  # noqa: PLC0415
+
+    network: Any = SimpleNamespace(phase="decode", roles={})
+    return report.parse([f"Layers:\n{row}"], network)
 
 
 def test_what_is_no_tensorrt_engine_is_refused(tmp_path: Path) -> None:

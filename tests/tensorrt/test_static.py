@@ -55,7 +55,7 @@ def test_an_engine_has_the_scales_of_the_calibration(made: Path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_tensorrt_multiplies_fp8_by_fp8_in_every_phase(target: str, made: Path) -> None:
-    for phase, report in layers.read(made / "a.ling", target).items():
+    for phase, report in layers.read(made / "a.ling", target).phases.items():
         rows = [row for row in layers.folded(report) if row[2].startswith("fp8_static")]
         products = sum(count for count, kind, *_ in rows if kind == "gemm")
 

@@ -121,15 +121,20 @@ def test_a_log_that_cannot_be_read_is_told_and_ends_no_build(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     host()
-    files = build(Timing()).files
+    made = build(Timing())
+    files = made.files
 
     ours = [record.levelname for record in caplog.records if record.name == "lingc"]
     assert ours == ["WARNING"] * 4
     assert "the build of 'decode' listed its layers 0 times, not once" in caplog.text
     assert files["decode.engine"] == MEASURED
+    assert made.info["faults"]["decode"] == [
+        "the build of 'decode' listed its layers 0 times, not once: how it was fused is not known"
+    ]
+    assert summary.variant(made.info)["faults"] == 4
 
 
-def test_what_is_fused_otherwise_is_told_and_stays_in_the_report(
+def test_what_is_fused_otherwise_is_told_and_stays_in_the_package(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     host()
@@ -139,7 +144,8 @@ def test_what_is_fused_otherwise_is_told_and_stays_in_the_report(
             phase=network.phase, layers=(), activation_bytes=1, weight_bytes=2, scratch_bytes=3
         ),
     )  # fmt: skip
-    files = build(Timing()).files
+    made = build(Timing())
+    files, faults = made.files, made.info["faults"]
     phases = json.loads(lzma.decompress(files[tensorrt_code.REPORT]))["phases"]
 
     ours = [record.levelname for record in caplog.records if record.name == "lingc"]
@@ -147,6 +153,12 @@ def test_what_is_fused_otherwise_is_told_and_stays_in_the_report(
     assert "the decode engine is not what was lowered" in caplog.text
     assert {*phases} == {*plan(TARGET, PRECISION).programs}
     assert phases["decode"]["scratch_bytes"] == 3
+    # All of them, where the warning has the first.
+    called = sum(n is not None for n in plugins(TARGET, PRECISION).numbers["decode"])
+    assert {*faults} == {*phases}
+    assert len(faults["decode"]) == called + 1
+    assert faults["decode"][-1] == f"the engine calls 0 plugins, the network has {called}"
+    assert summary.variant(made.info)["faults"] == sum(map(len, faults.values()))
     assert files["decode.engine"] == MEASURED
 
 
