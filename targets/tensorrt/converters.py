@@ -28,7 +28,7 @@ from torch import fx
 
 from lingc import targets
 from lingc.device import Binary, Device
-from lingc.errors import InputError, LingcError, MissingExtraError, UnsupportedError
+from lingc.errors import InputError, LingcError, MissingExtraError, UnsupportedError, UsageError
 from lingc.kernel import Kernel
 from lingc.op import DTYPE_NAME, OPS, Op
 from lingc.plan import Arg, Plan, Program, Ref, Step, TensorType
@@ -83,8 +83,14 @@ def register_converters(
 
     Raises:
         MissingExtraError: Torch-TensorRT, or the TensorRT that it is for, is not installed.
-        UsageError: There is no such target.
+        UsageError: There is no such target, or a size is none.
     """
+    for size in sizes:
+        if type(size) is not int or size < 1:
+            raise UsageError(
+                f"sizes has {size!r}, and a plugin has launches for whole sizes from 1 on",
+                hint="leave it out: what has no elements needs no engine",
+            )
     try:
         trt: Any = importlib.import_module(STANDARD)
         conversion: Any = importlib.import_module("torch_tensorrt.dynamo.conversion")
@@ -153,11 +159,12 @@ class Converters:
         """Why a node cannot be converted, or None."""
         op = _op_of(node.target)
         known = EMBEDDED.get(op.name)
-        embeds = known is not None and all(_is_constant(node.args[i]) for i in known.constants)
         try:
-            args, results = list(_typed(op, node)), _results(node)
+            given = _in_order(op, node.args, node.kwargs)
+            args, results = _typed(given), _results(node)
         except UnsupportedError as error:
             return error.problem
+        embeds = known is not None and all(_is_constant(given[i]) for i in known.constants)
         return self._refusal(node.name, op, args, results, embeds=embeds)
 
     def refusal_of(self, op: Op, arguments: Sequence[Any]) -> str | None:
@@ -176,6 +183,7 @@ class Converters:
             step = program.steps[0]
             if is_native(step, program, embeds=embeds):
                 return None
+            _refuse_empty(program)
             for one in letters.sets(self.sizes):
                 given = [_bound(arg, program, dict(one)) for arg in step.args]
                 offered(op, self.target, given)
@@ -201,12 +209,14 @@ class Converters:
             The result's tensor, or a tuple of them.
 
         Raises:
-            UnsupportedError: A size is open in a way that no table can say.
+            UnsupportedError: A size is open in a way that no table can say, or a tensor that a
+                plugin takes or makes is empty.
             InputError: The op has no kernel for a size.
         """
         op, node = _op_of(target), ctx.current_node
-        given = [*args, *(kwargs[one] for one in op.arguments[len(args) :])]
-        plan, letters = self._planned(name, op, list(_typed(op, node)), _results(node))
+        given = _in_order(op, args, kwargs)
+        typed = _typed(_in_order(op, node.args, node.kwargs))
+        plan, letters = self._planned(name, op, typed, _results(node))
         program = plan.programs[PHASE]
         arrays = {
             f"{name}.{argument}": _array(value)
@@ -299,6 +309,8 @@ class Converters:
         step = program.steps[0]
         typed = [program.types[a.name] if isinstance(a, Ref) else a for a in step.args]
         is_layer = is_native(step, program, embeds=embeds)
+        if not is_layer:
+            _refuse_empty(program)
         sets = () if is_layer else tuple(letters.sets(self.sizes))
         alike = (op.name, tuple(typed), embeds, sets)
         if alike not in self._known:
@@ -358,7 +370,7 @@ class _Letters:
         """All letters with their values, for each set of values of torch's symbols.
 
         Raises:
-            InputError: There is none, or there are too many.
+            InputError: There is none, there are too many, or one leaves nothing of a size.
         """
         symbols = sorted({one for expr in self._known for one in expr.free_symbols}, key=str)
         count = len(sizes) ** len(symbols)
@@ -370,7 +382,16 @@ class _Letters:
             )
         for values in itertools.product(sizes, repeat=len(symbols)):
             given = dict(zip(symbols, values, strict=True))
-            yield tuple((letter, int(expr.subs(given))) for expr, letter in self._known.items())
+            found = {expr: int(expr.subs(given)) for expr in self._known}
+            for expr, size in found.items():
+                if size < 1:
+                    told = ", ".join(f"{symbol} is {value}" for symbol, value in given.items())
+                    raise InputError(
+                        f"a size of {expr} is {size} where {told}, and a plugin has no launches "
+                        "for it",
+                        hint="register_converters(target, sizes=...) names the values",
+                    )
+            yield tuple((letter, found[expr]) for expr, letter in self._known.items())
 
     def _dim(self, size: Any, *, made: bool) -> int | str:
         expr = size.node.expr if isinstance(size, torch.SymInt) else size
@@ -391,11 +412,43 @@ def _op_of(target: Any) -> Op:
     return OPS[target._schema.name.partition("::")[2]]
 
 
-def _typed(op: Op, node: Any) -> Iterator[Any]:
+def _in_order(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """A call's arguments in the order of the schema, by place or by name.
+
+    Other names are passed over: Torch-TensorRT adds one of its own while it converts.
+
+    Raises:
+        UnsupportedError: It is no call of the op.
+    """
+    first, more = op.arguments[: len(args)], op.arguments[len(args) :]
+    twice = [name for name in first if name in kwargs]
+    missing = [name for name in more if name not in kwargs]
+    if twice or missing or len(args) > len(op.arguments):
+        told = (
+            f"{twice[0]!r} is given twice" if twice
+            else f"{missing[0]!r} is missing" if missing
+            else f"{len(args)} are given"
+        )  # fmt: skip
+        raise UnsupportedError(f"{op.name} takes ({', '.join(op.arguments)}), and {told}")
+    return [*args, *(kwargs[name] for name in more)]
+
+
+def _typed(given: Sequence[Any]) -> list[Any]:
     """A node's arguments, other nodes as the fake tensors that stand for them."""
-    given = [*node.args, *(node.kwargs[one] for one in op.arguments[len(node.args) :])]
-    for value in given:
-        yield _fake(value) if isinstance(value, fx.Node) else value
+    return [_fake(value) if isinstance(value, fx.Node) else value for value in given]
+
+
+def _refuse_empty(program: Program) -> None:
+    """Refuse what a plugin cannot launch: TensorRT's own layers take tensors of no elements.
+
+    Raises:
+        UnsupportedError: A tensor has none.
+    """
+    for name, kind in program.types.items():
+        if 0 in kind.shape:
+            raise UnsupportedError(
+                f"{name!r} is empty, {list(kind.shape)}, and a plugin has no launches for that"
+            )
 
 
 def _fake(node: fx.Node) -> Any:

@@ -5,6 +5,7 @@ TensorRT that records for the network.
 """
 
 import lzma
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -246,6 +247,92 @@ def test_one_that_is_open_where_no_size_was_given_stays_in_pytorch(
     assert "router stays in PyTorch: 1 open sizes of 0 values each make 0 sets" in caplog.text
     assert interpret(host.registry, exported(is_open=False), host.network())
     assert [list(one.plugins.table.calls[0].choices) for one in converters.plugins] == [[()]]
+
+
+def by_name(graph: fx.GraphModule, places: int) -> fx.GraphModule:
+    """The same calls of our ops, arguments from that place on by their names, backwards."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            names = OPS[node.target._schema.name.partition("::")[2]].arguments
+            given = dict(zip(names, node.args, strict=True))
+            node.args = node.args[:places]
+            node.kwargs = {name: given[name] for name in reversed(names[places:])}
+    return graph
+
+
+@pytest.mark.parametrize("places", [0, 1, 2])
+def test_arguments_are_given_by_place_or_by_name(host: Host, places: int) -> None:
+    converters = host.converters(sizes=(8,))
+    interpret(host.registry, exported(), host.network())
+    by_place, host.trt.calls[:] = list(host.trt.calls), []
+    interpret(host.registry, by_name(exported(), places), host.network())
+
+    assert host.trt.calls == by_place
+    assert len(converters.plugins) == 1  # alike, so of one table
+
+
+@pytest.mark.parametrize("places", [0, 2])
+def test_weights_that_become_constants_are_found_by_their_names(host: Host, places: int) -> None:
+    made = plan(TARGET, "int4-all")
+    program = made.programs["decode"]
+    step = next(s for s in program.steps if is_native(s, program, embeds=True) and "int4" in s.op)
+    axes = next(one for one in sizes(made) if one.phase == "decode").axes
+    graph = node_of(step, program, {**axes, "S": 3}, weights(TARGET, "int4-all"))
+    host.converters()
+    interpret(host.registry, by_name(graph, places), host.network())
+
+    assert "add_plugin_v3" not in host.trt.calls
+    assert host.trt.calls.count("add_dequantize") == 1
+
+
+def test_what_is_no_call_of_an_op_stays_in_pytorch_and_says_why(host: Host) -> None:
+    converters, module = host.converters(), exported(is_open=False)
+    (node,) = (one for one in module.graph.nodes if one.name == "rms_norm")
+    x, weight, eps = node.args
+    for args, kwargs, told in (
+        ((x, weight), {}, "'eps' is missing"),
+        ((x, weight, eps), {"weight": weight}, "'weight' is given twice"),
+        ((x, weight, eps, eps), {}, "4 are given"),
+    ):
+        node.args, node.kwargs = args, kwargs
+        assert converters.refusal(node) == f"rms_norm takes (x, weight, eps), and {told}"
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "8"])
+def test_a_size_that_is_none_is_refused_when_converters_are_registered(
+    host: Host, wrong: Any
+) -> None:
+    with pytest.raises(UsageError, match=f"sizes has {wrong!r}, and a plugin has launches for"):
+        host.converters(sizes=(8, wrong))
+    assert not host.registry.found
+
+
+def test_what_is_empty_becomes_layers_of_tensorrt_and_no_plugin(host: Host) -> None:
+    bf16, f32 = torch.bfloat16, torch.float32
+
+    assert refused(host, "linear", (bf16, (0, 256)), (bf16, (16, 256))) == "None"
+    told = refused(
+        host, "router", (bf16, (0, 256)), (bf16, (16, 256)), (f32, (16,)),
+        literals=(4, 2, 4, 2.5, True),
+    )  # fmt: skip
+    assert told == "'router_default.x' is empty, [0, 256], and a plugin has no launches for that"
+
+
+def test_a_size_that_nothing_is_left_of_is_named(host: Host) -> None:
+    """An open size that is one less than another, of which 1 is asked for."""
+
+    class Shorter(torch.nn.Module):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor, bias: torch.Tensor) -> Any:
+            return torch.ops.lingc.router(x[1:], gate, bias, 4, 2, 4, 2.5, True)  # noqa: FBT003
+
+    given = (torch.zeros(8, 256).bfloat16(), torch.zeros(16, 256).bfloat16(), torch.zeros(16))
+    dims: Any = ({0: torch.export.Dim("T", min=4, max=64)}, None, None)
+    module: Any = torch.export.export(Shorter(), given, dynamic_shapes=dims).module()
+    (node,) = (one for one in module.graph.nodes if one.name == "router")
+
+    told = str(host.converters(sizes=(1, 8)).refusal(node))
+    assert re.search(r"a size of \w+ - 1 is 0 where \w+ is 1, and a plugin has no launches", told)
+    assert host.converters(sizes=(8,)).refusal(node) is None
 
 
 def refused(host: Host, op: str, *shapes: Any, literals: tuple[Any, ...] = ()) -> str:

@@ -91,8 +91,11 @@ def interpret(registry: Registry, graph: fx.GraphModule, network: Any) -> Conver
             converter = registry.get(node)
             assert converter is not None, node
             ctx.current_node = node
-            args = fx.map_arg(node.args, values.__getitem__)
-            values[node] = converter(ctx, node.target, args, node.kwargs, node.name)
+            # The interpreter gives the node a keyword of its own, and takes it back.
+            own, node.kwargs = node.kwargs, {**node.kwargs, "_itensor_to_tensor_meta": {}}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = converter(ctx, node.target, args, kwargs, node.name)
+            node.kwargs = own
         elif node.op == "output":
             for value in node.args[0]:
                 network.mark_output(values[value])
