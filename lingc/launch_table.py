@@ -16,7 +16,7 @@ One phase is of no program: `round` has the ops between the programs of a specul
 memory that `lingc.round_memory` describes and the runtime lays out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,9 @@ from lingc.errors import IncompatibleError
 
 FORMAT = 1
 """Version of the table's JSON form; a reader refuses a newer one."""
+
+MOST_BYTES = 1 << 40
+"""Of the workspaces and counters of a tactic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,53 @@ class LaunchTable:
     def launches(self, bucket: Bucket) -> int:
         """Launches of one run of a bucket."""
         return sum(len(self.tactics[i].launches) for i in bucket.tactics)
+
+
+# ------------------------------------------------------------------------------------------ checks
+
+
+def tactic_problems(tactic: TableTactic, kernels: int) -> Iterator[str]:
+    """What of a tactic no device could be told, whatever the op.
+
+    Args:
+        tactic: Of a table that was read: of any types.
+        kernels: How many the table has.
+    """
+    room = 0
+    for name, size in (*tactic.workspaces, *tactic.counters):
+        if not is_whole(size, 0, MOST_BYTES + 1):
+            yield f"the workspace {name!r} is of {size!r} bytes"
+            return
+        room += size
+    if room > MOST_BYTES:
+        yield f"its workspaces are of {room} bytes"
+    for launch in tactic.launches:
+        if not is_whole(launch.kernel, 0, kernels):
+            yield f"there is no kernel {launch.kernel!r}"
+        if not all(is_whole(size, 1, 1 << 31) for size in (*launch.grid, *launch.cluster)):
+            yield f"the grid {launch.grid} in clusters of {launch.cluster} cannot be"
+        for operand in launch.operands:
+            if not _is_operand(operand):
+                yield f"a launch takes {operand!r}, which is no operand"
+
+
+def is_whole(value: Any, least: int, end: int | None = None) -> bool:
+    """Whether it is an integer, from `least` on and below `end`."""
+    return type(value) is int and least <= value and (end is None or value < end)
+
+
+def _is_operand(value: Any) -> bool:
+    """Whether it is one, its integers those of 64 bits."""
+    match value:
+        case Place(_, offset):
+            return _is_word(offset)
+        case Counted(slots, pages, plus):
+            return _is_word(slots) and _is_word(pages) and _is_word(plus)
+    return value is None or isinstance(value, float) or _is_word(value)
+
+
+def _is_word(value: Any) -> bool:
+    return is_whole(value, -(1 << 63), 1 << 63)
 
 
 # ------------------------------------------------------------------------------------------- JSON

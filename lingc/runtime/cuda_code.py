@@ -21,6 +21,7 @@ from lingc.launch_table import (
     TablePhase,
     TableTactic,
     from_value,
+    tactic_problems,
 )
 from lingc.plan import Plan, Program, TensorType
 from lingc.round_memory import ROUND, round_program
@@ -184,13 +185,7 @@ def _facts(tactic: TableTactic) -> _Facts:
 def _tactic_problems(tactic: TableTactic, table: LaunchTable) -> Iterator[str]:
     if sum(align(size) for _, size in tactic.counters) > table.counter_bytes:
         yield f"its counters need more than {table.counter_bytes} bytes"
-    if any(size < 0 for _, size in (*tactic.counters, *tactic.workspaces)):
-        yield "a workspace has less than no bytes"
-    for launch in tactic.launches:
-        if not 0 <= launch.kernel < len(table.kernels):
-            yield f"there is no kernel {launch.kernel}"
-        if not all(1 <= size < 1 << 31 for size in (*launch.grid, *launch.cluster)):
-            yield f"the grid {launch.grid} in clusters of {launch.cluster} cannot be"
+    yield from tactic_problems(tactic, len(table.kernels))
 
 
 def _phase_problems(

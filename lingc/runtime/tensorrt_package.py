@@ -15,7 +15,7 @@ from typing import Any
 from lingc.device import Binary
 from lingc.engine import Package
 from lingc.errors import IncompatibleError, IntegrityError
-from lingc.launch_table import Bucket, Place
+from lingc.launch_table import Bucket, Place, is_whole, tactic_problems
 from lingc.plan import PHASES, Plan
 from lingc.plugin_table import Axis, Call, PluginTable, from_value
 from lingc.runtime.cuda_code import KERNEL_BYTES, TABLE_BYTES, unpacked
@@ -208,10 +208,10 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
             problem = f"it cannot be read: {error!r}"
         if problem is not None:
             raise IntegrityError(f"plugin {number}, {call.op}: {problem}", hint=HINT)
-    for tactic in table.tactics:
-        for launch in tactic.launches:
-            if not _is_whole(launch.kernel, 0, len(table.kernels)):
-                raise IntegrityError(f"{tactic.op} launches kernel {launch.kernel}, not there")
+    for number, tactic in enumerate(table.tactics):
+        problem = next(tactic_problems(tactic, len(table.kernels)), None)
+        if problem is not None:
+            raise IntegrityError(f"tactic {number}, {tactic.op}: {problem}", hint=HINT)
 
 
 def _check_kernels(table: PluginTable, kernels: set[str]) -> None:
@@ -236,21 +236,21 @@ def _call_problems(call: Call, table: PluginTable) -> Iterator[str]:
     dims = [dim for one in call.outputs for dim in one.shape]
     for axis in (*call.axes, *dims, *(one for one in (call.slots, call.rows) if one is not None)):
         if not isinstance(axis, Axis):
-            is_right = _is_whole(axis, 0)
+            is_right = is_whole(axis, 0)
         else:
-            is_right = _is_whole(axis.times, 1) and _is_whole(axis.input, 0, len(ranks))
-            is_right = is_right and _is_whole(axis.axis, 0, ranks[axis.input])
+            is_right = is_whole(axis.times, 1) and is_whole(axis.input, 0, len(ranks))
+            is_right = is_right and is_whole(axis.axis, 0, ranks[axis.input])
         if not is_right:
             yield f"it reads a size from {axis}, which is not there"
     for one in call.outputs:
-        if not _is_whole(one.place, -1, len(ranks)):
+        if not is_whole(one.place, -1, len(ranks)):
             yield f"{one.name!r} is updated in input {one.place!r}, which is not there"
     absent = {name for name, value in call.literals.items() if value is None}
     names = {name for name, _, _ in call.inputs} | {one.name for one in call.outputs} | absent
     for sizes, index in call.choices.items():
-        if len(sizes) != len(call.axes) or not all(_is_whole(size, -1) for size in sizes):
+        if len(sizes) != len(call.axes) or not all(is_whole(size, -1) for size in sizes):
             yield f"its sizes {list(sizes)} are not {len(call.axes)} numbers"
-        if not _is_whole(index, 0, len(table.tactics)):
+        if not is_whole(index, 0, len(table.tactics)):
             yield f"it names tactic {index!r}, which is not there"
             return
         tactic = table.tactics[index]
@@ -259,11 +259,6 @@ def _call_problems(call: Call, table: PluginTable) -> Iterator[str]:
             for operand in launch.operands:
                 if isinstance(operand, Place) and operand.name not in known:
                     yield f"a launch takes {operand.name!r}, which is not there"
-
-
-def _is_whole(value: Any, least: int, end: int | None = None) -> bool:
-    """Whether it is an integer, from `least` on and below `end`."""
-    return type(value) is int and least <= value and (end is None or value < end)
 
 
 def _table(data: bytes) -> PluginTable:

@@ -297,6 +297,17 @@ def unknown_operand(value: dict[str, Any]) -> None:
     value["tactics"][index]["launches"][0]["operands"][0] = {"at": "nothing"}
 
 
+def changed_tactic(**more: Any) -> Callable[[Held], None]:
+    """Of the first one, and its first launch where that has such a field."""
+
+    def change(value: dict[str, Any]) -> None:
+        tactic = value["tactics"][0]
+        for name, one in more.items():
+            (tactic if name in tactic else tactic["launches"][0])[name] = one
+
+    return lambda held: held.change_table(change)
+
+
 def _with_phase(name: str) -> Callable[[Held], None]:
     def change(held: Held) -> None:
         programs = held.plan.programs
@@ -365,6 +376,32 @@ def _changes() -> Mapping[str, tuple[Callable[[Held], None], type[LingcError], s
             lambda held: held.change_table(unknown_operand),
             IntegrityError,
             "router: a launch takes 'nothing', which is not there",
+        ),
+        "a kernel that is none": (
+            changed_tactic(kernel=-1),
+            IntegrityError,
+            r"tactic 0, \w+: there is no kernel -1",
+        ),
+        "no grid": (changed_tactic(grid=[0, 1, 1]), IntegrityError, r"the grid \(0, 1, 1\)"),
+        "a workspace of less than nothing": (
+            changed_tactic(workspaces=[["w", -1]]),
+            IntegrityError,
+            "the workspace 'w' is of -1 bytes",
+        ),
+        "workspaces that no device has": (
+            changed_tactic(workspaces=[["v", 1 << 40], ["w", 1]]),
+            IntegrityError,
+            f"its workspaces are of {(1 << 40) + 1} bytes",
+        ),
+        "a number of more than 64 bits": (
+            changed_tactic(operands=[1 << 63]),
+            IntegrityError,
+            f"a launch takes {1 << 63}, which is no operand",
+        ),
+        "a text for a number": (
+            changed_tactic(operands=[{"slots": "1", "pages": 0, "plus": 0}]),
+            IntegrityError,
+            "which is no operand",
         ),
         "tactics are missing": (table(tactics=[]), IntegrityError, "which is not there"),
     }
