@@ -27,6 +27,7 @@ from lingc.errors import IncompatibleError, IntegrityError, MissingExtraError, S
 from lingc.plan import TensorType
 from lingc.plugin_table import PluginTable
 from lingc.runtime.tensorrt_package import HINT, TensorrtCode, read_code
+from lingc.runtime.tensorrt_plugin import has_registered
 from lingc.staging import Staging, writing
 
 FORMAT = 1
@@ -125,6 +126,12 @@ def _write(folder: Path, digest: str, kind: str, data: bytes) -> None:
     (folder / f"{digest}.{kind}").write_bytes(data)
 
 
+def compilation(sources: Path, library: Path, includes: Sequence[Path]) -> tuple[str, ...]:
+    """The command that compiles the C++ plugins; docs/tensorrt.md has it for people."""
+    folders = [word for folder in includes for word in ("-isystem", str(folder))]
+    return (COMPILER, *_FLAGS, *folders, str(sources / "plugin.cpp"), "-o", str(library), "-ldl")
+
+
 def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> None:
     """Compile the C++ plugins: some seconds.
 
@@ -148,9 +155,10 @@ def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> N
                 "include/, of the installed version; cuda_runtime_api.h with CUDA, or with pip "
                 "install nvidia-cuda-runtime nvidia-cuda-crt",
             )
-    folders = [word for folder in includes for word in ("-isystem", str(folder))]
-    command = (compiler, *_FLAGS, *folders, str(sources / "plugin.cpp"), "-o", str(library), "-ldl")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    command = compilation(sources, library, includes)
+    done = subprocess.run(  # noqa: S603
+        (compiler, *command[1:]), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise StageError(
             f"{COMPILER} does not compile the plugins: {done.stderr.strip()[:600]}",
@@ -158,20 +166,26 @@ def compile_plugins(sources: Path, library: Path, includes: Sequence[Path]) -> N
         )
 
 
+_LOADED: dict[str, frozenset[str]] = {}
+"""By module, the tables of the library that it has: TensorRT's registry is one of the process, and
+takes no second plugin of a name."""
+
+
 def load_plugins(trt: Any, folder: Path, digest: str) -> None:
     """Have a deployed folder's library make the plugins of this process, in the place of Python's.
 
     It finds the tables in the same folder, unless the environment variable `LINGC_PLUGINS` names
-    others.
+    others. A process loads one library, once: a later call is served by it where it has the table.
 
     Args:
-        trt: `tensorrt` or `tensorrt_rtx`, of which Python's plugins were not registered before.
+        trt: `tensorrt` or `tensorrt_rtx`.
         folder: That `deploy` wrote.
         digest: Of the table that the engines name.
 
     Raises:
         MissingExtraError: The plugins were not compiled.
-        IncompatibleError: The folder is of another package, or TensorRT does not take the library.
+        IncompatibleError: The folder is of another package, TensorRT does not take the library, or
+            other plugins, C++ or Python's, were there before.
     """
     library = (folder / LIBRARY).resolve()  # a bare name is looked for among the system's
     if not library.is_file():
@@ -187,11 +201,27 @@ def load_plugins(trt: Any, folder: Path, digest: str) -> None:
             f"{', '.join(map(repr, map(str, folders)))}",
             hint="take the folder that `lingc deploy` writes of this package",
         )
+    loaded = _LOADED.get(trt.__name__)
+    if loaded is not None:
+        if digest in loaded:
+            return
+        raise IncompatibleError(
+            f"this process has loaded C++ plugins before, without table {digest[:12]}…, and "
+            "TensorRT takes one library of them",
+            hint="run one of the engines in another process, or name the `plugins` folders of both "
+            "in LINGC_PLUGINS, by a colon, before the first is loaded",
+        )
+    if has_registered(trt):
+        raise IncompatibleError(
+            "this process has Python's plugins, and TensorRT takes no others of the same names",
+            hint="run the C++ plugins in a process that has not built or run an engine by Python's",
+        )
     if trt.get_plugin_registry().load_library(str(library)) is None:
         raise IncompatibleError(
             f"TensorRT {trt.__version__} does not load {str(library)!r}",
             hint="its own log, above, says why; compile it against the headers of this version",
         )
+    _LOADED[trt.__name__] = frozenset(path.stem for one in folders for path in one.glob("*.json"))
 
 
 def description(package: Package, code: TensorrtCode) -> dict[str, Any]:

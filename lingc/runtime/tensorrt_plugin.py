@@ -6,6 +6,8 @@ that were handed to it, and refuses a table that it does not have. Launches go t
 driver, on the stream that TensorRT gives.
 """
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from lingc.device import Binary, Device
 from lingc.errors import IncompatibleError
 from lingc.kernel import align
 from lingc.launch_table import Counted, Operand, Place, TableTactic
-from lingc.plugin_table import Call, PluginTable, shape_of, size_of
+from lingc.plugin_table import Axis, Call, PluginTable, shape_of, size_of
 
 NAMESPACE = "lingc"
 VERSION = "1"
@@ -53,6 +55,13 @@ class Launcher:
     device: Device | None = None
     aliased: bool = False
     _binaries: dict[int, Binary] = field(default_factory=dict)
+    _timing: dict[int, str] = field(default_factory=dict)
+
+    def timing_id(self, number: int) -> str:
+        """`timing_id` of a call by its number: many plugins are of one call."""
+        if number not in self._timing:
+            self._timing[number] = timing_id(self.table, self.table.calls[number])
+        return self._timing[number]
 
     def run(
         self,
@@ -124,12 +133,48 @@ class Launcher:
         return self._binaries[index]
 
 
+def timing_id(table: PluginTable, call: Call) -> str:
+    """What TensorRT keeps a call's time under, beside the layer's shapes and types.
+
+    It is of all that the call launches, for any sizes, but for numbers that are not whole, which
+    decide nothing: so a call has one wherever it stands, and after another build too.
+    """
+    told = [table.arch, str(table.page_size), *map(_written, call.axes)]
+    told += [_written(axis) for axis in (call.slots, call.rows)]
+    told += [str(one.place) for one in call.outputs]
+    for sizes, index in sorted(call.choices.items()):
+        tactic = table.tactics[index]
+        told.append(_listed(sizes) + ":")
+        told += [f"{name}={size}" for name, size in (*tactic.workspaces, *tactic.counters)]
+        for one in tactic.launches:
+            told += [table.images[one.kernel], _listed(one.grid), _listed(one.cluster)]
+            told += [str(int(one.dependent)), *map(_written, one.operands)]
+    return f"{call.op}-{hashlib.sha256(' '.join(told).encode()).hexdigest()}"
+
+
+def _written(value: Operand | Axis) -> str:
+    match value:
+        case Axis(number, axis, times):
+            return f"{number}.{axis}*{times}"
+        case Place(name, offset):
+            return f"{name}+{offset}"
+        case Counted(slots, pages, plus):
+            return f"{slots},{pages},{plus}"
+        case float():
+            return "~"
+    return "-" if value is None else str(value)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
 _BYTES: Mapping[str, int] = {"f32": 4, "bf16": 2, "f8e4m3": 1, "i32": 4, "i64": 8, "u8": 1}
 
 
 def byte_size(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
-    return _BYTES[dtype] * int(np.prod(shape, dtype=np.int64))
+    return _BYTES[dtype] * math.prod(shape)
 
 
 def _value(operand: Operand, places: Mapping[str, int], room: tuple[int, int]) -> Any:
@@ -173,6 +218,8 @@ class OpPlugin:
         self.plugin_version = VERSION
         self.plugin_namespace = NAMESPACE
         self.num_outputs = len(self.call.outputs)
+        # Without one TensorRT times it in every build, which one that is held to a cache may not.
+        self.timing_cache_id = launcher.timing_id(number)
         self.held: list[Any] = []
         self._serialized: list[Any] = []
         self._collection: Any = None
@@ -298,13 +345,27 @@ def register(trt: Any, launcher: Launcher) -> None:
         trt: `tensorrt` or `tensorrt_rtx`.
         launcher: The table, by its digest; one of the same digest is replaced, and plugins that it
             has made stay its own.
+
+    Raises:
+        IncompatibleError: TensorRT has plugins of the same names from elsewhere, which are C++.
     """
     _TABLES[launcher.digest] = launcher
     for op in sorted({call.op for call in launcher.table.calls}):
         if (trt.__name__, op) not in _CREATORS:
             creator = creator_class(trt)(op)
+            if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
+                raise IncompatibleError(
+                    f"TensorRT has a plugin {plugin_name(op)!r} of another library, and takes no "
+                    "second one",
+                    hint="run engines by Python's plugins in a process that has not loaded C++ "
+                    "ones",
+                )
             _CREATORS[trt.__name__, op] = creator
-            trt.get_plugin_registry().register_creator(creator, NAMESPACE)
+
+
+def has_registered(trt: Any) -> bool:
+    """Whether Python's plugins are in this process."""
+    return any(module == trt.__name__ for module, _ in _CREATORS)
 
 
 def creator_class(trt: Any) -> type[Any]:

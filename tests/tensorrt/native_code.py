@@ -24,7 +24,7 @@ from lingc.engine import canonical
 from lingc.launch_table import Counted, Place, TableLaunch, TableTactic
 from lingc.plugin_table import Axis, Call, Output, PluginTable
 from lingc.runtime.tensorrt_deploy import COMPILER, write_bundle
-from lingc.runtime.tensorrt_plugin import Launcher
+from lingc.runtime.tensorrt_plugin import Launcher, timing_id
 from tests.tensorrt.engines import plugins
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -184,7 +184,8 @@ def expected(table: PluginTable, binaries: Sequence[Binary], given: dict[str, An
     launcher.run(
         call, given["shapes"], given["inputs"], given["outputs"], given["places"][0], STREAM
     )
-    return [{"workspace": table.workspace_bytes(call)}, *device.told]
+    first = {"workspace": table.workspace_bytes(call), "timing": timing_id(table, call)}
+    return [first, *device.told]
 
 
 def shapes_of(call: Call, sizes: Sequence[int], other: int) -> list[list[int]]:

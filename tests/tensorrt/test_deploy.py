@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -19,13 +20,22 @@ from lingc.errors import (
     ResourceError,
     UsageError,
 )
-from lingc.runtime import tensorrt_deploy
-from lingc.runtime.tensorrt_deploy import LIBRARY, deploy, load_plugins, source
+from lingc.runtime import tensorrt_deploy, tensorrt_plugin
+from lingc.runtime.tensorrt_deploy import (
+    COMPILER,
+    LIBRARY,
+    compilation,
+    deploy,
+    load_plugins,
+    source,
+)
+from lingc.runtime.tensorrt_plugin import Launcher, register
 from tests.tensorrt.engines import plugins
 from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
 from tests.tensorrt.test_backend import PRECISION, TARGET, Held
 
 DIGEST = "a" * 64
+DOCS = Path(__file__).parents[2] / "docs" / "tensorrt.md"
 CUDA = Path(__file__).parents[2] / "artifacts" / "engines" / "ling-2.6-flash-fp8.ling"
 
 
@@ -157,55 +167,139 @@ def test_plugins_are_compiled_where_headers_are_given(packed: Any, tmp_path: Pat
     assert (made / LIBRARY).read_bytes().startswith(b"\x7fELF")
 
 
+def test_the_command_for_people_is_the_one_that_runs() -> None:
+    said = DOCS.read_text(encoding="utf-8").replace("\\\n", "")
+    (command,) = (line for line in said.splitlines() if line.startswith(COMPILER))
+    folder = Path("spark")
+
+    assert tuple(shlex.split(command)) == compilation(
+        folder / "source", folder / LIBRARY, [Path("TENSORRT/include"), Path("CUDA/include")]
+    )
+
+
 class Registry:
     """Of a TensorRT that takes libraries, or does not."""
 
     def __init__(self, answer: object) -> None:
-        self.answer, self.loaded = answer, ""
+        self.answer = answer
+        self.loaded: list[str] = []
 
     def load_library(self, path: str) -> object:
-        self.loaded = path
+        self.loaded.append(path)
         return self.answer
+
+    def register_creator(self, _creator: object, _namespace: str) -> bool:
+        return not self.loaded
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Of a process that has no plugins yet."""
+    monkeypatch.setattr(tensorrt_deploy, "_LOADED", {})
+    monkeypatch.setattr(tensorrt_plugin, "_CREATORS", {})
+    monkeypatch.setattr(tensorrt_plugin, "_TABLES", {})
+    return Registry(object())
+
+
+@pytest.fixture
+def trt(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A TensorRT with that registry; what makes plugins is not looked at."""
+    monkeypatch.setattr(tensorrt_plugin, "creator_class", lambda _trt: lambda op: op)
+    return SimpleNamespace(
+        __name__="tensorrt", __version__="11.4.0", get_plugin_registry=lambda: registry
+    )
+
+
+def deployed(folder: Path, digest: str = DIGEST) -> Path:
+    """A folder as `deploy` writes one, as far as loading looks."""
+    (folder / "plugins").mkdir(parents=True)
+    (folder / LIBRARY).touch()
+    (folder / "plugins" / f"{digest}.json").touch()
+    return folder
 
 
 def test_a_library_that_is_not_there_or_not_taken_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trt: Any, registry: Registry, tmp_path: Path
 ) -> None:
-    registry = Registry(object())
-    trt = SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.4.0")
     with pytest.raises(MissingExtraError, match="the plugins were not compiled"):
         load_plugins(trt, tmp_path, DIGEST)
-    (tmp_path / LIBRARY).touch()
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / f"{DIGEST}.json").touch()
-    load_plugins(trt, tmp_path, DIGEST)
-    assert registry.loaded == str(tmp_path / LIBRARY)
-    monkeypatch.chdir(tmp_path)
-    load_plugins(trt, Path(), DIGEST)  # a name without a folder would be looked for elsewhere
-    assert registry.loaded == str(tmp_path / LIBRARY)
     registry.answer = None
     with pytest.raises(IncompatibleError, match=r"TensorRT 11\.4\.0 does not load"):
-        load_plugins(trt, tmp_path, DIGEST)
+        load_plugins(trt, deployed(tmp_path / "a"), DIGEST)
+    registry.answer = object()
+    load_plugins(trt, tmp_path / "a", DIGEST)  # what failed is not taken for loaded
+    assert registry.loaded == [str(tmp_path / "a" / LIBRARY)] * 2
+
+
+def test_a_folder_without_a_name_is_not_looked_for_among_the_systems(
+    trt: Any, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(deployed(tmp_path / "a"))
+    load_plugins(trt, Path(), DIGEST)
+    assert registry.loaded == [str(tmp_path / "a" / LIBRARY)]
 
 
 def test_plugins_of_another_package_are_named_before_they_are_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trt: Any, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = Registry(object())
-    trt = SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.4.0")
-    (tmp_path / LIBRARY).touch()
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / f"{'b' * 64}.json").touch()
+    made = deployed(tmp_path / "a", "b" * 64)
     with pytest.raises(IncompatibleError, match="launch from table aaaaaaaaaaaa…, which is not in"):
-        load_plugins(trt, tmp_path, DIGEST)
+        load_plugins(trt, made, DIGEST)
     assert not registry.loaded
 
     other = tmp_path / "other"
     other.mkdir()
     (other / f"{DIGEST}.json").touch()
     monkeypatch.setenv("LINGC_PLUGINS", f"{tmp_path}:{other}")
-    load_plugins(trt, tmp_path, DIGEST)
+    load_plugins(trt, made, DIGEST)
     assert registry.loaded
+
+
+def test_a_process_loads_one_library_once_and_is_told_where_it_would_need_another(
+    trt: Any, registry: Registry, tmp_path: Path
+) -> None:
+    """TensorRT answers a second library, and the same again, by taking none."""
+    made, other = deployed(tmp_path / "a"), deployed(tmp_path / "b", "b" * 64)
+    load_plugins(trt, made, DIGEST)
+    registry.answer = None
+
+    load_plugins(trt, made, DIGEST)
+    load_plugins(trt, deployed(tmp_path / "again"), DIGEST)
+    with pytest.raises(
+        IncompatibleError, match="has loaded C\\+\\+ plugins before, without"
+    ) as told:
+        load_plugins(trt, other, "b" * 64)
+    assert "LINGC_PLUGINS" in str(told.value.hint)
+    assert registry.loaded == [str(made / LIBRARY)]
+
+
+def test_one_library_serves_all_packages_that_are_named_before_it_is_loaded(
+    trt: Any, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, other = deployed(tmp_path / "a"), deployed(tmp_path / "b", "b" * 64)
+    monkeypatch.setenv("LINGC_PLUGINS", f"{made / 'plugins'}:{other / 'plugins'}")
+    load_plugins(trt, made, DIGEST)
+    load_plugins(trt, other, "b" * 64)
+
+    assert registry.loaded == [str(made / LIBRARY)]
+
+
+def test_plugins_of_python_and_of_the_library_do_not_meet_in_one_process(
+    trt: Any, registry: Registry, tmp_path: Path
+) -> None:
+    launcher = Launcher(table=plugins(TARGET, PRECISION).table, digest=DIGEST)
+    register(trt, launcher)
+    with pytest.raises(IncompatibleError, match="this process has Python's plugins"):
+        load_plugins(trt, deployed(tmp_path / "a"), DIGEST)
+    assert not registry.loaded
+
+    tensorrt_plugin._CREATORS.clear()
+    load_plugins(trt, tmp_path / "a", DIGEST)
+    with pytest.raises(
+        IncompatibleError, match=r"TensorRT has a plugin 'Ling.*' of another library"
+    ):
+        register(trt, launcher)
+    assert not tensorrt_plugin._CREATORS
 
 
 @pytest.mark.parametrize(

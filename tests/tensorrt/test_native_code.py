@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lingc.engine import canonical
-from lingc.launch_table import TableLaunch
-from lingc.plugin_table import PluginTable, to_value
+from lingc.launch_table import Counted, Place, TableLaunch
+from lingc.plugin_table import Axis, PluginTable, to_value
+from lingc.runtime.tensorrt_plugin import timing_id
 from tests.tensorrt.native_code import (
     STREAM,
     Evaluator,
@@ -123,7 +124,7 @@ def test_operands_follow_the_runtimes_sizes(
     got = told(evaluator, asked)
 
     assert got == expected(table, binaries, asked)
-    assert got[0] == {"workspace": 256 + 512 + 256}
+    assert got[0]["workspace"] == 256 + 512 + 256
     assert [one for one in got if "clear" in one] == [
         {"clear": [(base >> 1) + 768, 12, 0], "stream": STREAM}
     ]
@@ -189,6 +190,26 @@ def _call(table: PluginTable, **more: Any) -> PluginTable:
         (lambda t: _tactic(t, workspaces=(("v", -1),)), "a workspace of -1 bytes"),
         (lambda t: _tactic(t, counters=(("c", 1 << 62),)), f"a workspace of {1 << 62} bytes"),
         (lambda t: _call(t, inputs=(("x", "f64", 2),)), 'there is no element type "f64"'),
+        (
+            lambda t: _tactic(t, workspaces=(("v", 1 << 40), ("w", 1 << 40))),
+            f"workspaces of {(2 << 40) + 256} bytes",
+        ),
+        (lambda t: _output(t, shape=(4, -1)), 'output "y" has a size of -1'),
+        (lambda t: _output(t, shape=(1 << 62,)), f"64 bits do not hold 2 * {1 << 62}"),
+        (
+            lambda t: _call(t, axes=(Axis(0, 0, 1 << 62), Axis(0, 1))),
+            f"64 bits do not hold 4 * {1 << 62}",
+        ),
+        (lambda t: _operands(t, 1, Counted(1 << 62, 0, 0)), f"64 bits do not hold {1 << 62} * 32"),
+        (lambda t: _operands(t, 1, Counted(0, 0, 1 << 62)), "argument 1 of kernel is not of"),
+        (
+            lambda t: _operands(t, 2, Counted(1, 0, (1 << 63) - 1)),
+            f"64 bits do not hold 32 + {(1 << 63) - 1}",
+        ),
+        (
+            lambda t: _operands(t, 5, Place("counter", (1 << 63) - 1)),
+            f"64 bits do not hold 768 + {(1 << 63) - 1}",
+        ),
     ],
 )  # fmt: skip
 def test_a_table_that_is_wrong_is_named(
@@ -200,6 +221,48 @@ def test_a_table_that_is_wrong_is_named(
     (*_, last) = start(tmp_path)(**request(table, 0, (4, 64), digest))
 
     assert problem in last["error"]
+
+
+CHANGES: list[tuple[bool, Callable[[PluginTable], PluginTable]]] = [
+    (False, lambda t: t),
+    (False, lambda t: replace(t, target="other", calls=(t.calls[0], *t.calls))),
+    (False, lambda t: replace(t, tactics=(*t.tactics, t.tactics[0]))),
+    (False, lambda t: _operands(t, 3, 1e-5)),
+    (False, lambda t: _call(t, literals={}, choices={(16, 64): 0, (8, 64): 0})),
+    (True, lambda t: replace(t, arch="sm_90a")),
+    (True, lambda t: replace(t, page_size=32)),
+    (True, lambda t: replace(t, images=(t.images[1], t.images[0]))),
+    (True, lambda t: _launch(t, grid=(6, 2, 1))),
+    (True, lambda t: _launch(t, cluster=(1, 1, 1))),
+    (True, lambda t: _launch(t, dependent=False)),
+    (True, lambda t: _operands(t, 0, Place("x", 33))),
+    (True, lambda t: _operands(t, 1, Counted(3, -2, 8))),
+    (True, lambda t: _operands(t, 2, 1 << 41)),
+    (True, lambda t: _tactic(t, workspaces=(("v", 100), ("w", 301)))),
+    (True, lambda t: _tactic(t, counters=(("counter", 16),))),
+    (True, lambda t: _output(t, place=-1)),
+    (True, lambda t: _call(t, choices={(8, 64): 0})),
+    (True, lambda t: _call(t, axes=(Axis(0, 0), Axis(0, 1)))),
+    (True, lambda t: _call(t, slots=None)),
+    (True, lambda t: _call(t, op="other")),
+]  # fmt: skip
+"""Whether a call takes another time then, as far as it is known; and what is changed."""
+
+
+def test_a_time_is_kept_under_what_is_launched(
+    tmp_path: Path, start: Callable[..., Evaluator]
+) -> None:
+    """Wherever the call stands, and of the same bytes in both languages."""
+    table, _ = small_table()
+    evaluator, known = start(tmp_path), timing_id(table, table.calls[0])
+    assert known.startswith("op-")
+    for is_other, change in CHANGES:
+        changed = change(table)
+        digest = bundle_of(tmp_path, changed, b"none")
+        (first, *_) = evaluator(**request(table, 0, (8, 64), digest))
+
+        assert first["timing"] == timing_id(changed, changed.calls[0])
+        assert (first["timing"] != known) == is_other
 
 
 def _damaged(path: Path) -> None:
@@ -316,6 +379,7 @@ def test_sizes_that_a_table_has_not_and_wrong_inputs_are_named(
         ([[5, 64], [3], [9, 3]], "no launches for sizes 10x64; pad the step .*: 8x64, 16x64"),
         ([[4, 64], [3]], "it takes 3 inputs and has 2"),
         ([[4, 64], [3], [9]], 'input "rows" has 1 axes, 2 are wanted'),
+        ([[4, 64], [-1], [9, 3]], 'input "y" has a size of -1'),
     ):
         (*_, last) = evaluator(**{**asked, "shapes": shapes})
         assert re.search(problem, last["error"]), last

@@ -13,7 +13,7 @@ import pytest
 from lingc.errors import MissingExtraError, StageError
 from lingc.plan import dumps
 from lingc.runtime.tensorrt_deploy import COMPILER, compile_plugins, source
-from lingc.runtime.tensorrt_plugin import plugin_name
+from lingc.runtime.tensorrt_plugin import plugin_name, timing_id
 from tests.tensorrt.engines import has_rtx, plan
 from tests.tensorrt.native_code import (
     SOURCES,
@@ -112,7 +112,7 @@ def test_what_is_wrong_is_told_to_tensorrts_log_and_building_launches_nothing(
     assert "its field 'call' is missing" in told(field="number")
     assert "no creator" in told(op="LingOther")
     built = plugins(**asked(table, 0, (5, 64), digest, phase=0))
-    assert built == [{"workspace": 1024}]
+    assert built == [{"workspace": 1024, "timing": timing_id(table, table.calls[0])}]
     plugins.close()
 
 

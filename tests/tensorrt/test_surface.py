@@ -16,11 +16,12 @@ import pytest
 
 from lingc import targets
 from lingc.launch_table import Bucket
-from lingc.runtime import tensorrt_plugin
+from lingc.runtime import tensorrt_deploy, tensorrt_plugin
 from lingc.runtime.backend import Limits
 from lingc.runtime.tensorrt_backend import TensorrtBackend
 from lingc.runtime.tensorrt_deploy import LIBRARY, PLUGINS
 from lingc.runtime.tensorrt_package import TensorrtCode
+from lingc.runtime.tensorrt_plugin import Launcher, OpPlugin, plugin_class
 from lingc.targets.spec import Target
 from lingc.targets.tensorrt.backend import StandardBackend
 from lingc.targets.tensorrt.lower import Lowering
@@ -152,6 +153,7 @@ def test_the_runtime_uses_what_a_version_has(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_native: bool
 ) -> None:
     monkeypatch.setattr(tensorrt_plugin, "_CREATORS", {})
+    monkeypatch.setattr(tensorrt_deploy, "_LOADED", {})
     (tmp_path / LIBRARY).touch()
     recording, made = Recording(load(version)), plan(TARGET, "bf16")
     table = plugins(TARGET, "bf16")
@@ -191,6 +193,23 @@ def test_the_runtime_uses_what_a_version_has(
     # One makes the plugins, and the other does not.
     assert ("IPluginRegistry.load_library" in recording.used) == is_native
     assert ("IPluginRegistry.register_creator" in recording.used) == (not is_native)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_plugin_says_of_itself_is_what_tensorrt_asks_for(version: str) -> None:
+    classes, table = load(version)["classes"], plugins(TARGET, "bf16")
+    asked = set().union(*(classes[f"IPluginV3{part}"] for part in PARTS))
+    kind = plugin_class(Recording(load(version)))
+    made = kind(Launcher(table=table.table, digest=table.digest), 0)
+    own = {"trt", "launcher", "number", "call", "held"}
+    said = {name for name in (*vars(OpPlugin), *vars(made)) if not name.startswith("_")} - own
+
+    assert said <= asked
+    assert "timing_cache_id" in said
+    assert made.clone().timing_cache_id == made.timing_cache_id
+
+
+PARTS = ("", "OneCore", "OneBuildV2", "OneRuntime")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,13 +1,11 @@
 // The plugins of lingc's TensorRT engines without Python: one class for every op, which launches
 // what its plugin table says. For standard TensorRT 10.16 and 11.x, and TensorRT for RTX 1.7.
 //
-//   g++ -std=c++17 -O2 -shared -fPIC -fvisibility=hidden -I TENSORRT/include -I CUDA/include
-//       plugin.cpp -o libling_plugins.so -ldl
-//
-// TensorRT's registry loads it (`IPluginRegistry::loadLibrary`). Tables and kernels are looked for in
-// the folders of the environment variable LINGC_PLUGINS, by colons, or else in `plugins` beside the
-// library. An engine says by what digests; whether Python's plugins or these were there when it was
-// built does not matter. docs/tensorrt.md has more.
+// `lingc deploy --include` compiles it, and docs/tensorrt.md has the command. TensorRT's registry
+// loads the library (`IPluginRegistry::loadLibrary`). Tables and kernels are looked for in the folders
+// of the environment variable LINGC_PLUGINS, by colons, or else in `plugins` beside the library. An
+// engine says by what digests; whether Python's plugins or these were there when it was built does
+// not matter.
 
 #include <NvInfer.h>
 
@@ -210,6 +208,14 @@ class Plugin final : public trt::IPluginV3,
     return static_cast<std::size_t>(table_->workspace_bytes(*call_));
   }
 
+  // Without one TensorRT times it in every build, which a build that is held to a cache may not.
+  char const* getTimingCacheID() noexcept override {
+    return guarded<char const*>(what_, nullptr, [&] {
+      if (timing_.empty()) timing_ = table_->timing_id(*call_);
+      return timing_.c_str();
+    });
+  }
+
   std::int32_t getNbTactics() noexcept override { return 1; }
 
   std::int32_t getValidTactics(std::int32_t* tactics, std::int32_t count) noexcept override {
@@ -302,7 +308,7 @@ class Plugin final : public trt::IPluginV3,
   std::int32_t number_;
   trt::TensorRTPhase phase_;
   Call const* call_;
-  std::string name_, what_;
+  std::string name_, what_, timing_;
   std::vector<trt::PluginField> fields_;
   trt::PluginFieldCollection collection_{};
   std::vector<Shape> shapes_;

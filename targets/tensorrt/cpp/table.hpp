@@ -14,17 +14,35 @@
 #include <vector>
 
 #include "json.hpp"
+#include "sha256.hpp"
 
 namespace lingc {
 
 constexpr std::int64_t kFormat = 2;      // of the table
 constexpr std::size_t kMostOperands = 64;  // of a launch, hidden ones included
 constexpr std::int64_t kAlignment = 256;  // of each workspace
-constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;  // of one
+constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;  // of one, and of a tactic's
 constexpr std::size_t kMostAxes = 8;  // of a tensor of TensorRT's
 
 using Shape = std::vector<std::int64_t>;
 using Grid = std::array<unsigned, 3>;
+
+// Sums and products of what a table says; one that 64 bits do not hold is no size of anything.
+inline std::int64_t sum(std::int64_t left, std::int64_t right) {
+  std::int64_t made = 0;
+  if (__builtin_add_overflow(left, right, &made)) {
+    throw Error("64 bits do not hold " + std::to_string(left) + " + " + std::to_string(right));
+  }
+  return made;
+}
+
+inline std::int64_t product(std::int64_t left, std::int64_t right) {
+  std::int64_t made = 0;
+  if (__builtin_mul_overflow(left, right, &made)) {
+    throw Error("64 bits do not hold " + std::to_string(left) + " * " + std::to_string(right));
+  }
+  return made;
+}
 
 // A size of an input, times a number.
 struct Axis {
@@ -36,7 +54,7 @@ struct Axis {
       throw Error("a size is read from axis " + std::to_string(axis) + " of input " +
                   std::to_string(input) + ", which is not there");
     }
-    return shapes[input][axis] * times;
+    return product(shapes[input][axis], times);
   }
 };
 
@@ -133,7 +151,7 @@ inline std::int64_t aligned(std::int64_t size) {
 inline std::int64_t Tactic::workspace_bytes() const {
   std::int64_t total = 0;
   for (auto const* spaces : {&workspaces, &counters}) {
-    for (auto const& [name, size] : *spaces) total += aligned(size);
+    for (auto const& [name, size] : *spaces) total = sum(total, aligned(size));
   }
   return total;
 }
@@ -186,6 +204,29 @@ class Table {
     return most;
   }
 
+  // What a call's time is kept under by TensorRT, as `timing_id` of lingc/runtime/tensorrt_plugin.py
+  // writes it: all that is launched, for any sizes, but for numbers that are not whole.
+  std::string timing_id(Call const& call) const {
+    std::string told = arch + " " + std::to_string(page_size);
+    for (Axis const& axis : call.axes) told += " " + written(axis);
+    for (auto const* axis : {&call.slots, &call.rows}) {
+      told += " " + (*axis ? written(**axis) : std::string("-"));
+    }
+    for (Output const& one : call.outputs) told += " " + std::to_string(one.place);
+    for (auto const& [sizes, index] : call.choices) {
+      told += " " + listed(sizes) + ":";
+      for (auto const* spaces : {&tactics[index].workspaces, &tactics[index].counters}) {
+        for (auto const& [name, size] : *spaces) told += " " + name + "=" + std::to_string(size);
+      }
+      for (Launch const& one : tactics[index].launches) {
+        told += " " + images[one.kernel] + " " + listed(one.grid) + " " + listed(one.cluster) +
+                (one.dependent ? " 1" : " 0");
+        for (Operand const& operand : one.operands) told += " " + written(operand);
+      }
+    }
+    return call.op + "-" + Sha256::of(told);
+  }
+
   // The tactic for inputs of these shapes; null where there is none for such sizes.
   Tactic const* tactic(Call const& call, std::vector<Shape> const& shapes) const {
     auto const found = call.choices.find(sizes(call, shapes));
@@ -207,7 +248,7 @@ class Table {
       places[one.name] = {Of::kOutput, i, 0};
       if (one.place < 0) continue;
       std::int64_t size = bytes_of(one.dtype);
-      for (Dim const& dim : one.shape) size *= size_of(dim, shapes);
+      for (Dim const& dim : one.shape) size = product(size, size_of(dim, shapes));
       made.copies.push_back({i, static_cast<std::size_t>(one.place), size});
     }
     std::int64_t at = 0;
@@ -240,14 +281,15 @@ class Table {
     if (auto const* whole = std::get_if<std::int64_t>(&operand)) return *whole;
     if (auto const* real = std::get_if<double>(&operand)) return *real;
     if (auto const* counted = std::get_if<Counted>(&operand)) {
-      return counted->slots * slots + counted->pages * pages + counted->plus;
+      return sum(sum(product(counted->slots, slots), product(counted->pages, pages)),
+                 counted->plus);
     }
     auto const* place = std::get_if<Place>(&operand);
     if (!place) return Address{};
     auto const found = places.find(place->name);
     if (found == places.end()) return Address{};  // an optional argument that is absent
     Address made = found->second;
-    made.offset += place->offset;
+    made.offset = sum(made.offset, place->offset);
     return made;
   }
 
@@ -263,19 +305,42 @@ class Table {
                   std::to_string(shapes.size()));
     }
     for (std::size_t i = 0; i < shapes.size(); ++i) {
-      if (shapes[i].size() == call.inputs[i].rank) continue;
-      throw Error("input \"" + call.inputs[i].name + "\" has " +
-                  std::to_string(shapes[i].size()) + " axes, " +
-                  std::to_string(call.inputs[i].rank) + " are wanted");
+      auto const named = "input \"" + call.inputs[i].name + "\" has ";
+      if (shapes[i].size() != call.inputs[i].rank) {
+        throw Error(named + std::to_string(shapes[i].size()) + " axes, " +
+                    std::to_string(call.inputs[i].rank) + " are wanted");
+      }
+      for (std::int64_t const size : shapes[i]) {
+        if (size < 0) throw Error(named + "a size of " + std::to_string(size));
+      }
     }
   }
 
+  template <typename Sizes>
+  static std::string listed(Sizes const& sizes) {
+    std::string made;
+    for (auto const one : sizes) made += (made.empty() ? "" : "x") + std::to_string(one);
+    return made;
+  }
+
+  static std::string written(Axis const& axis) {
+    return std::to_string(axis.input) + "." + std::to_string(axis.axis) + "*" +
+           std::to_string(axis.times);
+  }
+
+  static std::string written(Operand const& operand) {
+    if (auto const* place = std::get_if<Place>(&operand)) {
+      return place->name + "+" + std::to_string(place->offset);
+    }
+    if (auto const* counted = std::get_if<Counted>(&operand)) {
+      return std::to_string(counted->slots) + "," + std::to_string(counted->pages) + "," +
+             std::to_string(counted->plus);
+    }
+    if (auto const* whole = std::get_if<std::int64_t>(&operand)) return std::to_string(*whole);
+    return std::holds_alternative<double>(operand) ? "~" : "-";
+  }
+
   static std::string none(Call const& call, std::vector<Shape> const& shapes) {
-    auto const listed = [](std::vector<std::int64_t> const& sizes) {
-      std::string made;
-      for (std::int64_t const one : sizes) made += (made.empty() ? "" : "x") + std::to_string(one);
-      return made;
-    };
     std::string known;
     int shown = 0;
     for (auto const& [sizes, index] : call.choices) {
@@ -331,6 +396,9 @@ class Table {
 
   Tactic tactic(Json const& value) const {
     Tactic made{value["op"].text(), {}, spaces(value["workspaces"]), spaces(value["counters"])};
+    if (std::int64_t const size = made.workspace_bytes(); size > kMostBytes) {
+      throw Error("workspaces of " + std::to_string(size) + " bytes");
+    }
     for (Json const& one : value["launches"].array()) {
       Launch launch{index(one["kernel"], images.size(), "kernel"), grid(one["grid"]),
                     grid(one["cluster"]), one["dependent"].boolean(), {}};
@@ -363,6 +431,10 @@ class Table {
           output.shape.emplace_back(axis(dim, made.inputs));
         } else {
           output.shape.emplace_back(dim.integer());
+          if (dim.integer() < 0) {
+            throw Error("output \"" + output.name + "\" has a size of " +
+                        std::to_string(dim.integer()));
+          }
         }
       }
       if (output.shape.size() > kMostAxes) {

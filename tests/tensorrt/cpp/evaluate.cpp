@@ -27,7 +27,8 @@ static void run(lingc::Bundle& bundle, std::string const& line) {
     shapes.emplace_back();
     for (auto const& size : shape.array()) shapes.back().push_back(size.integer());
   }
-  std::printf("{\"workspace\":%lld}\n", static_cast<long long>(table->workspace_bytes(call)));
+  std::printf("{\"workspace\":%lld,\"timing\":\"%s\"}\n",
+              static_cast<long long>(table->workspace_bytes(call)), table->timing_id(call).c_str());
   auto const places = addresses(value["places"]);  // the workspace and the stream
   lingc::Step const step(bundle, *table, call, shapes);
   step.run(addresses(value["inputs"]).data(), addresses(value["outputs"]).data(), places.at(0),

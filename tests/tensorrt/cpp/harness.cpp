@@ -77,7 +77,8 @@ static std::string run(trt::IPluginCreatorInterface* const* creators, std::int32
       attached->getCapabilityInterface(trt::PluginCapabilityType::kBUILD));
   runtime = static_cast<trt::IPluginV3OneRuntime*>(
       attached->getCapabilityInterface(trt::PluginCapabilityType::kRUNTIME));
-  std::printf("{\"workspace\":%zu}\n", build->getWorkspaceSize(nullptr, 0, nullptr, 0));
+  std::printf("{\"workspace\":%zu,\"timing\":\"%s\"}\n",
+              build->getWorkspaceSize(nullptr, 0, nullptr, 0), build->getTimingCacheID());
   auto const inputs = descs(value["shapes"]);
   auto const places = addresses(value["places"]);
   std::string told;
