@@ -28,7 +28,7 @@ from lingc.staging import (
 
 _BEGUN = "begun.json"
 _LOCK = "lock"
-_FORMAT = 1
+_FORMAT = 2
 """Of what stands in `content` and `state`; raise it when either changes within a version."""
 
 

@@ -5,11 +5,13 @@
 
 A step is a layer, the head, or the MTP layer. It is behind when its `state/<step>.json` is there,
 which is written last; the activations that it read are dropped then. A killed run goes on with the
-first step that is not behind, and comes to the same bytes.
+first step that is not behind, and comes to the same bytes: with the threads that it was begun with.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from lingc.quantize.formats import widen_bf16
 from lingc.quantize.recipes import Recipe
 from lingc.resuming import Resumable
 from lingc.staging import write_whole, writing
+
+log = logging.getLogger(__name__)
 
 FALLBACK_BELOW = 32
 """Tokens with which an expert is rounded by what was seen, by default."""
@@ -116,6 +120,7 @@ def calibrate(
     with (
         Resumable(out_dir, inputs, fresh=fresh, needed_bytes=needed) as folder,
         writing(out_dir),
+        _threads(folder.state / "threads.json") as threads,
         torch.no_grad(),
     ):
         (folder.content / LAYERS).mkdir(exist_ok=True)
@@ -131,10 +136,30 @@ def calibrate(
         )
         seen = _Steps(job, samples, folder).run()
         document = _document(source, recipe, samples, settings, inputs, seen)
+        document["threads"] = threads
         document["files"] = file_digests(folder.content)
         write_whole(folder.content / DOCUMENT, json.dumps(document, indent=1) + "\n")
         folder.publish()
     return Calibrated(path=out_dir, is_resumed=folder.is_resumed, document=document)
+
+
+@contextmanager
+def _threads(told: Path) -> Iterator[int]:
+    """Compute with as many threads as the run was begun with, which a file tells.
+
+    Sums are shared out among threads, so that with another number they round otherwise.
+    """
+    mine = torch.get_num_threads()
+    if not told.exists():
+        write_whole(told, json.dumps(mine))
+    begun = int(json.loads(told.read_text(encoding="utf-8")))
+    if begun != mine:
+        log.warning("goes on with %d threads, as it was begun, and not with %d", begun, mine)
+    torch.set_num_threads(begun)
+    try:
+        yield begun
+    finally:
+        torch.set_num_threads(mine)
 
 
 def device_named(name: str) -> str:
@@ -357,6 +382,5 @@ def _document(
         "coverage": {k: v for step in seen for k, v in step["coverage"].items()},
         "matrices": [one for step in seen for one in step["matrices"]],
         "observed": [one for step in seen for one in step["inputs"]],
-        "dampings": [one for step in seen for one in step["dampings"]],
         "input_bounds": scales,
     }

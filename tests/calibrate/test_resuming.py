@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lingc.calibrate.layer import Layer
 from lingc.calibrate.matrices import Method
@@ -121,6 +123,36 @@ def test_other_inputs_are_refused_by_name(
 
     assert "--fresh" in str(no.value.hint)
     assert calibrate(source, recipe, given, out, settings, fresh=True).path.is_dir()
+
+
+def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(
+    small: Checkpoint, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    settings, recipe, given = Settings(fallback_below=2), load_recipe("fp8"), read(rows)
+    run, counts = Layer.run, []
+
+    def counted(layer: Layer, *words: Any) -> None:
+        counts.append(torch.get_num_threads())
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        run(layer, *words)
+
+    monkeypatch.setattr(Layer, "run", counted)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(small, recipe, given, tmp_path / "out", settings)
+        assert not caplog.records
+    finally:
+        torch.set_num_threads(1)
+
+    made = calibrate(small, recipe, given, tmp_path / "out", settings)
+
+    assert set(counts) == {2}
+    assert "goes on with 2 threads, as it was begun, and not with 1" in caplog.text
+    assert made.document["threads"] == 2
+    assert torch.get_num_threads() == 1
 
 
 def _interrupt(*_: object) -> None:
