@@ -35,7 +35,9 @@ LOSSES = ("model", "matrix")
 DAMPINGS = (0.02, 0.1, 0.5, 3.0)
 """From trusting the samples to hardly looking at them: the less there are, the more is right."""
 
-_USUAL_DAMPING = 0.1
+USUAL_DAMPING = 0.1
+"""Where the samples are too few to choose by."""
+
 _OUTPUT_DAMPING = 0.5
 _COUPLED_ROUNDS = 2
 _REFITS = 2
@@ -142,8 +144,10 @@ def count_matrices(source: Source, prefix: str = "") -> int:
     )
 
 
-def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
+def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float | None:
     """The damping with which GPTQ by one half of the samples loses least on the other.
+
+    None where no matrix was reached by both halves.
 
     Args:
         weights: f32 [M, N, D], of which a few matrices and rows are tried.
@@ -153,7 +157,7 @@ def choose_damping(weights: Tensor, halves: Tensor, chosen: Format) -> float:
     traces = halves.diagonal(dim1=2, dim2=3).sum(-1)  # [M, 2]
     seen = (traces > 0).all(-1).nonzero()[:_TRIED_MATRICES, 0]
     if not len(seen):
-        return _USUAL_DAMPING
+        return None
     rows = weights[:, :: tried_step(weights.shape[1])][:, :_TRIED_ROWS]
     if len(seen) < len(weights):  # those of the widest matrices are large, and not copied
         rows, halves = rows[seen], halves[seen]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lingc.calibrate.matrices import (
+    USUAL_DAMPING,
     Made,
     Method,
     choose_damping,
@@ -70,7 +71,6 @@ class Seen:
     matrices: list[dict[str, Any]] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     coverage: dict[str, list[int]] = field(default_factory=dict)
-    dampings: list[dict[str, Any]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -280,7 +280,7 @@ class Rounder:
             values=parts[0].values,
             sums=torch.cat([part.sums for part in parts], dim=1),
         )
-        self._store(module, whole, 0, first, watch.rows)
+        self._store(module, whole, 0, first, watch.rows, damping)
 
     def _left(self, module: str, rows: int) -> Tensor:
         """The values that rounding to nearest will give."""
@@ -324,7 +324,7 @@ class Rounder:
             top = 0
             for module in modules:
                 end = top + job.source.shape(f"{module}.weight")[0]
-                self._store(module, one, top, end, watch.rows)
+                self._store(module, one, top, end, watch.rows, damping)
                 values[module] = one.values[top:end]
                 top = end
         return values
@@ -341,18 +341,28 @@ class Rounder:
         return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
     def _damping(self, modules: Sequence[str], weights: Tensor, halves: Tensor) -> float:
-        """As given, or chosen; once a layer for what all experts have alike."""
+        """As given, or chosen; once a layer for what all experts of one format have alike.
+
+        Args:
+            modules: Of the first matrix.
+            weights: All of them, f32 [M, N, D].
+            halves: f32 [M, 2, D, D].
+        """
         method, chosen = self._job.method, self._job.recipe.format_of(modules[0])
         if method.damping is not None or not method.compensates(chosen):
             return method.damping or 0.0
-        key = tuple(re.sub(r"experts\.\d+", "experts", module) for module in modules)
-        if key not in self._dampings:
-            self._dampings[key] = choose_damping(weights, halves, chosen)
-            told = {"modules": list(key), "damping": self._dampings[key]}
-            self.seen.dampings.append(told)
-        return self._dampings[key]
+        key = (chosen, *(re.sub(r"experts\.\d+", "experts", module) for module in modules))
+        if key in self._dampings:
+            return self._dampings[key]
+        found = choose_damping(weights, halves, chosen)
+        if found is None:  # which says nothing of other experts
+            return USUAL_DAMPING
+        self._dampings[key] = found
+        return found
 
-    def _store(self, module: str, made: Made, top: int, end: int, rows: int) -> None:
+    def _store(
+        self, module: str, made: Made, top: int, end: int, rows: int, damping: float
+    ) -> None:
         """Write the rows of one module, and note what it lost."""
         assert self._writer is not None, "a file is open"
         chosen = self._job.recipe.format_of(module)
@@ -368,6 +378,7 @@ class Rounder:
                 **_line(module, str(chosen), "calibrated", rows),
                 "loss": made.loss_of(top, end),
                 "nearest_loss": made.nearest_loss_of(top, end),
+                "damping": damping if self._job.method.compensates(chosen) else None,
             }
         )
 
@@ -403,4 +414,5 @@ def _line(module: str, stored: str, how: str, rows: int) -> dict[str, Any]:
         "tokens": rows,
         "loss": None,
         "nearest_loss": None,
+        "damping": None,
     }
