@@ -29,8 +29,12 @@ class Registry:
     def __init__(self) -> None:
         self.creators: list[Any] = []
 
-    def register_creator(self, creator: Any, _namespace: str) -> None:
-        self.creators.append(creator)
+    def register_creator(self, creator: Any, _namespace: str) -> bool:
+        """As TensorRT's: false for a name that it has."""
+        is_new = all(one.name != creator.name for one in self.creators)
+        if is_new:
+            self.creators.append(creator)
+        return is_new
 
 
 class Library:
