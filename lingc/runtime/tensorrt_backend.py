@@ -90,7 +90,7 @@ class TensorrtBackend:
     ) -> None:
         code = package if isinstance(package, TensorrtCode) else read_code(package)
         self._code, self._limits = code, limits
-        target = targets.get(code.plan.target)
+        target = targets.get(code.target)
         self._trt = tensorrt_library.require(target) if trt is None else trt
         check_library(code, str(self._trt.__version__))
         engines = {phase: code.engines[phase]() for phase in code.plan.programs}

@@ -244,7 +244,7 @@ def description(package: Package, code: TensorrtCode) -> dict[str, Any]:
         }
     return {
         "format": FORMAT,
-        "target": plan.target,
+        "target": code.target,
         "bundle_id": package.manifest.bundle_id,
         "library": {"module": code.module, "version": code.version},
         "page_size": plan.page_size,

@@ -55,9 +55,14 @@ class TensorrtCode:
     kernel: Callable[[int], Binary]
     embedded: frozenset[str] = frozenset()
 
+    @property
+    def target(self) -> str:
+        """What the engines are for; the plan names one of a package's targets, for all of them."""
+        return self.table.target
+
 
 def read_code(package: Package) -> TensorrtCode:
-    """The code of a package for the target that its plan was made for.
+    """The code of a package for the target that was chosen.
 
     Raises:
         IntegrityError: Something is missing, cut, or of another build.
@@ -103,7 +108,7 @@ def read_code(package: Package) -> TensorrtCode:
         buckets=buckets,
         kernel=lambda index: _kernel(package, table, index),
     )
-    _check(made, calls, {*package.names("kernel")})
+    _check(made, code.target, calls, {*package.names("kernel")})
     return made
 
 
@@ -176,7 +181,9 @@ def check_capability(target: Target, name: str, have: tuple[int, int]) -> None:
         )
 
 
-def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]) -> None:
+def _check(
+    code: TensorrtCode, target: str, calls: Mapping[str, list[int]], kernels: set[str]
+) -> None:
     table, plan = code.table, code.plan
     lost = [phase for phase in plan.programs if phase not in code.engines]
     if lost:
@@ -187,10 +194,10 @@ def _check(code: TensorrtCode, calls: Mapping[str, list[int]], kernels: set[str]
         raise IntegrityError(
             f"the package has an engine of {strange[0]!r}, which is no phase of its plan", hint=HINT
         )
-    if table.target != plan.target or table.page_size != plan.page_size:
+    if table.target != target or table.page_size != plan.page_size:
         raise IntegrityError(
             f"the plugin table is for {table.target!r} and pages of {table.page_size} tokens, the "
-            f"plan for {plan.target!r} and {plan.page_size}",
+            f"engines are for {target!r} and {plan.page_size}",
             hint=HINT,
         )
     for phase, numbers in calls.items():

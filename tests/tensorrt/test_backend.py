@@ -283,6 +283,27 @@ def test_a_whole_package_reads() -> None:
     assert {bucket.phase for bucket in read.buckets} == {*held.plan.programs}
 
 
+def test_a_package_for_several_targets_is_read_as_the_one_that_was_chosen() -> None:
+    """They share a plan, which names one of them."""
+    held = Held()
+    held.plan = replace(held.plan, target="rtx-89")
+
+    assert read_code(held).target == TARGET  # type: ignore[arg-type]
+
+
+@has_rtx
+def test_an_engine_of_a_package_for_several_targets_runs_on_each() -> None:
+    shared = code()
+    shared = replace(shared, plan=replace(shared.plan, target="rtx-89"))
+    device = gpu()
+    held = weights(TARGET, PRECISION)
+    TensorrtBackend(shared, held, LIMITS, threads=1, device=device, trt=library(device)).close()
+    with pytest.raises(IncompatibleError, match=r"is for 'spark' \(compute capability 12\.1\)"):
+        TensorrtBackend(
+            shared, held, LIMITS, threads=1, device=gpu(capability=(8, 9)), trt=library(device)
+        )
+
+
 def changed_call(**more: Any) -> Callable[[Held], None]:
     """Of the call of `router`."""
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -90,6 +91,15 @@ def test_all_that_is_needed_is_written(packed: Any, tmp_path: Path) -> None:
     assert "layers.0.linear.weight" not in decode["weights"]
     assert set(decode["weights"]) <= set(told["weights"])
     assert told["weight_files"] == ["weights/a.safetensors"]
+    assert told["target"] == TARGET
+
+
+def test_one_of_several_targets_is_written_by_its_own_name(packed: Any, tmp_path: Path) -> None:
+    """They share a plan, which names one of them."""
+    packed.plan = replace(packed.plan, target="rtx-89")
+    made = deploy(packed, tmp_path / "spark")
+
+    assert json.loads((made / "deploy.json").read_text())["target"] == TARGET
 
 
 def test_what_is_there_is_replaced_only_when_it_was_written_by_this_and_that_is_wanted(
