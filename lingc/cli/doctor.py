@@ -9,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ from lingc.cli import output
 from lingc.cli.failure import cache_dir, versions
 from lingc.cli.output import Output, bytes_text
 from lingc.cli.targets import is_buildable
+from lingc.engine.machine import Gpu, this_machine
 from lingc.targets.spec import EngineKind, Target
 
 BUILD_EXTRAS: Mapping[EngineKind, tuple[str, ...]] = {
@@ -29,8 +29,12 @@ BUILD_EXTRAS: Mapping[EngineKind, tuple[str, ...]] = {
 }
 """Extras without which an engine kind cannot be built."""
 
-RUN_PACKAGE: Mapping[EngineKind, str] = {"onnx": "onnxruntime"}
-"""The package that runs an engine kind, for the kinds that this version can run."""
+RUN_PACKAGES: Mapping[EngineKind, tuple[str, ...]] = {
+    "onnx": ("onnxruntime",),
+    "cuda": ("cuda-bindings",),
+    "tensorrt": ("cuda-bindings", "tensorrt-rtx-cu13"),
+}
+"""Packages that run an engine kind; TensorRT is the default of the targets of its RTX flavour."""
 
 CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni",
@@ -220,7 +224,13 @@ def _no_build(target: Target, extras: Mapping[str, list[str]]) -> str | None:
 def _no_run(target: Target) -> str | None:
     """What is in the way of running the target's default engine kind, or None."""
     kind = target.default_engine
-    package = RUN_PACKAGE.get(kind)
-    if package is None or find_spec(f"lingc.runtime.{kind}_backend") is None:
-        return f"this version runs no {kind} engines"
-    return None if _version(package) else f"pip install {package}"
+    lacking = [package for package in RUN_PACKAGES[kind] if not _version(package)]
+    if lacking:
+        return f"pip install {' '.join(lacking)}"
+    if target.compute_capability is None:
+        return None
+    wanted, gpu = ".".join(map(str, target.compute_capability)), this_machine().gpu()
+    if isinstance(gpu, Gpu) and gpu.capability == wanted:
+        return None
+    have = gpu if isinstance(gpu, str) else f"{gpu.name} has {gpu.capability}"
+    return f"it needs a GPU of compute capability {wanted}: {have}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -10,6 +11,8 @@ import lingc
 from lingc import targets
 from lingc.cli import doctor, main
 from lingc.cli.targets import is_buildable
+from lingc.engine import machine
+from lingc.engine.machine import Gpu
 
 
 def test_doctor_tells_what_this_machine_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +42,38 @@ def test_doctor_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._no_build(cpu, {"build": [], "onnx": []}) is None
     assert doctor._no_build(cpu, {"build": [], "onnx": ["onnx"]}) == "pip install 'lingc[onnx]'"
     assert doctor._no_build(cpu, {}) == "pip install 'lingc[build,onnx]'"
+
+
+H200 = Gpu(name="NVIDIA H200", capability="9.0", driver="13.0", memory_bytes=141 << 30)
+
+
+@pytest.mark.parametrize(
+    ("target", "gpu", "told"),
+    [
+        ("cpu", "no GPU was found", None),
+        ("h20", H200, None),
+        ("h20", "no GPU was found", "it needs a GPU of compute capability 9.0: no GPU was found"),
+        ("spark", H200, "it needs a GPU of compute capability 12.1: NVIDIA H200 has 9.0"),
+        ("spark", replace(H200, capability="12.1"), None),
+    ],
+)
+def test_doctor_says_what_is_in_the_way_of_running(
+    target: str, gpu: Gpu | str, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_first_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "_version", lambda _package: "1.0")
+
+    assert doctor._no_run(targets.get(target)) == told
+
+
+def test_doctor_names_what_would_run_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda _package: None)
+
+    assert [doctor._no_run(targets.get(name)) for name in ("cpu", "h20", "spark")] == [
+        "pip install onnxruntime",
+        "pip install cuda-bindings",
+        "pip install cuda-bindings tensorrt-rtx-cu13",
+    ]
 
 
 def test_a_target_says_what_is_built_for_it(capsys: pytest.CaptureFixture[str]) -> None:
