@@ -1,5 +1,6 @@
 """`lingc mix`: a recipe for a budget of bytes a token, by measured sensitivity."""
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -12,12 +13,9 @@ _SIZES = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str) -> float:
-    for unit, scale in _SIZES.items():
-        number = value.removesuffix(unit).strip()
-        try:
-            count = float(number) * scale
-        except ValueError:
-            continue
+    unit = next((unit for unit in _SIZES if value.endswith(unit)), "")
+    with contextlib.suppress(ValueError):
+        count = float(value.removesuffix(unit)) * _SIZES.get(unit, 1.0)
         if 0 < count < float("inf"):
             return count
     raise click.BadParameter(f"{value!r} is no size; give one like 4.5GB, 820MB or 1200000")
