@@ -224,12 +224,31 @@ def write_whole(path: Path, content: str | bytes) -> None:
         staged.unlink(missing_ok=True)
 
 
+def refuse_same(*paths: Path | None) -> None:
+    """Refuse outputs of which one would replace another.
+
+    Raises:
+        UsageError: Two are one and the same.
+    """
+    seen = set()
+    for path in paths:
+        if path is not None:
+            place = os.path.realpath(path)
+            if place in seen:
+                raise UsageError(
+                    f"{str(path)!r} is given for two outputs", hint="give each a name of its own"
+                )
+            seen.add(place)
+
+
 def refuse_unwritable(*paths: Path | None) -> None:
     """Refuse files that could not be written, before the work whose result they are to hold.
 
     Raises:
+        UsageError: Two are one and the same.
         ResourceError: One cannot be written there; nothing was left behind.
     """
+    refuse_same(*paths)
     for path in paths:
         if path is not None:
             with writing(path):

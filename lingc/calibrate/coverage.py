@@ -48,13 +48,13 @@ class Coverage:
         """What is wrong, for the message of the gate."""
         worst = sorted(self.below, key=lambda one: (one.tokens, one.layer, one.expert))
         listed = "".join(
-            f"\n  - layer {one.layer}, expert {one.expert}: {one.tokens} tokens"
+            f"\n  - layer {one.layer}, expert {one.expert}: {_tokens(one.tokens)}"
             for one in worst[:_NAMED]
         )
         more = len(worst) - _NAMED
         listed += f"\n  - and {more} more" if more > 0 else ""
         count = "1 expert" if len(worst) == 1 else f"{len(worst)} experts"
-        return f"{count} saw fewer than {self.floor} tokens:{listed}"
+        return f"{count} saw fewer than {_tokens(self.floor)}:{listed}"
 
 
 def coverage(counts: Mapping[str, Sequence[int]], *, floor: int) -> Coverage:
@@ -67,6 +67,10 @@ def coverage(counts: Mapping[str, Sequence[int]], *, floor: int) -> Coverage:
         if tokens < floor
     )
     return Coverage(layers=layers, floor=floor, below=below)
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _named(experts: Sequence[int]) -> str:

@@ -28,6 +28,7 @@ from lingc.calibrate.rounder import Done, Job, Rounder, Seen, Watch
 from lingc.calibrate.samples import Samples, lengths
 from lingc.calibrate.spill import Spill, Tokens, refuse_wild
 from lingc.checkpoint.calibrated import DOCUMENT, FORMAT, LAYERS, file_digests
+from lingc.checkpoint.convert import is_stored_as
 from lingc.checkpoint.expected import matrix_modules
 from lingc.checkpoint.source import Source
 from lingc.errors import IncompatibleError
@@ -107,8 +108,8 @@ def calibrate(
     inputs = {
         "checkpoint": source.identity(),
         "recipe": recipe.digest(),
-        "data": samples.digest,
-        "method": json.dumps(asdict(settings), sort_keys=True),
+        "data": f"{len(samples.samples)} rows, {samples.tokens} tokens, SHA-256 {samples.digest}",
+        **_named(settings),
     }
     # Two files of the residual stream, and at most one of each of two others; with gradients the
     # stream before every layer, in whose place two of these come.
@@ -141,6 +142,13 @@ def calibrate(
         write_whole(folder.content / DOCUMENT, json.dumps(document, indent=1) + "\n")
         folder.publish()
     return Calibrated(path=out_dir, is_resumed=folder.is_resumed, document=document)
+
+
+def _named(settings: Settings) -> dict[str, str]:
+    """Every setting by its name, in words."""
+    whole = asdict(settings)
+    method = whole.pop("method")
+    return {name.replace("_", " "): str(value) for name, value in {**method, **whole}.items()}
 
 
 @contextmanager
@@ -186,9 +194,20 @@ def count_steps(source: Source, recipe: Recipe, settings: Settings) -> int:
 
 
 def _needs_gradients(source: Source, recipe: Recipe, method: Method) -> bool:
-    return method.loss == "model" and any(
-        method.compensates(recipe.format_of(module)) for module in matrix_modules(source.config)
-    )
+    return method.loss == "model" and has_use_of_gradients(source, recipe, method)
+
+
+def has_use_of_gradients(source: Source, recipe: Recipe, method: Method) -> bool:
+    """Whether GPTQ rounds a matrix that can have gradients, so that `method.loss` decides."""
+    main = tuple(f"model.layers.{n}." for n in range(source.config.num_hidden_layers))
+    without = (".q_b_proj", ".kv_b_proj", ".mlp.gate")
+    for module in matrix_modules(source.config):
+        if module.startswith(main) and not module.endswith(without):
+            chosen = recipe.format_of(module)
+            stored = is_stored_as(source, f"{module}.weight", chosen.kind, chosen.group)
+            if method.compensates(chosen) and not stored:
+                return True
+    return False
 
 
 def _widths(source: Source) -> Iterator[int]:

@@ -4,6 +4,7 @@ A file is named `a.jsonl` or `a.jsonl:0.7`; the number is its share of the sampl
 the other files. Rows are those of `lingc.parity.data`: text, messages or token ids.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -105,6 +106,7 @@ def parse_share(text: str) -> Share:
 
     Raises:
         UsageError: The weight is no positive number.
+        DataError: There is no such file, and nearly such a set.
     """
     name, colon, weight = text.rpartition(":")
     if not colon or os.path.lexists(text):
@@ -122,7 +124,15 @@ def parse_share(text: str) -> Share:
 
 
 def _path(name: str) -> Path:
-    return SHIPPED / f"{name}.jsonl" if name in shipped() else Path(name)
+    if name in shipped():
+        return SHIPPED / f"{name}.jsonl"
+    near = difflib.get_close_matches(name, shipped(), n=1)
+    if near and not os.path.lexists(name):
+        raise DataError(
+            f"there is no file {name!r}",
+            hint=f"did you mean {near[0]!r}? {', '.join(shipped())} come with lingc",
+        )
+    return Path(name)
 
 
 def shipped() -> tuple[str, ...]:

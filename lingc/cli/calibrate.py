@@ -156,10 +156,11 @@ def command(
     from lingc.checkpoint import open_checkpoint, validate
     from lingc.quantize.recipes import load_recipe
     from lingc.runtime.tokenizer import Tokenizer
-    from lingc.staging import refuse_unwritable
+    from lingc.staging import refuse_same, refuse_unwritable
 
     if math.isnan(percentile):  # a range lets it pass
         raise click.BadParameter("nan is no percentile", param_hint="'--percentile'")
+    refuse_same(out_dir, report)
     if report is not None and out_dir not in report.parents:  # which is made meanwhile
         refuse_unwritable(report)
     chosen = load_recipe(recipe)
@@ -203,6 +204,7 @@ def command(
 
 def _refuse_idle(source: "Source", recipe: "Recipe", method: "Method", observer: str) -> None:
     """Refuse options that the recipe, or another option, leaves without anything to decide."""
+    from lingc.calibrate.run import has_use_of_gradients
     from lingc.checkpoint.expected import matrix_modules
 
     modules = matrix_modules(source.config)
@@ -215,8 +217,8 @@ def _refuse_idle(source: "Source", recipe: "Recipe", method: "Method", observer:
         output.refuse_idle(f"{by}, which has no INT4 matrix", {"int4"})
     if not has_fp8:
         output.refuse_idle(f"{by}, which has no FP8 matrix", {"fp8"})
-    if not any(method.compensates(one) for one in formats.values()):
-        output.refuse_idle(f"{by} where gptq rounds nothing", {"loss"})
+    if not has_use_of_gradients(source, recipe, method):
+        output.refuse_idle(f"{by} where gptq has no use for gradients", {"loss"})
     if not (has_fp8 and recipe.activations == "fp8_static"):
         static = "which has no static scales of inputs"
         output.refuse_idle(f"{by}, {static}", {"observer", "percentile"})
@@ -253,7 +255,9 @@ def _show(out: Output, document: Mapping[str, Any], covered: "Coverage") -> None
 
 def _show_losses(out: Output, matrices: Sequence[Mapping[str, Any]]) -> None:
     made = [one for one in matrices if one["how"] == "calibrated"]
-    if made:
+    if not made:
+        out.line("no matrix was rounded by what was seen")
+    else:
         gains = sorted(one["loss"] / one["nearest_loss"] for one in made if one["nearest_loss"])
         if gains:
             middle = gains[len(gains) // 2]

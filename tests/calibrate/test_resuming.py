@@ -1,5 +1,6 @@
 """A calibration that was killed goes on, or says why not."""
 
+import logging
 import random
 import signal
 import time
@@ -96,7 +97,7 @@ def test_a_run_killed_at_twenty_points_goes_on_to_the_same_bytes(
     assert sum(code == -signal.SIGKILL for codes in ends for code in codes) >= 20
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "recipe", "data", "method"])
+@pytest.mark.parametrize("what", ["checkpoint", "recipe", "data", "fp8"])
 def test_other_inputs_are_refused_by_name(
     what: str, config: ModelConfig, small: Checkpoint, rows: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,6 +122,12 @@ def test_other_inputs_are_refused_by_name(
     with pytest.raises(UsageError, match=rf"was begun with other inputs:\n  - {what}: was ") as no:
         calibrate(source, recipe, given, out, settings)
 
+    told = no.value.problem.splitlines()[1:]
+    assert len(told) == 1  # what is the same is not said
+    if what == "data":
+        assert "was 12 rows, " in told[0]
+    if what == "fp8":
+        assert told == ["  - fp8: was gptq, is nearest"]
     assert "--fresh" in str(no.value.hint)
     assert calibrate(source, recipe, given, out, settings, fresh=True).path.is_dir()
 
@@ -143,11 +150,12 @@ def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(
     try:
         with pytest.raises(KeyboardInterrupt):
             calibrate(small, recipe, given, tmp_path / "out", settings)
-        assert not caplog.records
     finally:
         torch.set_num_threads(1)
 
-    made = calibrate(small, recipe, given, tmp_path / "out", settings)
+    # Commands that ran before may have set what is logged of `lingc`.
+    with caplog.at_level(logging.WARNING, logger="lingc.calibrate.run"):
+        made = calibrate(small, recipe, given, tmp_path / "out", settings)
 
     assert set(counts) == {2}
     assert "goes on with 2 threads, as it was begun, and not with 1" in caplog.text

@@ -176,6 +176,22 @@ def test_bad_data_is_told_and_leaves_nothing(
         (["recipes", "RECIPE", "--checkpoint", "SMALL"], 3, "matches no module; the nearest is"),
         (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "1kB"], 2, "raise --bytes"),
         (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "much"], 2, "is no size"),
+        (["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "1000"], 2, "raise --bytes"),
+        (
+            ["mix", "SMALL", "--data", "ROWS", "--bytes-per-token", "2TB", "--report", "OUT"],
+            2,
+            "is given for two outputs",
+        ),
+        (
+            ["calibrate", "SMALL", "--data", "ROWS", "--recipe", "int4", "--report", "OUT"],
+            2,
+            "is given for two outputs",
+        ),
+        (
+            ["calibrate", "SMALL", "--data", "englsh:2", "--recipe", "int4"],
+            3,
+            "there is no file 'englsh' (LINGC-E0304)\nhint: did you mean 'english'?",
+        ),
         (["mix", "gone", "--data", "ROWS", "--bytes-per-token", "2TB"], 3, "no directory 'gone'"),
     ],
 )
@@ -187,6 +203,7 @@ def test_what_cannot_be_is_answered_in_words(
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"name": "other", "rules": [rule]}))
     names = {"SMALL": small, "ROWS": rows, "RECIPE": recipe, "ROWS:0": f"{rows}:0"}
+    names["OUT"] = tmp_path / "out"
     given: list[Any] = [names.get(word, word) for word in words]
     if words[0] != "recipes":
         given += ["-o", tmp_path / "out"]
@@ -204,8 +221,12 @@ def test_what_cannot_be_is_answered_in_words(
     [
         ("fp8", "--int4 search", "recipe 'fp8', which has no INT4 matrix"),
         ("int4", "--fp8 gptq", "recipe 'int4', which has no FP8 matrix"),
-        ("int4", "--int4 search --loss matrix", "recipe 'int4' where gptq rounds nothing"),
-        ("fp8", "--fp8 nearest --loss model", "recipe 'fp8' where gptq rounds nothing"),
+        (
+            "int4",
+            "--int4 search --loss matrix",
+            "recipe 'int4' where gptq has no use for gradients",
+        ),
+        ("fp8", "--fp8 nearest --loss model", "recipe 'fp8' where gptq has no use for gradients"),
         ("fp8", "--observer mse", "recipe 'fp8', which has no static scales of inputs"),
         ("int4", "--percentile 99.0", "recipe 'int4', which has no static scales of inputs"),
         ("fp8-static", "--percentile 99.0", "--observer absmax"),
