@@ -94,8 +94,10 @@ def command(
     with held():
         from lingc.parity.data import refuse_longer
         from lingc.parity.evaluate import evaluate, read_windows
-        from lingc.parity.opening import Start, open_each, refuse_other_weights
+        from lingc.parity.opening import Start, has_package, open_each, refuse_other_weights
 
+    if not has_package(subject, against):
+        output.refuse_idle("sides without a package", {"threads", "checkpoint"})
     words = [subject] if against is None else [subject, against]
     subjects = open_each(words, cache_dir=cache_dir(), checkpoint=checkpoint)
     pairs = permutations(subjects, 2)

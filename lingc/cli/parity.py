@@ -150,11 +150,13 @@ def command(
         from lingc.parity import data as rows
         from lingc.parity import run as parity
         from lingc.parity import side
-        from lingc.parity.opening import Weights
+        from lingc.parity.opening import Weights, has_package
         from lingc.staging import refuse_unwritable
 
     action, used = _action(a, b, drift=drift, record=record, bisect=bisect, budget=budget)
     output.refuse_idle(action, _OWN - used)
+    if drift is None and a != "repro" and not has_package(a, b):
+        output.refuse_idle("sides without a package", {"threads", "checkpoint"})
     refuse_unwritable(report, record, repro if bisect else None)
     if drift is not None:
         _drift(out, Path(a), drift, state_dtype, budget, data, report)

@@ -164,6 +164,15 @@ def open_each(
     return tuple(_open(kind, path, cache_dir, source) for kind, path in kinds)
 
 
+def has_package(*words: str | None) -> bool:
+    """Whether a side is an engine, or the plan of one.
+
+    Raises:
+        InputError: One is neither a package nor a checkpoint.
+    """
+    return any(_kind(word)[0] in ("engine", "plan") for word in words if word is not None)
+
+
 def _kind(word: str) -> tuple[Kind, Path]:
     if word.startswith(INTERPRET):
         return "plan", Path(word.removeprefix(INTERPRET))

@@ -278,6 +278,8 @@ def test_the_command_tells_both_sides_and_judges_their_ratio(
             "a window of 'rows.jsonl' has 4097 tokens, the model was made for 4096",
         ),
         (["--weights", "checkpoint"], 2, "--weights checkpoint says nothing to sides other than"),
+        (["--checkpoint", "x"], 2, "--checkpoint x says nothing to sides without a package"),
+        (["--threads", "2"], 2, "--threads 2 says nothing to sides without a package"),
         (
             ["--weights", "engine", "--against", "SMALL"],
             2,
