@@ -1,8 +1,8 @@
 """One model of an ONNX engine: a session with its inputs, outputs and state bound in memory.
 
 Binding costs more than copying the few numbers of a step, so the buffers stay bound from one step
-to the next and are made anew only when a shape changes. A provider with memory of its own is given
-them anew in every step: it copies an input when it is bound, and reads that copy in every run.
+to the next and are made anew only when a shape changes. A provider with memory of its own copies an
+input when it is bound, not when a step runs; it is given everything with every step instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Runner:
     ) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._is_copied = is_elsewhere(session)
+        self._is_elsewhere = is_elsewhere(session)
         self._phase = phase
         self._program = program
         self._taps = taps
@@ -41,7 +41,9 @@ class Runner:
         self._shapes: tuple[tuple[int, ...], ...] = ()
         self._inputs: list[Array] = []
         self._values: dict[str, OrtValue] = {}
+        self._updates: dict[str, OrtValue] = {}
         self._outputs: dict[str, Array] = {}
+        self._found: dict[str, OrtValue] = {}
 
     def bind_states(self, values: Mapping[str, OrtValue]) -> None:
         """Read and update these states where they lie."""
@@ -50,7 +52,7 @@ class Runner:
                 self._bind_input(state, values[state])
         for state, updated in self._program.updates.items():
             if state in values:
-                self._binding.bind_ortvalue_output(updated, values[state])
+                self._bind_output(updated, values[state])
 
     def run(self, arrays: Sequence[Array], sizes: Mapping[str, int]) -> dict[str, Array]:
         """Run a step.
@@ -68,28 +70,40 @@ class Runner:
             self._shapes = shapes
         for buffer, array in zip(self._inputs, arrays, strict=True):
             buffer[...] = array
-        for name in self._taps:
-            self._binding.bind_output(name)
+        if not self._is_elsewhere:
+            for name in self._taps:
+                self._binding.bind_output(name)
         guarded(f"phase {self._phase!r} failed", self._run)
         made = {role: buffer.copy() for role, buffer in self._outputs.items()}
         if self._taps:
-            found = dict(zip(self._order, self._binding.get_outputs(), strict=True))
+            found = self._tapped()
             made |= {name: found[name].numpy() for name in self._taps}
         return made
 
     def _run(self) -> None:
-        if self._is_copied:
-            for name, value in self._values.items():
-                self._binding.bind_ortvalue_input(name, value)
-            self._binding.synchronize_inputs()
-        self._session.run_with_iobinding(self._binding)
-        if self._is_copied:
-            self._binding.synchronize_outputs()
+        if not self._is_elsewhere:
+            self._session.run_with_iobinding(self._binding)
+            return
+        names = [*self._updates, *self._taps]
+        made = self._session.run_with_ort_values(names, self._values)
+        self._found = dict(zip(names, made, strict=True))
+        for name, value in self._updates.items():
+            value.update_inplace(self._found[name].numpy())
+
+    def _tapped(self) -> dict[str, OrtValue]:
+        if self._is_elsewhere:
+            return self._found
+        return dict(zip(self._order, self._binding.get_outputs(), strict=True))
 
     def _bind_input(self, name: str, value: OrtValue) -> None:
         self._values[name] = value
-        if not self._is_copied:  # else in every step, as its values are there
+        if not self._is_elsewhere:
             self._binding.bind_ortvalue_input(name, value)
+
+    def _bind_output(self, name: str, value: OrtValue) -> None:
+        self._updates[name] = value
+        if not self._is_elsewhere:
+            self._binding.bind_ortvalue_output(name, value)
 
     def _bind(self, arrays: Sequence[Array], sizes: Mapping[str, int]) -> None:
         program = self._program
@@ -100,5 +114,4 @@ class Runner:
         for role, name in program.outputs.items():
             kind = program.types[name]
             self._outputs[role] = np.empty(kind.bind(sizes), NUMPY_DTYPE[kind.dtype])
-            value = value_of(self._outputs[role], kind.dtype)
-            self._binding.bind_ortvalue_output(name, value)
+            self._bind_output(name, value_of(self._outputs[role], kind.dtype))
