@@ -78,6 +78,19 @@ def test_strays_of_long_memories_may_be_off_by_a_hundredth_of_their_row() -> Non
     assert not close(far, want, dtype="bf16", mechanism="lightning_qkv").ok
 
 
+def test_sums_over_a_long_memory_are_held_to_their_rows() -> None:
+    want = torch.zeros(2, 128)
+    want[0, 1:] = 10.0
+    near, far, small = (want.clone() for _ in range(3))
+    near[0, 0] = 1.9e-4
+    far[0, 0] = 2.1e-4
+    small[1, 0] = 1.1e-4  # a row of zeros has `atol` alone
+
+    assert close(near, want, dtype="f32", mechanism="lightning").ok
+    assert not close(far, want, dtype="f32", mechanism="lightning").ok
+    assert not close(small, want, dtype="f32", mechanism="lightning").ok
+
+
 def test_large_tensors_are_compared_as_a_whole_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     some = torch.Generator().manual_seed(0)
     want = torch.randn(37, 5, 12, generator=some)

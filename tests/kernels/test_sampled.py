@@ -80,3 +80,20 @@ def test_without_room_for_a_reference_nothing_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kernels, "check", full)
 
     assert kernels.faults_of(None, OPS["rms_norm"], (), (), {}, "x") is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("format", "passes"), [("fp8", True), ("bf16", False)])
+def test_codes_before_swiglu_are_held_to_what_experts_are(format: str, *, passes: bool) -> None:  # noqa: A002
+    op = OPS["fused_linear"]
+    case = (64, 512, 256, "rms_norm", "swiglu", format, 0, 0)
+    given = op.inputs(*case, dtype="bf16", device="cpu")
+    want = op.reference(*kernels.wide_arguments(op, given))
+    assert isinstance(want, torch.Tensor)
+    got = want.clone()
+    got.view(-1)[want.abs().argmin()] += 0.019
+    assert op.judge is not None
+
+    found = op.judge(given, [got.bfloat16()], [want])
+
+    assert float(want.abs().mean()) < 0.4  # more than twice 2 % of the mean, less than 0.02
+    assert (found is None) == passes
