@@ -177,6 +177,8 @@ def command(
         seed=seed,
     )
     _tell_data(out, given)
+    if samples is not None and len(given.samples) < samples:
+        out.note(f"the files give {len(given.samples)} of the {samples} rows of --samples")
     settings = Settings(
         method=method,
         observer=observer,

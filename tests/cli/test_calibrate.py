@@ -94,7 +94,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     words = ("calibrate", small, "--data", rows, "--recipe", "fp8", "-o", tmp_path / "c",
-             "--min-tokens-per-expert", 0)  # fmt: skip
+             "--min-tokens-per-expert", 0, "--samples", 50)  # fmt: skip
     run = Layer.run
 
     def interrupted(layer: Layer, *given: Any) -> None:
@@ -109,7 +109,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert not (tmp_path / "c").exists()
 
     assert _run(*words, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["resumed"]
+    said = capsys.readouterr()
+    assert json.loads(said.out)["resumed"]
+    assert "the files give 12 of the 50 rows of --samples" in said.err
 
 
 def test_a_silent_expert_is_crossed_on_the_page() -> None:
