@@ -52,7 +52,7 @@ def require(target: Target) -> Any:
             f"{'.'.join(map(str, target.compute_capability or ()))}, and its package {name!r} is "
             "not installed here",
             hint=f"on a host with {target.title}: pip install 'tensorrt>=10.16' "
-            f"'lingc[tensorrt]'{instead}",
+            f"'lingc[build,tensorrt]'{instead}",
         ) from error
 
 

@@ -331,6 +331,8 @@ def plugin_class(trt: Any) -> type[OpPlugin]:
     return type("LingPlugin", (OpPlugin, *bases), {"__init__": start, "trt": trt})
 
 
+_OTHER = "the engine is of another build than the package; get the package again"
+
 _TABLES: dict[str, Launcher] = {}
 """By digest: TensorRT's registry is one of the process, and so is what its creators look up."""
 
@@ -385,15 +387,25 @@ def creator_class(trt: Any) -> type[Any]:
             ]
         )
 
-    def create(_self: Any, name: str, given: Any, _phase: Any) -> Any:
+    def create(self: Any, name: str, given: Any, _phase: Any) -> Any:
         values = {one.name: one.data for one in given}
+        lost = [field for field in (TABLE_FIELD, CALL_FIELD) if field not in values]
+        if lost:
+            raise IncompatibleError(f"plugin {name!r} has no field {lost[0]!r}", hint=_OTHER)
         digest = _text(values[TABLE_FIELD])
         if digest not in _TABLES:
             raise IncompatibleError(
                 f"plugin {name!r} launches from table {digest[:12]}…, which was not loaded",
-                hint="the engine is of another build than the package; get the package again",
+                hint=_OTHER,
             )
         number = int(np.asarray(values[CALL_FIELD]).reshape(-1)[0])
+        calls = _TABLES[digest].table.calls
+        if not 0 <= number < len(calls) or plugin_name(calls[number].op) != self.name:
+            raise IncompatibleError(
+                f"plugin {name!r} is call {number} of table {digest[:12]}…, which is none of "
+                f"{self.name!r}",
+                hint=_OTHER,
+            )
         return kind(_TABLES[digest], number)
 
     return type(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lingc.cli import main
@@ -33,6 +34,8 @@ from lingc.runtime.tensorrt_deploy import (
 from lingc.runtime.tensorrt_plugin import Launcher, register
 from tests.tensorrt.engines import plugins
 from tests.tensorrt.native_code import has_compiler, has_headers, include_dirs
+from tests.tensorrt.recording import Recording
+from tests.tensorrt.surface import load
 from tests.tensorrt.test_backend import PRECISION, TARGET, Held
 
 DIGEST = "a" * 64
@@ -292,6 +295,42 @@ def test_one_library_serves_all_packages_that_are_named_before_it_is_loaded(
     load_plugins(trt, other, "b" * 64)
 
     assert registry.loaded == [str(made / LIBRARY)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"table": None}, "plugin 'layer' has no field 'table'"),
+        ({"call": None}, "plugin 'layer' has no field 'call'"),
+        ({"table": "b" * 64}, "plugin 'layer' launches from table bbbbbbbbbbbb…, which was not"),
+        ({"call": -1}, "plugin 'layer' is call -1 of table aaaaaaaaaaaa…, which is none of 'Ling"),
+        ({"call": 9999}, "plugin 'layer' is call 9999 of table aaaaaaaaaaaa…, which is none of"),
+        ({"call": 0}, "plugin 'layer' is call 0 of table aaaaaaaaaaaa…, which is none of"),
+    ],
+)
+def test_what_an_engine_serialized_otherwise_is_named(
+    change: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field that is missing, and a call that is not there or another op's."""
+    monkeypatch.setattr(tensorrt_plugin, "_TABLES", {})
+    monkeypatch.setattr(tensorrt_plugin, "_CREATORS", {})
+    table, recording = plugins(TARGET, PRECISION).table, Recording(load("11.4.0.106"))
+    register(recording, Launcher(table=table, digest=DIGEST))
+    number = next(n for n, one in enumerate(table.calls) if one.op != table.calls[0].op)
+    creator = tensorrt_plugin._CREATORS["tensorrt", table.calls[number].op]
+
+    def made(fields: dict[str, Any]) -> Any:
+        raw = {
+            name: np.frombuffer(value.encode(), np.int8) if name == "table" else np.array([value])
+            for name, value in fields.items()
+            if value is not None
+        }
+        given = [SimpleNamespace(name=name, data=data) for name, data in raw.items()]
+        return creator.create_plugin("layer", given, None)
+
+    assert made({"table": DIGEST, "call": number}).number == number
+    with pytest.raises(IncompatibleError, match=told):
+        made({"table": DIGEST, "call": number, **change})
 
 
 def test_plugins_of_python_and_of_the_library_do_not_meet_in_one_process(
