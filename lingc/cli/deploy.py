@@ -56,8 +56,9 @@ def command(
         made = deploy(opened, folder, includes=includes, overwrite=overwrite)
     size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
     library = made / LIBRARY if includes else None
+    chosen = opened.code().target
     if out.as_json:
-        out.emit({"path": made, "bytes": size, "library": library})
+        out.emit({"path": made, "target": chosen, "bytes": size, "library": library})
         return
     plugins = "plugins compiled" if library else "plugins as source"
-    out.line(f"{made}  {bytes_text(size)}, {plugins}")
+    out.line(f"{made}  {bytes_text(size)} for {chosen}, {plugins}")

@@ -366,7 +366,7 @@ def _document(
             "path": str(opened.package.root),
             "bundle_id": manifest.bundle_id,
             "precision": opened.plan.precision,
-            "target": opened.plan.target,
+            "target": opened.package.code().target,
         },
         "sampling": asdict(sampling),
         "drafts": drafts,

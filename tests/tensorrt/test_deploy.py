@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lingc import engine
 from lingc.cli import main
 from lingc.engine import Code
 from lingc.errors import (
@@ -103,6 +105,19 @@ def test_one_of_several_targets_is_written_by_its_own_name(packed: Any, tmp_path
     made = deploy(packed, tmp_path / "spark")
 
     assert json.loads((made / "deploy.json").read_text())["target"] == TARGET
+
+
+def test_the_command_says_for_which_target_it_wrote(
+    packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Nothing else does where a package has several and no GPU is here."""
+    packed.plan = replace(packed.plan, target="rtx-89")
+    monkeypatch.setattr(engine, "open_package", lambda *_args, **_more: packed)
+    assert main(["deploy", "two.ling", "-o", str(tmp_path / "a")]) == 0
+    assert re.search(rf"/a  [\d.]+ kB for {TARGET}, plugins as source", capsys.readouterr().out)
+    assert main(["deploy", "two.ling", "-o", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == TARGET
 
 
 def test_what_is_there_is_replaced_only_when_it_was_written_by_this_and_that_is_wanted(
