@@ -47,7 +47,12 @@ class Toy:
 
     @property
     def package(self) -> Any:
-        return SimpleNamespace(root=Path("toy.ling"), manifest=SimpleNamespace(bundle_id="b" * 64))
+        """For another target than the plan names, as one of several is."""
+        return SimpleNamespace(
+            root=Path("toy.ling"),
+            manifest=SimpleNamespace(bundle_id="b" * 64),
+            code=lambda: SimpleNamespace(target="chosen"),
+        )
 
     def start(
         self, limits: Limits, *, threads: int | None = None, progress: Progress
@@ -153,6 +158,7 @@ def test_json_is_one_document_with_tokens_text_and_acceptance(arrange: Arrange, 
     _, said, _ = run("--ids", "1,2", "--ids", "3", "--max-tokens", "8", "--mtp", "2", "--json")
 
     document = json.loads(said)
+    assert document["engine"]["target"] == "chosen"
     first, second = document["completions"]
     assert first["tokens"] == expected_greedy([1, 2], 8)
     assert (second["prompt"], second["prompt_tokens"], second["finish"]) == (1, 1, "length")
