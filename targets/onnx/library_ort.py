@@ -83,13 +83,6 @@ class Ort(Standard):
 
     # ------------------------------------------------------------------------------- norm and gate
 
-    def rms_norm_of_parts(self, x: Value, weight: Value, eps: float, *, width: int) -> Value:
-        if not self.many_tokens:
-            return self.rms_norm(x, weight, eps)
-        # With a weight of two axes the op is three times slower than with one, and a product.
-        plain = self.body.value(np.ones(width, np.float32))
-        return self.rms_norm(x, plain, eps) * weight
-
     def add_rms_norm(
         self, x: Value, residual: Value, weight: Value, eps: float
     ) -> tuple[Value, Value]:

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    inliner,
+    shape_inference,
+)
 
 from lingc.errors import UnsupportedError, UsageError
 from lingc.plan import Plan, Program, Ref, Step, TensorType, WeightSpec, dumps
@@ -86,6 +94,27 @@ def test_models_pass_the_checker(name: str, precision: str, library: str) -> Non
         assert set(engine.info["phases"][phase]) == {
             t.name for t in ModelProto.FromString(data).graph.initializer
         }
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("name", "precision"), MODELS)
+def test_scales_of_norms_have_the_axis_that_is_normed_alone(
+    name: str, precision: str, library: str
+) -> None:
+    """The standard allows no more, and ONNX Runtime's kernels for GPUs read no more."""
+    engine = lower(compiled(name, precision), library=library)
+
+    for phase in engine.models:
+        graph = shape_inference.infer_shapes(
+            inliner.inline_local_functions(model(engine, phase)), data_prop=True
+        ).graph
+        known = [*graph.value_info, *graph.input, *graph.output]
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in known}
+        ranks |= {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+        scales = [one.input[1] for one in graph.node if one.op_type == "RMSNormalization"]
+
+        assert scales
+        assert {scale: ranks[scale] for scale in scales} == dict.fromkeys(scales, 1)
 
 
 @pytest.mark.parametrize("widen", ["load", "step"])
