@@ -1,11 +1,12 @@
 """What every test shares: fixed seeds, the gpu mark, golden files."""
 
 import difflib
+import logging
 import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -62,6 +63,17 @@ def _seeds() -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """What a command makes of lingc's log, `-q` say, is gone when its test is over."""
+    logger = logging.getLogger("lingc")
+    level, handlers, goes_on = logger.level, list(logger.handlers), logger.propagate
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+    logger.propagate = goes_on
 
 
 @pytest.fixture

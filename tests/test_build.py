@@ -256,7 +256,6 @@ def test_large_weights_are_not_run_while_building(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(recording, "MOST_WEIGHT_BYTES", 1000)
-    caplog.set_level("WARNING", logger="lingc")
 
     make(checkpoint, tmp_path / "x.ling")
 

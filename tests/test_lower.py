@@ -224,8 +224,6 @@ def test_weights_are_laid_out_where_our_own_kernels_are_launched() -> None:
 def test_a_matrix_that_cannot_have_its_layout_stays_plain_with_the_reason(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("WARNING", logger="lingc")  # a command that ran before may have set another
-
     plan = compiled.__wrapped__("odd", "bf16", "h20")
 
     assert plan.weights["lm_head.weight"].layout == "plain"

@@ -120,7 +120,6 @@ def test_a_package_says_where_it_was_tuned_and_where_it_runs(host: Host) -> None
 def test_a_log_that_cannot_be_read_is_told_and_ends_no_build(
     host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING", logger="lingc")  # a command that ran before may have set another
     host()
     made = build(Timing())
     files = made.files
@@ -138,7 +137,6 @@ def test_a_log_that_cannot_be_read_is_told_and_ends_no_build(
 def test_what_is_fused_otherwise_is_told_and_stays_in_the_package(
     host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("WARNING", logger="lingc")  # a command that ran before may have set another
     host()
     monkeypatch.setattr(
         report, "parse",
