@@ -269,14 +269,14 @@ class _Compared:
 
 
 def _compared(first: int, a: Tensor, b: Tensor, limit: Tolerance, mean: float) -> _Compared:
-    row = b.square().mean(-1, keepdim=True).sqrt()
+    row = b.where(b.isfinite(), 0.0).square().mean(-1, keepdim=True).sqrt()
     near_zero = (limit.of_row * row).clamp(min=limit.atol)
     allowed = (limit.rtol * b.abs() + near_zero + limit.of_mean * mean).nan_to_num(
         nan=0.0, posinf=0.0
     )
     # A NaN on either side, or infinities that differ, leave an excess of infinity.
     excess = torch.where(a == b, 0.0, (a - b).abs().nan_to_num(nan=torch.inf) - allowed)
-    more = torch.maximum(allowed, (limit.stray_of_row * row).nan_to_num(nan=0.0, posinf=0.0))
+    more = torch.maximum(allowed, limit.stray_of_row * row)
     at = int(excess.argmax())
     return _Compared(
         outside=int((excess > 0).sum()),

@@ -178,6 +178,14 @@ def test_equal_infinities_are_close() -> None:
     assert close(x, x.clone(), dtype="f32").ok
 
 
+def test_an_infinity_takes_nothing_from_what_its_row_may_be_off_by() -> None:
+    want = torch.tensor([[-torch.inf, 1.0]])
+    near = torch.tensor([[-torch.inf, 1.0 + 1e-6]])
+
+    assert close(near, want, dtype="f32").ok
+    assert close(near, want, dtype="f32", mechanism="lightning").ok
+
+
 def test_integers_are_compared_exactly_whatever_the_mechanism() -> None:
     a, b = torch.tensor([1000], dtype=torch.int32), torch.tensor([1001], dtype=torch.int32)
 
