@@ -43,7 +43,6 @@ class Runner:
         self._values: dict[str, OrtValue] = {}
         self._updates: dict[str, OrtValue] = {}
         self._outputs: dict[str, Array] = {}
-        self._found: dict[str, OrtValue] = {}
 
     def bind_states(self, values: Mapping[str, OrtValue]) -> None:
         """Read and update these states where they lie."""
@@ -70,30 +69,26 @@ class Runner:
             self._shapes = shapes
         for buffer, array in zip(self._inputs, arrays, strict=True):
             buffer[...] = array
-        if not self._is_elsewhere:
+        tapped = guarded(f"phase {self._phase!r} failed", self._run)
+        made = {role: buffer.copy() for role, buffer in self._outputs.items()}
+        return made | {name: value.numpy() for name, value in tapped.items()}
+
+    def _run(self) -> dict[str, OrtValue]:
+        """Run, and return the taps."""
+        if self._is_elsewhere:
+            names = [*self._updates, *self._taps]
+            values = self._session.run_with_ort_values(names, self._values)
+            found = dict(zip(names, values, strict=True))
+            for name, value in self._updates.items():
+                value.update_inplace(found[name].numpy())
+        else:
             for name in self._taps:
                 self._binding.bind_output(name)
-        guarded(f"phase {self._phase!r} failed", self._run)
-        made = {role: buffer.copy() for role, buffer in self._outputs.items()}
-        if self._taps:
-            found = self._tapped()
-            made |= {name: found[name].numpy() for name in self._taps}
-        return made
-
-    def _run(self) -> None:
-        if not self._is_elsewhere:
             self._session.run_with_iobinding(self._binding)
-            return
-        names = [*self._updates, *self._taps]
-        made = self._session.run_with_ort_values(names, self._values)
-        self._found = dict(zip(names, made, strict=True))
-        for name, value in self._updates.items():
-            value.update_inplace(self._found[name].numpy())
-
-    def _tapped(self) -> dict[str, OrtValue]:
-        if self._is_elsewhere:
-            return self._found
-        return dict(zip(self._order, self._binding.get_outputs(), strict=True))
+            found = {}
+            if self._taps:
+                found = dict(zip(self._order, self._binding.get_outputs(), strict=True))
+        return {name: found[name] for name in self._taps}
 
     def _bind_input(self, name: str, value: OrtValue) -> None:
         self._values[name] = value
