@@ -123,8 +123,8 @@ def _kernels() -> list[str]:
         "A time holds the hand-off to the next call.",
         (
             "One with a star is of a shape whose own reference did not fit then: smaller ones had"
-            " gone through the gate. On an H100 it has since found none of these shapes wrong, at some"
-            " rows of the large ones and as far as their references fit in its 80 GB."
+            " gone through the gate. On an H100 it has since found no shape wrong, large ones at"
+            " some rows, and as far as their references fit in its 80 GB."
         ),
         "Read and copy are what kernels with nothing to compute reached in the same process.",
         "A commit with a plus is one that the files measured had gone on from.",
